@@ -1,0 +1,37 @@
+# make quickstart: train, reconstruct, and say where the pictures are, on a fresh machine.
+# make test, make lint: as CI runs them.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN ?= runs/quickstart
+
+.PHONY: quickstart test lint format clean
+
+# one stamp for each set of extras, so that a target installs what it needs and no more
+$(VENV)/installed-%: pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
+	touch $@
+
+quickstart: $(VENV)/installed-demo
+	$(BIN)/kl-vae train quickstart --run $(RUN)
+	$(BIN)/kl-vae reconstruct --checkpoint $(RUN) --out $(RUN)/reconstructions \
+	    --images package:skimage/data --include chelsea.png coffee.png --resize 128
+	$(BIN)/kl-vae sample --checkpoint $(RUN) --out $(RUN)/prior --number 8
+	@echo "Look at $(RUN)/reconstructions/comparison.png: input | reconstruction | difference."
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed-lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
