@@ -1,0 +1,72 @@
+"""The attention kinds, each over all positions of one feature map, and `make_attention`.
+
+B batch, C channels, H and W height and width, N = H * W positions.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, einsum, nn
+
+from kl_vae.blocks import Norm, Normalize
+from kl_vae.registry import Registry
+
+ATTENTION = Registry("attn_type")
+register_attention = ATTENTION.register
+
+
+def make_attention(attn_type: str, channels: int, norm: Norm = Normalize) -> nn.Module:
+    """Build the attention kind registered as `attn_type`: a module [B,C,H,W] -> [B,C,H,W].
+
+    Raises:
+        ValueError: no such kind.
+    """
+    attention: nn.Module = ATTENTION[attn_type](channels, norm)
+    return attention
+
+
+@register_attention("vanilla")
+class VanillaAttention(nn.Module):
+    """Single-head softmax attention over the N positions, with a residual connection."""
+
+    def __init__(self, channels: int, norm: Norm = Normalize) -> None:
+        super().__init__()
+        self.norm = norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        # [B, C, H, W] -> [B, 1 head, N, C]
+        q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)
+        out: Tensor = x + self.proj_out(h[:, 0].transpose(1, 2).reshape(x.shape))
+        return out
+
+
+@register_attention("linear")
+class LinearAttention(nn.Module):
+    """Attention of linear cost (Shen et al. 2018, efficient attention), as published with LDM.
+
+    The keys are normalised over the positions, so that keys and values combine to one C x C
+    matrix. The published module has neither norm nor residual connection: nor has this one.
+    """
+
+    def __init__(self, channels: int, norm: Norm = Normalize) -> None:
+        super().__init__()
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)
+        self.to_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.to_qkv(x).flatten(2).chunk(3, dim=1)  # each [B, C, N]
+        context = einsum("bdn,ben->bde", k.softmax(dim=-1), v)
+        out: Tensor = self.to_out(einsum("bde,bdn->ben", context, q).reshape(x.shape))
+        return out
+
+
+@register_attention("none")
+def no_attention(channels: int, norm: Norm = Normalize) -> nn.Identity:
+    """No attention, and no parameters."""
+    return nn.Identity()

@@ -1,0 +1,140 @@
+"""The architecture's keys (the published `ddconfig`), checked once, here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kl_vae.attention import ATTENTION
+from kl_vae.blocks import BLOCKS, NORM_GROUPS, NORMALIZATION
+from kl_vae.schema import from_mapping
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDConfig:
+    """The architecture of encoder and decoder.
+
+    Attributes:
+        ch: channels at full resolution, before `ch_mult`.
+        out_ch: channels of the reconstruction.
+        ch_mult: channels of each level as multiples of `ch`; each further level halves the
+            resolution, so that f = 2 ** (len(ch_mult) - 1).
+        num_res_blocks: residual blocks a level of the encoder (the decoder has one more).
+        attn_resolutions: the levels with attention, by their resolution when the image's is
+            `resolution`.
+        in_channels: channels of the image.
+        resolution: side of the square training image in pixels. Any other size that f divides is
+            taken as well; this one only says what `attn_resolutions` means.
+        z_channels: channels of the latents before `quant_conv`.
+        dropout: probability, in every residual block.
+        resamp_with_conv: resample with a convolution; else average pooling and plain nearest.
+        double_z: the encoder gives mean and log variance; false: z_channels alone.
+        attn_type: vanilla, linear, none, or a registered kind.
+        use_linear_attn: the published synonym of `attn_type: linear`.
+        tanh_out: the decoder ends in tanh.
+        give_pre_end: the decoder returns its features before the last norm and convolution.
+        norm_type: group (32 groups), or a registered normalisation.
+        block_type: resnet, or a registered residual block.
+        context_channels: size of the context vector added in each residual block; 0: none.
+
+    Raises:
+        ValueError: an impossible value; one line a mistake: the key, the value, the mend.
+    """
+
+    ch: int
+    out_ch: int
+    ch_mult: tuple[int, ...]
+    num_res_blocks: int
+    attn_resolutions: tuple[int, ...]
+    in_channels: int
+    resolution: int
+    z_channels: int
+    dropout: float = 0.0
+    resamp_with_conv: bool = True
+    double_z: bool = True
+    attn_type: str = "vanilla"
+    use_linear_attn: bool = False
+    tanh_out: bool = False
+    give_pre_end: bool = False
+    norm_type: str = "group"
+    block_type: str = "resnet"
+    context_channels: int = 0
+
+    @classmethod
+    def from_dict(cls, ddconfig: Mapping[str, object]) -> DDConfig:
+        """Build from plain values; unknown keys and wrong types are a ValueError, all at once."""
+        return from_mapping(cls, ddconfig)
+
+    def __post_init__(self) -> None:
+        errors = [*self._impossible_sizes(), *self._unknown_names()]
+        if not errors:
+            errors = [*self._impossible_levels()]
+        if errors:
+            raise ValueError("\n".join(errors))
+
+    @property
+    def downsampling_factor(self) -> int:
+        """f: an image of H x W has latents of H/f x W/f."""
+        return 1 << (len(self.ch_mult) - 1)
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels of each level, from full resolution down."""
+        return tuple(self.ch * multiple for multiple in self.ch_mult)
+
+    @property
+    def attention(self) -> str:
+        """The attention kind, with the published synonym resolved."""
+        return "linear" if self.use_linear_attn else self.attn_type
+
+    def has_attention(self, level: int) -> bool:
+        """Whether the residual blocks of a level are followed by attention."""
+        return self.resolution // 2**level in self.attn_resolutions
+
+    def _impossible_sizes(self) -> list[str]:
+        errors = []
+        for key in ("ch", "out_ch", "num_res_blocks", "in_channels", "resolution", "z_channels"):
+            if getattr(self, key) < 1:
+                errors.append(f"{key}={getattr(self, key)}: must be at least 1")
+        if not self.ch_mult or min(self.ch_mult) < 1:
+            errors.append(f"ch_mult={list(self.ch_mult)}: needs one multiple >= 1 for each level")
+        if not 0.0 <= self.dropout < 1.0:
+            errors.append(f"dropout={self.dropout}: a probability, at least 0 and below 1")
+        if self.context_channels < 0:
+            errors.append(f"context_channels={self.context_channels}: 0 (no context) or more")
+        if self.use_linear_attn and self.attn_type not in ("vanilla", "linear"):
+            errors.append(
+                f"use_linear_attn=True: contradicts attn_type={self.attn_type!r}; drop one of them"
+            )
+        return errors
+
+    def _unknown_names(self) -> list[str]:
+        errors = []
+        for registry in (ATTENTION, NORMALIZATION, BLOCKS):
+            try:
+                registry[getattr(self, registry.key)]
+            except ValueError as error:
+                errors.append(str(error))
+        return errors
+
+    def _impossible_levels(self) -> list[str]:
+        errors = []
+        if self.resolution % self.downsampling_factor:
+            errors.append(
+                f"resolution={self.resolution}: {len(self.ch_mult)} levels halve it "
+                f"{len(self.ch_mult) - 1} times; use a multiple of {self.downsampling_factor}"
+            )
+        if self.norm_type == "group":
+            for channels in sorted({c for c in self.channels if c % NORM_GROUPS}):
+                errors.append(
+                    f"ch={self.ch}: channels {channels} cannot be split into {NORM_GROUPS} groups; "
+                    f"choose ch and ch_mult so that each level has a multiple of {NORM_GROUPS}"
+                )
+        levels = [self.resolution // 2**level for level in range(len(self.ch_mult))]
+        for resolution in self.attn_resolutions:
+            if resolution not in levels:
+                errors.append(
+                    f"attn_resolutions={list(self.attn_resolutions)}: no level has the resolution "
+                    f"{resolution}; the levels have {', '.join(map(str, levels))}"
+                )
+        return errors

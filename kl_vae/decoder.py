@@ -1,0 +1,81 @@
+"""From latents to an image.
+
+B batch, z latent channels, h and w the latents' height and width, H = f h and W = f w the image's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kl_vae.blocks import Upsample
+from kl_vae.ddconfig import DDConfig
+from kl_vae.middle import Middle
+from kl_vae.parts import Parts
+
+
+class Decoder(nn.Module):
+    """Latents [B, z_channels, h, w] -> image [B, out_ch, H, W].
+
+    Takes the whole ddconfig as keywords (`DDConfig` describes each). With `give_pre_end` the output
+    is the features [B, ch * ch_mult[0], H, W] before the last norm.
+
+    Raises:
+        ValueError: an unknown key, a wrong type or an impossible value in the ddconfig.
+    """
+
+    def __init__(self, **ddconfig: Any) -> None:
+        super().__init__()
+        config = DDConfig.from_dict(ddconfig)
+        parts = Parts(config)
+        channels = config.channels[-1]
+        self.conv_in = nn.Conv2d(config.z_channels, channels, 3, padding=1)
+        self.mid = Middle(channels, parts)
+        levels: list[UpLevel] = []
+        for level in reversed(range(len(config.ch_mult))):
+            levels.append(UpLevel(channels, level, config, parts))
+            channels = config.channels[level]
+        # stored as published: up.0 is the full resolution, which comes last
+        self.up = nn.ModuleList(reversed(levels))
+        self.norm_out = parts.norm(channels)
+        self.conv_out = nn.Conv2d(channels, config.out_ch, 3, padding=1)
+        self.give_pre_end = config.give_pre_end
+        self.tanh_out = config.tanh_out
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        h: Tensor = self.conv_in(z)
+        h = self.mid(h, context)
+        for level in reversed(self.up):
+            h = level(h, context)
+        if self.give_pre_end:
+            return h
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        return h.tanh() if self.tanh_out else h
+
+
+class UpLevel(nn.Module):
+    """The residual blocks of one resolution, with attention where configured, then Upsample."""
+
+    def __init__(self, in_channels: int, level: int, config: DDConfig, parts: Parts) -> None:
+        super().__init__()
+        channels = config.channels[level]
+        self.block = nn.ModuleList()
+        self.attn = nn.ModuleList()
+        for _ in range(config.num_res_blocks + 1):
+            self.block.append(parts.block(in_channels, channels))
+            if config.has_attention(level):
+                self.attn.append(parts.attention(channels))
+            in_channels = channels
+        self.upsample: nn.Module = nn.Identity()
+        if level > 0:
+            self.upsample = Upsample(channels, config.resamp_with_conv)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x, context)
+            if self.attn:
+                x = self.attn[i](x)
+        out: Tensor = self.upsample(x)
+        return out

@@ -1,0 +1,43 @@
+"""Which device to compute on, and in what precision."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+
+DEVICES = ("auto", "cuda", "mps", "cpu")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """The device called `name`; `auto`: cuda, else mps, else cpu.
+
+    Args:
+        name: auto, cuda, mps, cpu, or one GPU such as cuda:1.
+        local_rank: which GPU of this machine `auto` and `cuda` mean.
+
+    Raises:
+        ValueError: no such device on this machine.
+    """
+    kind, _, index = name.partition(":")
+    if kind not in DEVICES or (index and (kind != "cuda" or not index.isdigit())):
+        raise ValueError(f"device {name!r}: choose one of {', '.join(DEVICES)}, or cuda:INDEX")
+    if kind in ("auto", "cuda") and torch.cuda.is_available():
+        number = int(index) if index else local_rank
+        if number >= torch.cuda.device_count():
+            raise ValueError(
+                f"device cuda:{number}: this machine has {torch.cuda.device_count()} GPUs; "
+                "start as many processes as there are GPUs (torchrun --nproc-per-node)"
+            )
+        return torch.device("cuda", number)
+    if kind in ("auto", "mps") and torch.backends.mps.is_available():
+        return torch.device("mps")
+    if kind in ("auto", "cpu"):
+        return torch.device("cpu")
+    raise ValueError(f"device {name}: not available here; choose cpu, or leave it out")
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """Autocast to bf16 or fp16 on `device`; with fp32 nothing is cast."""
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")

@@ -1,0 +1,379 @@
+"""The KL autoencoder: encoder, posterior, decoder, and the loss that trains them.
+
+B batch, C channels, H and W the image's height and width, h = H/f, w = W/f, z latent channels
+(`embed_dim`, or z_channels where that is None), D size of the context vector.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kl_vae.ddconfig import DDConfig
+from kl_vae.decoder import Decoder
+from kl_vae.distribution import DiagonalGaussianDistribution
+from kl_vae.encoder import Encoder
+from kl_vae.formats.checkpoint import best_checkpoint, is_checkpoint, list_checkpoints
+from kl_vae.formats.weights import read_file, state_dict_of
+from kl_vae.losses import Loss, build_loss, default_loss
+from kl_vae.optimizer import OptimizerConfig, build_optimizer
+from kl_vae.randomness import generator_for
+
+logger = logging.getLogger(__name__)
+
+
+class StepOutput(NamedTuple):
+    """What one pass of a batch through autoencoder and loss gives."""
+
+    total: Tensor  # the scalar to minimise
+    log: dict[str, Tensor]  # detached scalars under "train/..." or "val/..."
+    reconstruction: Tensor  # [B, C, H, W]
+    posterior: DiagonalGaussianDistribution
+
+
+class AutoEncoderKL(nn.Module):
+    """KL-regularised autoencoder (Rombach et al. 2022, section 3.1; Kingma & Welling 2013).
+
+    Images are float32 [B, C, H, W] in [-1, 1], H and W multiples of `f`.
+
+    Args:
+        ddconfig: the architecture (`DDConfig` describes each key).
+        embed_dim: channels of the latents; None: z_channels, without quant convolutions.
+        lossconfig: `{target: NAME, params: {...}}`, or a callable (`kl_vae.losses` gives its
+            signature); None: `default_loss`.
+        ckpt_path: a checkpoint to load weights from.
+        ignore_keys: beginnings of the checkpoint's keys that are not loaded.
+        colorize_nlabels: number of channels that `to_rgb` projects to three; in_channels, or None.
+        monitor: the validation figure, such as "val/rec_loss", that selects the best checkpoint.
+
+    Raises:
+        ValueError: a key, value or checkpoint that does not fit; the text says what to mend.
+    """
+
+    colorize: Tensor | None
+
+    def __init__(
+        self,
+        ddconfig: DDConfig | Mapping[str, Any],
+        embed_dim: int | None,
+        lossconfig: Mapping[str, Any] | Loss | None = None,
+        ckpt_path: str | Path | None = None,
+        ignore_keys: Iterable[str] = (),
+        colorize_nlabels: int | None = None,
+        monitor: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(ddconfig, DDConfig):
+            ddconfig = DDConfig.from_dict(ddconfig)
+        _check_autoencoder(ddconfig, embed_dim, colorize_nlabels)
+        self.config = ddconfig
+        self.embed_dim = embed_dim
+        self.monitor = monitor
+        self.encoder = Encoder(**dataclasses.asdict(ddconfig))
+        self.decoder = Decoder(**dataclasses.asdict(ddconfig))
+        if embed_dim is not None:
+            self.quant_conv = nn.Conv2d(2 * ddconfig.z_channels, 2 * embed_dim, 1)
+            self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig.z_channels, 1)
+        self.loss = build_loss(lossconfig)
+        colorize = None
+        if colorize_nlabels is not None:
+            generator = generator_for("colorize", colorize_nlabels)
+            colorize = torch.randn(3, colorize_nlabels, 1, 1, generator=generator)
+        self.register_buffer("colorize", colorize)
+        if ckpt_path is not None:
+            self.init_from_ckpt(ckpt_path, ignore_keys)
+
+    @property
+    def downsampling_factor(self) -> int:
+        """f: an image of H x W has latents of H/f x W/f."""
+        return self.config.downsampling_factor
+
+    @property
+    def latent_channels(self) -> int:
+        """z, channels of the latents."""
+        return self.config.z_channels if self.embed_dim is None else self.embed_dim
+
+    def encode(self, x: Tensor, context: Tensor | None = None) -> DiagonalGaussianDistribution:
+        """Images [B, C, H, W] -> the posterior over latents [B, z, h, w].
+
+        Raises:
+            ValueError: x is not a batch of images with in_channels, or f does not divide its size.
+        """
+        self._check_images(x)
+        self._check_context(context)
+        moments = self.encoder(x, context)
+        if self.embed_dim is not None:
+            moments = self.quant_conv(moments)
+        return DiagonalGaussianDistribution(moments)
+
+    def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """Latents [B, z, h, w] -> images [B, out_ch, H, W], unclamped.
+
+        Raises:
+            ValueError: z is not a batch of latents of this model.
+        """
+        if z.ndim != 4 or z.shape[1] != self.latent_channels:
+            raise ValueError(
+                f"latents of shape {list(z.shape)}: expected [B, {self.latent_channels}, h, w]"
+            )
+        self._check_context(context)
+        if self.embed_dim is not None:
+            z = self.post_quant_conv(z)
+        image: Tensor = self.decoder(z, context)
+        return image
+
+    def forward(
+        self,
+        input: Tensor,
+        sample_posterior: bool = True,
+        context: Tensor | None = None,
+        *,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, DiagonalGaussianDistribution]:
+        """Encode, draw latents, decode.
+
+        Args:
+            input: images [B, C, H, W].
+            sample_posterior: decode a sample of the posterior; else its mode.
+            context: vectors [B, D], where the ddconfig has context_channels D.
+            noise: standard normal noise [B, z, h, w] for the sample; None: torch's generator.
+
+        Returns:
+            The reconstruction [B, out_ch, H, W] and the posterior.
+        """
+        posterior = self.encode(input, context)
+        z = posterior.sample(noise=noise) if sample_posterior else posterior.mode()
+        return self.decode(z, context), posterior
+
+    def step(
+        self,
+        batch: Tensor,
+        global_step: int,
+        split: str,
+        *,
+        forward: Callable[..., Any] | None = None,
+        noise: Tensor | None = None,
+    ) -> StepOutput:
+        """Pass a batch [B, C, H, W] through autoencoder and loss: what every step begins with.
+
+        `forward` is what to call in place of this module, in training the DistributedDataParallel
+        wrapper: a call of the bare module would leave the gradients of the ranks apart.
+        """
+        reconstruction, posterior = (forward or self)(batch, noise=noise)
+        with torch.autocast(batch.device.type, enabled=False):
+            loss: Loss = self.default_loss if self.loss is None else self.loss
+            total, log = loss(
+                batch,
+                reconstruction.float(),
+                posterior,
+                global_step=global_step,
+                last_layer=self.get_last_layer(),
+                split=split,
+            )
+        return StepOutput(total, log, reconstruction, posterior)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """The loss of a batch of images [B, C, H, W], to be minimised.
+
+        `batch_idx` counts as the number of optimisation steps so far.
+        """
+        return self.step(batch, batch_idx, "train").total
+
+    @torch.no_grad()
+    def validation_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
+        """The validation figures of a batch of images [B, C, H, W], under "val/..."."""
+        return self.step(batch, batch_idx, "val").log
+
+    def configure_optimizers(self, config: OptimizerConfig | None = None) -> torch.optim.Optimizer:
+        """The optimiser over autoencoder and loss (a learned logvar is trained with them)."""
+        return build_optimizer(self.parameters(), config or OptimizerConfig())
+
+    def default_loss(
+        self,
+        inputs: Tensor,
+        reconstructions: Tensor,
+        posterior: DiagonalGaussianDistribution,
+        global_step: int,
+        last_layer: Tensor | None = None,
+        split: str = "train",
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """MSE + 0.5 * KL (see `kl_vae.losses.default_loss`): (scalar, log)."""
+        return default_loss(inputs, reconstructions, posterior, global_step, last_layer, split)
+
+    def get_last_layer(self) -> Tensor:
+        """The weight of the decoder's last convolution, [out_ch, ch, 3, 3]."""
+        return self.decoder.conv_out.weight
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | Path, params: Mapping[str, Any] | None = None
+    ) -> AutoEncoderKL:
+        """Load a trained autoencoder, in eval mode and without its loss.
+
+        Args:
+            path: a run directory (its best checkpoint, else its newest), one of our checkpoints, or
+                with `params` any file that holds a state dict of the CompVis layout.
+            params: `model.params` of a config; None: as the checkpoint says.
+
+        Raises:
+            ValueError: no checkpoint there, no params known, or weights that do not fit them.
+        """
+        path = Path(path)
+        if path.is_dir():
+            newest = best_checkpoint(path) or next(iter(list_checkpoints(path)), None)
+            if newest is None:
+                raise ValueError(f"{path}: no checkpoint in it; give a run directory or a file")
+            path = newest
+        content = read_file(path)
+        if params is None:
+            if not is_checkpoint(content):
+                raise ValueError(f"{path}: does not say its architecture; give its config as well")
+            params = content["config"]["model"]["params"]
+        known = {
+            key: params[key]
+            for key in ("ddconfig", "embed_dim", "colorize_nlabels", "monitor")
+            if key in params
+        }
+        if "ddconfig" not in known or "embed_dim" not in known:
+            raise ValueError(f"{path}: its config lacks ddconfig or embed_dim; give its config")
+        # lossconfig stays out: nothing that a checkpoint names is imported
+        model = cls(**known)
+        model.load_weights(state_dict_of(content, str(path)), source=str(path))
+        return model.eval()
+
+    def init_from_ckpt(self, path: str | Path, ignore_keys: Iterable[str] = ()) -> None:
+        """Load weights from a file; keys that begin with one of `ignore_keys` are left out.
+
+        Says in one log line what was loaded, ignored, missing and unexpected. A loss's own tensors
+        (`loss.`) are ignored where this model has no such loss.
+
+        Raises:
+            ValueError: missing, unexpected or differently shaped tensors that `ignore_keys` does
+                not name. The model is then left as it was.
+        """
+        tensors = state_dict_of(read_file(path), str(path))
+        self.load_weights(tensors, ignore_keys, source=str(path))
+
+    def load_weights(
+        self, tensors: Mapping[str, Tensor], ignore_keys: Iterable[str] = (), source: str = ""
+    ) -> None:
+        """Load a state dict as `init_from_ckpt` does a file."""
+        own = self.state_dict()
+        prefixes = tuple(ignore_keys)
+        if not any(key.startswith("loss.") for key in own):
+            prefixes += ("loss.",)
+        given = {k: x for k, x in tensors.items() if not (prefixes and k.startswith(prefixes))}
+        wanted = {key for key in own if not (prefixes and key.startswith(prefixes))}
+        loaded = {k: x for k, x in given.items() if k in own and x.shape == own[k].shape}
+        misshapen = [k for k in given if k in own and k not in loaded]
+        unexpected = [key for key in given if key not in own]
+        # a loss may be given to a model that was trained with another one or none
+        missing = [k for k in wanted if k not in given and not k.startswith("loss.")]
+        if misshapen or unexpected or missing:
+            raise ValueError(f"{source}: {self._mismatch(given, misshapen, unexpected, missing)}")
+        self.load_state_dict(loaded, strict=False)
+        logger.info(
+            "%s: %d tensors loaded, %d ignored, %d missing, 0 unexpected",
+            source,
+            len(loaded),
+            len(tensors) - len(given),
+            len(own) - len(loaded),
+        )
+
+    def to_rgb(self, x: Tensor) -> Tensor:
+        """Images of any number of channels as pictures [B, 3, H, W] in [-1, 1].
+
+        Three channels stay, one is repeated. More than three are projected by the `colorize` buffer
+        and each image stretched to the whole range; without that buffer the first three are shown.
+        """
+        channels = x.shape[1]
+        if channels == 1:
+            return x.expand(-1, 3, -1, -1)
+        if channels > 3 and self.colorize is not None:
+            x = F.conv2d(x, self.colorize.to(x))
+            low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
+            return 2.0 * (x - low) / (high - low).clamp_min(1e-12) - 1.0
+        return F.pad(x, (0, 0, 0, 0, 0, 1)) if channels == 2 else x[:, :3]
+
+    def _check_images(self, x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"images of shape {list(x.shape)}: expected [B, {self.config.in_channels}, H, W]"
+            )
+        f = self.downsampling_factor
+        if x.shape[2] % f or x.shape[3] % f:
+            raise ValueError(
+                f"images of {x.shape[3]} x {x.shape[2]}: width and height must be multiples of "
+                f"{f}; pad or crop them"
+            )
+
+    def _check_context(self, context: Tensor | None) -> None:
+        size = self.config.context_channels
+        if context is None:
+            if size:
+                raise ValueError(f"context=None: this model needs a context [B, {size}]")
+        elif not size:
+            raise ValueError("context given: set context_channels in the ddconfig to use one")
+        elif context.ndim != 2 or context.shape[1] != size:
+            raise ValueError(f"context of shape {list(context.shape)}: expected [B, {size}]")
+
+    def _mismatch(
+        self,
+        given: Mapping[str, Tensor],
+        misshapen: list[str],
+        unexpected: list[str],
+        missing: list[str],
+    ) -> str:
+        """One line on weights that do not fit this model, and what to mend."""
+        quant, post = "quant_conv.weight", "post_quant_conv.weight"
+        if self.embed_dim is None and post in given:
+            return f"has quant convolutions; set embed_dim={given[post].shape[1]}"
+        if self.embed_dim is not None and quant in missing:
+            return f"has no quant convolutions; embed_dim={self.embed_dim} should be null"
+        if quant in misshapen and given[quant].shape[1] == 2 * self.config.z_channels:
+            return (
+                f"its latents have {given[quant].shape[0] // 2} channels; "
+                f"embed_dim={self.embed_dim} should be {given[quant].shape[0] // 2}"
+            )
+        parts = []
+        if misshapen:
+            key = misshapen[0]
+            parts.append(
+                f"{len(misshapen)} tensors of another shape ({key}: {list(given[key].shape)} in "
+                f"the file, {list(self.state_dict()[key].shape)} in the model)"
+            )
+        if missing:
+            parts.append(f"{len(missing)} missing (such as {missing[0]})")
+        if unexpected:
+            parts.append(f"{len(unexpected)} unexpected (such as {unexpected[0]})")
+        return (
+            ", ".join(parts) + "; use the config it was trained with, or name them in ignore_keys"
+        )
+
+
+def _check_autoencoder(
+    config: DDConfig, embed_dim: int | None, colorize_nlabels: int | None
+) -> None:
+    if not config.double_z:
+        raise ValueError("double_z=False: a KL autoencoder needs mean and log variance; set true")
+    if config.give_pre_end:
+        raise ValueError("give_pre_end=True: an autoencoder must end in an image; set false")
+    if config.out_ch != config.in_channels:
+        raise ValueError(
+            f"out_ch={config.out_ch}: a reconstruction has the image's channels; "
+            f"set {config.in_channels}, as in_channels"
+        )
+    if embed_dim is not None and embed_dim < 1:
+        raise ValueError(f"embed_dim={embed_dim}: at least 1, or null for no quant convolutions")
+    if colorize_nlabels is not None and colorize_nlabels != config.in_channels:
+        raise ValueError(
+            f"colorize_nlabels={colorize_nlabels}: must be "
+            f"in_channels={config.in_channels}, or null"
+        )

@@ -1,0 +1,149 @@
+"""From a mapping of plain values to a frozen dataclass, with every error named at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Config = TypeVar("Config")
+
+# what YAML 1.1 leaves as text although it was meant as a number: 1e-4, 1.e-4, 5E3
+_EXPONENT_WITHOUT_POINT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+
+def from_mapping(cls: type[Config], mapping: object, path: str = "") -> Config:
+    """Build the dataclass `cls` from `mapping`; nested dataclasses are built from nested mappings.
+
+    Args:
+        cls: a frozen dataclass that checks its values in `__post_init__`.
+        mapping: its fields by name.
+        path: where the mapping stands in the file, such as `model.params`; errors begin with it.
+
+    Raises:
+        ValueError: unknown or missing keys, wrong types and impossible values, one line each, each
+            with its full key path, the value and how to mend it.
+    """
+    errors: list[str] = []
+    config = _build(cls, mapping, path, errors)
+    if errors:
+        raise ValueError("\n".join(errors))
+    return config  # type: ignore[no-any-return]
+
+
+def show(value: object) -> str:
+    """Return a value as an error message shows it: on one line, and not without end."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _build(cls: Any, mapping: object, path: str, errors: list[str]) -> Any:
+    if isinstance(mapping, cls):
+        return mapping
+    if not isinstance(mapping, Mapping):
+        where = path or cls.__name__
+        errors.append(f"{where}={show(mapping)}: expected keys and values, such as {_example(cls)}")
+        return None
+    before = len(errors)
+    hints = get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in mapping:
+        if key not in fields:
+            errors.append(f"{_join(path, key)}={show(mapping[key])}: {_unknown(key, fields)}")
+    values: dict[str, Any] = {}
+    for name, field in fields.items():
+        if name in mapping:
+            values[name] = _convert(hints[name], mapping[name], _join(path, name), errors)
+        elif field.default is field.default_factory is dataclasses.MISSING:
+            errors.append(f"{_join(path, name)}: missing; it has no default, so write it")
+    if len(errors) > before:
+        return None
+    try:
+        return cls(**values)
+    except ValueError as error:
+        errors.extend(_join(path, line) for line in str(error).splitlines())
+        return None
+
+
+def _convert(hint: Any, value: object, path: str, errors: list[str]) -> Any:
+    """Return `value` as the type `hint` asks, or append to `errors`."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, path, errors)
+    before = len(errors)
+    for option in _options(hint):
+        if option is type(None) and value is None:
+            return None
+        if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
+            return _build(option, value, path, errors)
+        if get_origin(option) is Literal and any(
+            value == choice and type(value) is type(choice) for choice in get_args(option)
+        ):
+            return value
+        if get_origin(option) is tuple and isinstance(value, (list, tuple)):
+            inner, *_ = get_args(option)
+            items = tuple(_convert(inner, x, f"{path}[{i}]", errors) for i, x in enumerate(value))
+            return items if len(errors) == before else None
+        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            if math.isfinite(value):
+                return float(value)
+        elif option is Any or (isinstance(option, type) and type(value) is option):
+            return value
+        elif get_origin(option) is dict and isinstance(value, Mapping):
+            return dict(value)
+    errors.append(f"{path}={show(value)}: {_mend(hint, value)}")
+    return None
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _mend(hint: Any, value: object) -> str:
+    if isinstance(value, str) and _EXPONENT_WITHOUT_POINT.fullmatch(value) and _wants_number(hint):
+        return (
+            f"YAML reads {value} as text, since it has no point or no sign; "
+            f"write {float(value):.1e}"
+        )
+    return f"is {_type_name(type(value))}, expected {_expected(hint)}"
+
+
+def _wants_number(hint: Any) -> bool:
+    return any(option in (int, float) for option in _options(hint))
+
+
+def _type_name(kind: type) -> str:
+    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+    names |= {list: "a list", tuple: "a list", dict: "keys and values", type(None): "null"}
+    return names.get(kind, kind.__name__)
+
+
+def _expected(hint: Any) -> str:
+    names = []
+    for option in _options(hint):
+        if get_origin(option) is Literal:
+            names.append("one of " + ", ".join(str(choice) for choice in get_args(option)))
+        elif get_origin(option) is tuple:
+            names.append(f"a list, each item {_expected(get_args(option)[0])}")
+        elif option is float:
+            names.append("a finite number")
+        else:
+            names.append(_type_name(get_origin(option) or option))
+    return " or ".join(names)
+
+
+def _unknown(key: object, known: Mapping[str, object]) -> str:
+    close = difflib.get_close_matches(str(key), known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known keys are {', '.join(known)}"
+    return f"unknown key; {hint}"
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _example(cls: Any) -> str:
+    return f"{dataclasses.fields(cls)[0].name}: ..."
