@@ -1,0 +1,1 @@
+"""Files and layouts of weights: state dicts in, state dicts out."""

@@ -1,0 +1,18 @@
+"""Losses by name, and how a `lossconfig` selects one.
+
+A loss is a callable
+
+    loss(inputs, reconstructions, posterior, global_step, last_layer, split) -> (total, log)
+
+with images [B, C, H, W] in [-1, 1], a DiagonalGaussianDistribution, the number of optimisation
+steps taken so far, the weight of the decoder's last convolution, and "train" or "val". `total` is
+the scalar to minimise; `log` holds detached scalars under keys such as "train/rec_loss". If it is
+an nn.Module with parameters, these are trained with the autoencoder.
+"""
+
+from __future__ import annotations
+
+from kl_vae.losses.build import LOSSES, Loss, build_loss, register_loss
+from kl_vae.losses.elbo import ELBO, default_loss
+
+__all__ = ["ELBO", "LOSSES", "Loss", "build_loss", "default_loss", "register_loss"]

@@ -1,0 +1,81 @@
+"""From a `lossconfig` to the loss that it names."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from kl_vae.registry import Registry
+
+Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+
+LOSSES = Registry("lossconfig.target")
+register_loss = LOSSES.register
+
+# the adversarial loss of the published configs
+_PUBLISHED_GAN_LOSSES = (
+    "ldm.modules.losses.LPIPSWithDiscriminator",
+    "ldm.modules.losses.contperceptual.LPIPSWithDiscriminator",
+    "sgm.modules.autoencoding.losses.GeneralLPIPSWithDiscriminator",
+    "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator",
+)
+_NO_LOSS = "torch.nn.Identity"
+
+
+def build_loss(lossconfig: Mapping[str, Any] | Loss | None) -> Loss | None:
+    """Build the loss of a `lossconfig`; None stays None, and a callable is its own loss.
+
+    Args:
+        lossconfig: `{target: NAME, params: {...}}`: a registered name, or the dotted path of a
+            class or function. A dotted path is imported, so a lossconfig must come from the user
+            (Python, or a config file named on the command line), never from a checkpoint.
+
+    Raises:
+        ValueError: a target that cannot be found, or params that it does not take.
+    """
+    if lossconfig is None or callable(lossconfig):
+        return lossconfig
+    unknown = set(lossconfig) - {"target", "params"}
+    if unknown or "target" not in lossconfig:
+        raise ValueError(
+            f"lossconfig={dict(lossconfig)!r}: takes the keys target and params; "
+            "write lossconfig: {target: elbo, params: {kl_weight: 1.0e-6}}"
+        )
+    target, params = lossconfig["target"], lossconfig.get("params") or {}
+    if not isinstance(target, str) or not isinstance(params, Mapping):
+        raise ValueError(
+            f"lossconfig={dict(lossconfig)!r}: target is a name and params are keys and values"
+        )
+    if target == _NO_LOSS:  # how published configs for inference say that there is none
+        return None
+    constructor = LOSSES[target] if target in LOSSES else _import(target)
+    try:
+        inspect.signature(constructor).bind(**params)
+    except TypeError as error:
+        takes = ", ".join(inspect.signature(constructor).parameters)
+        raise ValueError(f"lossconfig.params: {error}; {target} takes {takes}") from None
+    loss: Loss = constructor(**params)
+    return loss
+
+
+def _import(target: str) -> Callable[..., Any]:
+    if target in _PUBLISHED_GAN_LOSSES:
+        raise ValueError(
+            f"lossconfig.target={target}: the LPIPS + GAN loss is not part of this version; "
+            "write lossconfig: {target: elbo, params: {kl_weight: 1.0e-6}}"
+        )
+    module, _, name = target.rpartition(".")
+    if not module:
+        LOSSES[target]  # raises, naming the known ones
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"lossconfig.target={target}: cannot be imported ({error}); choose one of "
+            f"{', '.join(LOSSES)}, or the dotted path of a class on your PYTHONPATH"
+        ) from None
+    return found

@@ -1,0 +1,125 @@
+"""The plain loss: reconstruction error and KL, the negative evidence lower bound.
+
+B batch, N = C * H * W values an image.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from kl_vae.distribution import DiagonalGaussianDistribution
+from kl_vae.losses.build import register_loss
+
+
+@register_loss("elbo")
+class ELBO(nn.Module):
+    """Negative log likelihood of the image plus kl_weight * KL (Kingma & Welling 2013, eq. 10).
+
+    With e the mean over an image's values of |x - x_rec| (`l1`: a Laplace likelihood) or
+    (x - x_rec)^2 (`mse`: a Gaussian one), and s = logvar, the published first stages' form:
+
+        nll   = N * (e / exp(s) + s)
+        total = mean over images of (nll + kl_weight * KL) / N
+
+    Published configs sum instead of dividing by N. The division changes no optimum, so `kl_weight`
+    means what it means there; it makes the gradient's size the same at every resolution, so that
+    one clipping bound fits all. `reduction="sum"` gives the published sum.
+
+    Args:
+        reconstruction: `mse` or `l1`.
+        kl_weight: weight of the KL (nats an image) against the summed reconstruction error.
+        kl_warmup_steps: optimisation steps over which the KL's weight rises linearly from 0.
+        learn_logvar: train s (one scalar) with the autoencoder.
+        logvar_init: s at the start.
+        reduction: `mean` or `sum`, over an image's values.
+
+    Raises:
+        ValueError: an impossible value; the key, the value and the mend.
+    """
+
+    def __init__(
+        self,
+        reconstruction: Literal["mse", "l1"] = "mse",
+        kl_weight: float = 1e-6,
+        kl_warmup_steps: int = 0,
+        learn_logvar: bool = False,
+        logvar_init: float = 0.0,
+        reduction: Literal["mean", "sum"] = "mean",
+    ) -> None:
+        super().__init__()
+        for key, value, choices in (
+            ("reconstruction", reconstruction, ("mse", "l1")),
+            ("reduction", reduction, ("mean", "sum")),
+            ("learn_logvar", learn_logvar, (True, False)),
+        ):
+            if value not in choices:
+                raise ValueError(f"{key}={value!r}: choose one of {choices[0]}, {choices[1]}")
+        for key, number in (("kl_weight", kl_weight), ("kl_warmup_steps", kl_warmup_steps)):
+            if isinstance(number, (str, bool)) or number < 0:
+                raise ValueError(f"{key}={number!r}: a number, 0 or more (YAML: 1.0e-6, not 1e-6)")
+        if isinstance(logvar_init, (str, bool)):
+            raise ValueError(f"logvar_init={logvar_init!r}: a number, the initial log variance")
+        self.reconstruction = reconstruction
+        self.kl_weight = kl_weight
+        self.kl_warmup_steps = kl_warmup_steps
+        self.reduction = reduction
+        self.logvar = nn.Parameter(torch.tensor(float(logvar_init)), requires_grad=learn_logvar)
+
+    def forward(
+        self,
+        inputs: Tensor,
+        reconstructions: Tensor,
+        posterior: DiagonalGaussianDistribution,
+        global_step: int,
+        last_layer: Tensor | None = None,
+        split: str = "train",
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the scalar to minimise, and what it is made of under `{split}/...`."""
+        difference = inputs.float() - reconstructions.float()
+        error = difference.abs() if self.reconstruction == "l1" else difference.square()
+        values = inputs[0].numel()
+        rec_loss = error.mean()
+        nll_loss = rec_loss / self.logvar.exp() + self.logvar
+        kl_loss = posterior.kl().mean()
+        kl_weight = self.kl_weight_at(global_step)
+        total = nll_loss + (kl_weight / values) * kl_loss
+        if self.reduction == "sum":
+            total, nll_loss = values * total, values * nll_loss
+        log = {
+            "total_loss": total,
+            "nll_loss": nll_loss,
+            "rec_loss": rec_loss,
+            "kl_loss": kl_loss,
+            "kl_weight": torch.tensor(kl_weight, dtype=torch.float64),
+            "logvar": self.logvar,
+        }
+        return total, {f"{split}/{key}": value.detach().clone() for key, value in log.items()}
+
+    def kl_weight_at(self, global_step: int) -> float:
+        """The KL's weight after `global_step` optimisation steps."""
+        if global_step >= self.kl_warmup_steps:
+            return self.kl_weight
+        return self.kl_weight * global_step / self.kl_warmup_steps
+
+
+def default_loss(
+    inputs: Tensor,
+    reconstructions: Tensor,
+    posterior: DiagonalGaussianDistribution,
+    global_step: int,
+    last_layer: Tensor | None = None,
+    split: str = "train",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """MSE (mean over all values) + 0.5 * KL (summed over an image's latents, mean over images).
+
+    The documented loss of `lossconfig=None`. At this weight the KL outweighs the image and the
+    posterior collapses to N(0, I): set a lossconfig to train something useful.
+    """
+    rec_loss = (inputs.float() - reconstructions.float()).square().mean()
+    kl_loss = posterior.kl().mean()
+    total = rec_loss + 0.5 * kl_loss
+    log = {"total_loss": total, "rec_loss": rec_loss, "kl_loss": kl_loss}
+    return total, {f"{split}/{key}": value.detach() for key, value in log.items()}
