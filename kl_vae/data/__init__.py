@@ -1,0 +1,65 @@
+"""Images from files: decode, list a folder, resumable batches; knows nothing of the model."""
+
+from kl_vae.data.build import build_datasets
+from kl_vae.data.config import DataConfig, SourceConfig, ValidationConfig
+from kl_vae.data.dataset import ImageDataset, Sample
+from kl_vae.data.folder import list_images, resolve_root, select
+from kl_vae.data.images import (
+    ARRAY_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    MAX_PIXELS,
+    ImageError,
+    display_name,
+    read_image,
+    read_size,
+    to_float,
+    to_uint8,
+)
+from kl_vae.data.loader import Batch, collate, training_loader, validation_loader
+from kl_vae.data.named import NAMED, NamedSource
+from kl_vae.data.pil_modes import pil_to_tensor
+from kl_vae.data.sampler import Key, StepSampler, permutation, validation_batches
+from kl_vae.data.source import FolderSource, Source
+from kl_vae.data.split import fingerprint, held_out, split
+from kl_vae.data.transforms import center_crop, random_crop, random_flip, resize_short_side
+
+__all__ = [
+    "ARRAY_EXTENSIONS",
+    "IMAGE_EXTENSIONS",
+    "MAX_PIXELS",
+    "NAMED",
+    "Batch",
+    "DataConfig",
+    "FolderSource",
+    "ImageDataset",
+    "ImageError",
+    "Key",
+    "NamedSource",
+    "Sample",
+    "Source",
+    "SourceConfig",
+    "StepSampler",
+    "ValidationConfig",
+    "build_datasets",
+    "center_crop",
+    "collate",
+    "display_name",
+    "fingerprint",
+    "held_out",
+    "list_images",
+    "permutation",
+    "pil_to_tensor",
+    "random_crop",
+    "random_flip",
+    "read_image",
+    "read_size",
+    "resize_short_side",
+    "resolve_root",
+    "select",
+    "split",
+    "to_float",
+    "to_uint8",
+    "training_loader",
+    "validation_batches",
+    "validation_loader",
+]

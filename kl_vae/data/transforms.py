@@ -1,0 +1,69 @@
+"""From a decoded image to a square crop.
+
+Shapes: images are [C,H,W], uint8, or float32 in [0, 1].
+"""
+
+import torch
+from torch import Generator, Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+
+from kl_vae.data.images import MAX_PIXELS
+
+
+def resize_short_side(image: Tensor, size: int) -> Tensor:
+    """Resize so that the short side is `size`; the aspect is kept.
+
+    Bicubic, since bilinear blurs what the autoencoder is then taught to
+    reproduce; antialiased, since it would alias when it makes images smaller.
+
+    Raises:
+        ValueError: the image is so long and thin that the result would not fit into memory.
+    """
+    height, width = image.shape[-2:]
+    short = min(height, width)
+    if short == size:
+        return image
+    # round(x + 1/2) downwards, where round() would go to the even side; exact for the short side
+    new_height, new_width = ((2 * side * size + short) // (2 * short) for side in (height, width))
+    if new_height * new_width > MAX_PIXELS:
+        raise ValueError(
+            f"{width} x {height} pixels would become {new_width} x {new_height} at a short side "
+            f"of {size}: leave the file out (data.train.exclude), or lower data.resize"
+        )
+    resized: Tensor = functional.resize(
+        image, [new_height, new_width], interpolation=InterpolationMode.BICUBIC, antialias=True
+    )
+    # bicubic overshoots at edges; torchvision clamps uint8 alone
+    return resized.clamp(0, 1) if resized.is_floating_point() else resized
+
+
+def random_crop(image: Tensor, size: int, generator: Generator) -> Tensor:
+    """Cut [C,size,size] out of a place drawn uniformly."""
+    _check_fits(image, size)
+    height, width = image.shape[-2:]
+    top = int(torch.randint(height - size + 1, (), generator=generator))
+    left = int(torch.randint(width - size + 1, (), generator=generator))
+    return image[:, top : top + size, left : left + size]
+
+
+def center_crop(image: Tensor, size: int) -> Tensor:
+    """Cut [C,size,size] out of the middle; an odd rest of one pixel is left below and right."""
+    _check_fits(image, size)
+    height, width = image.shape[-2:]
+    top, left = (height - size) // 2, (width - size) // 2
+    return image[:, top : top + size, left : left + size]
+
+
+def random_flip(image: Tensor, generator: Generator) -> Tensor:
+    """Mirror left and right with a probability of one half."""
+    return image.flip(-1) if torch.rand((), generator=generator) < 0.5 else image
+
+
+def _check_fits(image: Tensor, size: int) -> None:
+    height, width = image.shape[-2:]
+    if min(height, width) < size:
+        raise ValueError(
+            f"{width} x {height} is smaller than the crop of {size}: "
+            "set data.resize, or lower data.crop"
+        )

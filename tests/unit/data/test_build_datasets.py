@@ -1,0 +1,245 @@
+"""From configuration to data sets, and every way in which that is refused."""
+
+import dataclasses
+import logging
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kl_vae.data import (
+    DataConfig,
+    FolderSource,
+    ImageDataset,
+    SourceConfig,
+    ValidationConfig,
+    build_datasets,
+)
+
+
+def make(root: Path, *paths: str) -> None:
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(root / path)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    make(tmp_path, *(f"{folder}/{number}.png" for folder in "ab" for number in range(10)))
+    return tmp_path
+
+
+def paths(dataset: ImageDataset | None) -> list[str]:
+    assert dataset is not None
+    assert isinstance(dataset.source, FolderSource)
+    return dataset.source.paths
+
+
+def build(
+    train: Path | None, validation: ValidationConfig | None = None, **options: object
+) -> tuple[ImageDataset, ImageDataset | None]:
+    config = DataConfig(
+        train=SourceConfig(root=None if train is None else str(train)),
+        validation=validation or ValidationConfig(),
+        **options,
+    )
+    return build_datasets(config, channels=3, resolution=8, seed=4)
+
+
+def refusal(
+    train: Path | None, validation: ValidationConfig | None = None, **options: object
+) -> str:
+    with pytest.raises(ValueError) as caught:
+        build(train, validation, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_values_reach_the_datasets(root: Path) -> None:
+    training, validation = build(root, resize=12, flip=False, max_pixels=99)
+    assert validation is not None
+    for dataset, is_training in ((training, True), (validation, False)):
+        assert (dataset.crop, dataset.resize, dataset.flip, dataset.seed) == (8, 12, False, 4)
+        assert dataset.training is is_training
+        assert isinstance(dataset.source, FolderSource)
+        assert (dataset.source.channels, dataset.source.max_pixels) == (3, 99)
+    assert build(root, crop=6)[0].crop == 6
+
+
+def test_a_held_out_fraction(root: Path) -> None:
+    training, validation = build(root, ValidationConfig(fraction=0.5))
+    assert sorted(paths(training) + paths(validation)) == sorted(
+        f"{folder}/{number}.png" for folder in "ab" for number in range(10)
+    )
+    assert len(paths(validation)) >= 3
+
+
+def test_a_fraction_of_zero_means_no_validation(root: Path) -> None:
+    training, validation = build(root, ValidationConfig(fraction=0))
+    assert validation is None
+    assert len(training) == 20
+
+
+def test_one_file_is_held_out_at_least(root: Path) -> None:
+    training, validation = build(root, ValidationConfig(fraction=1e-9))
+    assert len(training) == 19
+    _, larger = build(root, ValidationConfig(fraction=0.5))
+    assert paths(validation)[0] in paths(larger)
+
+
+def test_a_single_image_is_for_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make(tmp_path, "a.png")
+    with caplog.at_level(logging.WARNING):
+        training, validation = build(tmp_path, ValidationConfig(fraction=1e-9))
+    assert paths(training) == ["a.png"]
+    assert validation is None
+    assert "no validation: there is one image, and training takes it" in caplog.text
+
+
+def test_a_fraction_that_leaves_no_training(root: Path) -> None:
+    assert refusal(root, ValidationConfig(fraction=1 - 1e-9)) == (
+        "data.validation.fraction=0.999999999: leaves none of 20 images to train on; "
+        "lower it, or set data.validation.root"
+    )
+
+
+def test_included_validation_files_leave_training(root: Path) -> None:
+    training, validation = build(root, ValidationConfig(include=("b/*",), exclude=("b/[5-9].*",)))
+    assert paths(validation) == [f"b/{number}.png" for number in range(5)]
+    assert len(training) == 15
+    assert not set(paths(training)) & set(paths(validation))
+
+
+@pytest.mark.parametrize(("pattern", "matched"), [("c/*", "none"), ("*.png", "all")])
+def test_included_validation_files_that_make_no_split(
+    root: Path, pattern: str, matched: str
+) -> None:
+    assert refusal(root, ValidationConfig(include=(pattern,))) == (
+        f"data.validation.include=['{pattern}']: matches {matched} of the 20 images of "
+        "data.train.root; change the patterns, or set data.validation.root"
+    )
+
+
+def test_a_validation_folder_of_its_own(root: Path) -> None:
+    config = ValidationConfig(root=str(root / "b"), include=("[0-4].png",))
+    training, validation = build(root / "a", config)
+    assert paths(training) == [f"{number}.png" for number in range(10)]
+    assert paths(validation) == [f"{number}.png" for number in range(5)]
+    assert validation is not None
+    assert validation.source.name(0) == f"{root}/b/0.png"
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "example"),
+    [("", "b", "b/0.png"), ("a", "", "a/0.png"), ("", "a/..", "a/0.png")],
+)
+def test_folders_that_share_images(root: Path, train: str, validation: str, example: str) -> None:
+    count = 20 if validation == "a/.." else 10
+    assert refusal(root / train, ValidationConfig(root=str(root / validation))) == (
+        f"data.validation.root={root / validation}: {count} of its images are training images "
+        f"as well, such as {root}/{example}; "
+        "add patterns to data.train.exclude, or leave data.validation.root out"
+    )
+
+
+def test_one_folder_with_patterns_that_keep_the_two_apart(root: Path) -> None:
+    config = DataConfig(
+        train=SourceConfig(str(root), include=("a/*",)),
+        validation=ValidationConfig(str(root), include=("b/*",)),
+    )
+    training, validation = build_datasets(config, 3, 8, 0)
+    assert paths(training) == [f"a/{number}.png" for number in range(10)]
+    assert paths(validation) == [f"b/{number}.png" for number in range(10)]
+
+
+def test_no_root() -> None:
+    assert refusal(None) == "data.train.root is not set: write data.train.root=FOLDER"
+
+
+def test_folders_that_are_not_there(root: Path) -> None:
+    assert refusal(root / "x") == (
+        f"data.train.root: no such folder: {root}/x; give an existing folder of images"
+    )
+    assert refusal(root, ValidationConfig(root=f"{root}/y")) == (
+        f"data.validation.root: no such folder: {root}/y; give an existing folder of images"
+    )
+    assert refusal(Path("package:no_such_package")).startswith(
+        "data.train.root: package:no_such_package: no Python package"
+    )
+
+
+def test_resize_smaller_than_the_resolution(root: Path) -> None:
+    assert refusal(root, resize=7) == (
+        "data.resize=7: smaller than the crop of 8; set resize to 8 or more"
+    )
+    build(root, resize=7, crop=6)
+
+
+# --- single values
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"resize": 0}, "resize=0: must be at least 1"),
+        ({"crop": -3}, "crop=-3: must be at least 1"),
+        ({"max_pixels": 0}, "max_pixels=0: must be at least 1"),
+        ({"num_workers": -1}, "num_workers=-1: must be 0 or more"),
+        (
+            {"resize": 32, "crop": 64},
+            "resize=32: smaller than the crop of 64; set resize to 64 or more",
+        ),
+        ({"name": "mnist"}, "name=mnist: choose one of folder, cifar10, fashion-mnist"),
+        (
+            {"name": "cifar10", "train": SourceConfig(include=("a",))},
+            "name=cifar10: has its own validation images and takes no patterns; "
+            "leave out validation.root, include and exclude",
+        ),
+        (
+            {"name": "cifar10", "validation": ValidationConfig(root="x")},
+            "name=cifar10: has its own validation images and takes no patterns; "
+            "leave out validation.root, include and exclude",
+        ),
+    ],
+)
+def test_values_that_are_refused(options: dict[str, object], text: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        DataConfig(**options)
+    assert str(caught.value) == text
+
+
+@pytest.mark.parametrize("fraction", [1, -0.1, float("nan")])
+def test_fractions_that_are_refused(fraction: float) -> None:
+    with pytest.raises(ValueError, match=f"^fraction={fraction}: must be at least 0 and less"):
+        ValidationConfig(fraction=fraction)
+
+
+def test_an_exclude_without_effect_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^exclude=\['a'\]: has no effect without root or incl"):
+        ValidationConfig(exclude=("a",))
+
+
+def test_a_config_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DataConfig().crop = 3
+
+
+# --- named data sets
+
+
+def test_a_named_data_set(tmp_path: Path) -> None:
+    folder = tmp_path / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    for name, count in (("train", 6), ("t10k", 4)):
+        images = struct.pack(">4I", 0x803, count, 28, 28) + bytes(count * 28 * 28)
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(images)
+        labels = struct.pack(">2I", 0x801, count) + bytes(count)
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(labels)
+    training, validation = build(tmp_path, name="fashion-mnist", resize=8)
+    assert validation is not None
+    assert (len(training), len(validation)) == (6, 4)
+    assert np.all(training[0, 0, 0].image.numpy() == -1)
+    _, nothing = build(tmp_path, ValidationConfig(fraction=0), name="fashion-mnist")
+    assert nothing is None

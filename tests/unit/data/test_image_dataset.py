@@ -1,0 +1,136 @@
+"""Samples of a folder: crops as functions of the key, errors as values."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kl_vae.data import FolderSource, ImageDataset, list_images, to_float
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for number, (height, width) in enumerate([(20, 30), (16, 16), (40, 24)]):
+        pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+def dataset(
+    root: Path, crop: int = 16, resize: int | None = None, training: bool = True, **options: int
+) -> ImageDataset:
+    source = FolderSource(root, list_images(root, 3), channels=3, **options)
+    return ImageDataset(source, crop, resize, flip=True, seed=0, training=training)
+
+
+def test_a_training_sample(root: Path) -> None:
+    data = dataset(root)
+    assert len(data) == 3
+    sample = data[3, 0, 17]
+    assert sample.image.shape == (3, 16, 16)
+    assert sample.image.dtype == torch.float32
+    assert -1 <= sample.image.min() < -0.9 < 0.9 < sample.image.max() <= 1
+    assert (sample.position, sample.error) == (17, "")
+
+
+def test_a_crop_is_a_part_of_the_image(root: Path) -> None:
+    data = dataset(root)
+    whole = to_float(data.source.read(0))
+    patches = whole.unfold(1, 16, 1).unfold(2, 16, 1)  # [C,places,places,16,16]
+    crop = data[0, 0, 0].image[:, None, None]
+    same = [(patches == c).all(-1).all(-1).all(0).any() for c in (crop, crop.flip(-1))]
+    assert sum(same) == 1
+
+
+def test_draws_are_a_function_of_seed_epoch_and_index(root: Path) -> None:
+    data = dataset(root)
+    crops = [data[epoch, 2, 0].image for epoch in range(8)]
+    for epoch in reversed(range(8)):
+        assert torch.equal(dataset(root)[epoch, 2, 5].image, crops[epoch])
+    assert len({crop.numpy().tobytes() for crop in crops}) > 4
+    data.seed = 1
+    assert any(not torch.equal(data[epoch, 2, 0].image, crops[epoch]) for epoch in range(8))
+
+
+def test_draws_leave_the_global_generator_alone(root: Path) -> None:
+    before = torch.get_rng_state()
+    dataset(root)[0, 0, 0]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_no_flip(root: Path) -> None:
+    data = dataset(root)
+    data.flip = False
+    whole = to_float(data.source.read(1))  # 16 x 16: there is one crop
+    assert all(torch.equal(data[epoch, 1, 0].image, whole) for epoch in range(8))
+
+
+def test_validation_takes_the_middle(root: Path) -> None:
+    data = dataset(root, training=False)
+    expected = to_float(data.source.read(0))[:, 2:18, 7:23]
+    assert torch.equal(data[0, 0, 0].image, expected)
+    assert torch.equal(data[5, 0, 0].image, expected)
+
+
+def test_resize_comes_before_the_crop(root: Path) -> None:
+    data = dataset(root, crop=32, resize=32)
+    assert all(data[0, index, 0].image.shape == (3, 32, 32) for index in range(3))
+    assert all(data[0, index, 0].error == "" for index in range(3))
+
+
+def test_a_damaged_file_gives_zeros_and_the_reason(root: Path) -> None:
+    (root / "1.png").write_bytes(b"damaged")
+    sample = dataset(root)[0, 1, 4]
+    assert sample.image.shape == (3, 16, 16)
+    assert not sample.image.any()
+    assert sample.position == 4
+    assert sample.error.startswith(f"{root}/1.png: not an image")
+
+
+def test_a_vanished_file_gives_the_reason(root: Path) -> None:
+    data = dataset(root)
+    (root / "1.png").unlink()
+    assert data[0, 1, 0].error == f"{root}/1.png: No such file or directory"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_small_image_gives_the_reason(root: Path, training: bool) -> None:
+    sample = dataset(root, crop=20, training=training)[0, 1, 0]
+    assert sample.error == (
+        f"{root}/1.png: 16 x 16 is smaller than the crop of 20: set data.resize, or lower data.crop"
+    )
+    assert sample.image.shape == (3, 20, 20)
+
+
+def test_max_pixels_reaches_the_reader(root: Path) -> None:
+    assert "more than max_pixels=100" in dataset(root, max_pixels=100)[0, 0, 0].error
+
+
+def test_check_sizes(root: Path) -> None:
+    dataset(root, crop=16).check_sizes()
+    dataset(root, crop=32, resize=32).check_sizes()
+    with pytest.raises(ValueError) as caught:
+        dataset(root, crop=18).check_sizes()
+    assert str(caught.value) == (
+        f"{root}/1.png is 16 x 16, smaller than the crop of 18: set data.resize, or lower data.crop"
+    )
+    (root / "0.png").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="0.png: not an image.*; leave it out with data.train.ex"):
+        dataset(root).check_sizes()
+
+
+def test_fingerprint(root: Path) -> None:
+    before = dataset(root).fingerprint
+    assert before == dataset(root, crop=8).fingerprint
+    Image.new("RGB", (16, 16)).save(root / "3.png")
+    assert dataset(root).fingerprint != before
+
+
+def test_a_dataset_can_be_sent_to_a_worker(root: Path) -> None:
+    data = dataset(root)
+    copy = pickle.loads(pickle.dumps(data))
+    assert torch.equal(copy[0, 0, 0].image, data[0, 0, 0].image)

@@ -1,0 +1,120 @@
+"""Named data sets from tiny files in their published formats, and without a network."""
+
+import hashlib
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision.datasets import CIFAR10, FashionMNIST
+
+from kl_vae.data import ImageDataset, NamedSource
+
+NOWHERE = "http://127.0.0.1:9/"  # the discard port: refused at once
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+    path.write_bytes(header + array.tobytes())
+
+
+@pytest.fixture
+def fashion(tmp_path: Path) -> Path:
+    folder = tmp_path / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    for name, count in (("train", 6), ("t10k", 4)):
+        images = np.full((count, 28, 28), 50 * np.arange(count)[:, None, None], np.uint8)
+        write_idx(folder / f"{name}-images-idx3-ubyte", images)
+        write_idx(folder / f"{name}-labels-idx1-ubyte", np.zeros(count, np.uint8))
+    return tmp_path
+
+
+@pytest.fixture
+def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+
+    def write(name: str, content: dict[str, object]) -> str:
+        data = pickle.dumps(content)
+        (folder / name).write_bytes(data)
+        return hashlib.md5(data).hexdigest()
+
+    # red, green and blue planes of 32 x 32, one after another
+    planes = np.repeat(np.array([[200, 100, 50]], np.uint8), 1024, axis=1)  # [1,3072]
+    batch = {"data": planes, "labels": [0]}
+    names = [f"data_batch_{number}" for number in range(1, 6)]
+    monkeypatch.setattr(CIFAR10, "train_list", [[name, write(name, batch)] for name in names])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", write("test_batch", batch)]])
+    md5 = write("batches.meta", {"label_names": ["thing"]})
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": md5})
+    return tmp_path
+
+
+def test_fashion_mnist(fashion: Path) -> None:
+    training = NamedSource("fashion-mnist", fashion, training=True, channels=1)
+    validation = NamedSource("fashion-mnist", fashion, training=False, channels=1)
+    assert (len(training), len(validation)) == (6, 4)
+    assert training.read(2).shape == (1, 28, 28)
+    assert training.read(2).unique().tolist() == [100]
+    assert training.size(2) == (28, 28)
+    assert training.name(2) == "fashion-mnist train 2"
+    assert training.fingerprint != validation.fingerprint
+    grey = NamedSource("fashion-mnist", fashion, training=True, channels=3)
+    assert grey.read(2).shape == (3, 28, 28)
+    assert grey.read(2).unique().tolist() == [100]
+
+
+def test_cifar10(cifar: Path) -> None:
+    training = NamedSource("cifar10", cifar, training=True, channels=3)
+    validation = NamedSource("cifar10", cifar, training=False, channels=3)
+    assert (len(training), len(validation)) == (5, 1)
+    assert training.read(0).shape == (3, 32, 32)
+    assert training.read(0).dtype == torch.uint8
+    assert training.read(4)[:, 7, 9].tolist() == [200, 100, 50]
+    grey = NamedSource("cifar10", cifar, training=True, channels=1)
+    assert grey.read(0).unique().tolist() == [124]  # .299 R + .587 G + .114 B
+
+
+def test_the_same_samples_as_of_a_folder(fashion: Path) -> None:
+    source = NamedSource("fashion-mnist", fashion, training=True, channels=1)
+    data = ImageDataset(source, crop=32, resize=32, flip=True, seed=0, training=True)
+    data.check_sizes()
+    assert data[0, 1, 0].image.shape == (1, 32, 32)
+    small = ImageDataset(source, crop=32, resize=None, flip=True, seed=0, training=True)
+    with pytest.raises(ValueError) as caught:
+        small.check_sizes()
+    assert str(caught.value) == (
+        "fashion-mnist train 0 is 28 x 28, smaller than the crop of 32: "
+        "set data.resize, or lower data.crop"
+    )
+
+
+@pytest.mark.parametrize("name", ["cifar10", "fashion-mnist"])
+def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(CIFAR10, "url", NOWHERE)
+    monkeypatch.setattr(FashionMNIST, "mirrors", [NOWHERE])
+    with pytest.raises(ValueError) as caught:
+        NamedSource(name, tmp_path, training=True, channels=3)
+    text = str(caught.value)
+    assert text.startswith(f"{name} is not in {tmp_path} and cannot be downloaded (")
+    assert "Connection refused" in text
+    assert text.endswith(
+        "): download it there on a machine with a network, or copy its files there"
+    )
+    assert "\n" not in text
+
+
+def test_damaged_files(fashion: Path) -> None:
+    raw = fashion / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
+    raw.write_bytes(raw.read_bytes()[:100])
+    with pytest.raises(ValueError, match="fashion-mnist is not in .* and cannot be downloaded"):
+        NamedSource("fashion-mnist", fashion, training=True, channels=1)
+
+
+def test_unknown_names_and_channels(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no data set 'mnist': choose one of cifar10, fashion-mni"):
+        NamedSource("mnist", tmp_path, training=True, channels=1)
+    with pytest.raises(ValueError, match="cifar10 is read with 1, 3 or 4 channels, not 2"):
+        NamedSource("cifar10", tmp_path, training=True, channels=2)

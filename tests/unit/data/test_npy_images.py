@@ -1,0 +1,98 @@
+"""Images from `.npy` files."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kl_vae.data import ImageError, read_image, read_size
+
+GREY = np.array([[0, 40, 80], [120, 160, 200]], np.uint8)
+
+
+def refusal(path: Path, channels: int = 3, **options: int) -> str:
+    with pytest.raises(ImageError) as caught:
+        read_image(path, channels, **options)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_uint8_array_stays(tmp_path: Path) -> None:
+    array = np.arange(2 * 3 * 5, dtype=np.uint8).reshape(2, 3, 5)
+    np.save(tmp_path / "a.npy", array)
+    image = read_image(tmp_path / "a.npy", 5)
+    assert image.dtype == torch.uint8
+    np.testing.assert_array_equal(image, array.transpose(2, 0, 1))
+    assert read_size(tmp_path / "a.npy") == (2, 3)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 1)])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_one_channel_arrays_with_or_without_the_axis(
+    tmp_path: Path, shape: tuple[int, ...], order: str
+) -> None:
+    np.save(tmp_path / "a.npy", np.asarray(GREY.reshape(shape), order=order))
+    np.testing.assert_array_equal(read_image(tmp_path / "a.npy", 1)[0], GREY)
+
+
+@pytest.mark.parametrize("dtype", ["<u2", ">u2"])
+def test_uint16_array_is_scaled(tmp_path: Path, dtype: str) -> None:
+    np.save(tmp_path / "a.npy", np.array([[0, 65535, 13107]], dtype))
+    image = read_image(tmp_path / "a.npy", 1)
+    assert image.dtype == torch.float32
+    torch.testing.assert_close(image, torch.tensor([[[0.0, 1.0, 0.2]]]))
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", ">f4", "<f8"])
+def test_float_array_becomes_float32(tmp_path: Path, dtype: str) -> None:
+    np.save(tmp_path / "a.npy", np.array([[0, 0.25, 1]], dtype))
+    image = read_image(tmp_path / "a.npy", 1)
+    assert image.dtype == torch.float32
+    assert image.tolist() == [[[0, 0.25, 1]]]
+
+
+@pytest.mark.parametrize(
+    ("array", "channels", "reason"),
+    [
+        (
+            np.array([[-0.5, 1]]),
+            1,
+            "the array's values are from -0.5 to 1: scale them to [0, 1] and",
+        ),
+        (
+            np.array([[0, 255.0]]),
+            1,
+            "the array's values are from 0 to 255: scale them to [0, 1] and",
+        ),
+        (np.array([[0, np.nan]]), 1, "the array holds NaN or infinity: save floats in [0, 1]"),
+        (np.array([[0, np.inf]]), 1, "the array holds NaN or infinity: save floats in [0, 1]"),
+        (np.array([[0, 1]]), 1, "the array is int64: save uint8, uint16, or floats in [0, 1]"),
+        (np.array([[True]]), 1, "the array is bool: save uint8, uint16, or floats in [0, 1]"),
+        (GREY, 3, "the array's shape is (2, 3); 3 channels need [height, width, 3]"),
+        (GREY[..., None, None], 1, "the array's shape is (2, 3, 1, 1): save [height, width] or"),
+        (GREY[:0], 1, "the array's shape is (0, 3): save [height, width] or"),
+        (
+            np.zeros((3, 2, 3)),
+            1,
+            "(3, 2, 3); 1 channels need [height, width, 1] or [height, width]",
+        ),
+    ],
+)
+def test_arrays_that_are_refused(
+    tmp_path: Path, array: np.ndarray, channels: int, reason: str
+) -> None:
+    np.save(tmp_path / "a.npy", array)
+    assert reason in refusal(tmp_path / "a.npy", channels)
+
+
+def test_pickles_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array([[{}]]), allow_pickle=True)
+    refusal(tmp_path / "a.npy", 1)
+    np.savez(tmp_path / "b.npz", GREY)
+    (tmp_path / "b.npz").rename(tmp_path / "b.npy")
+    assert "magic string" in refusal(tmp_path / "b.npy", 1)
+    np.save(tmp_path / "c.npy", GREY)
+    (tmp_path / "c.npy").write_bytes((tmp_path / "c.npy").read_bytes()[:-1])
+    refusal(tmp_path / "c.npy", 1)

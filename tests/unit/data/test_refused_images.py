@@ -1,0 +1,161 @@
+"""Files that cannot be used as images, and what is said of them."""
+
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kl_vae.data import ImageError, display_name, read_image, read_size
+
+GREY = np.array([[0, 40, 80], [120, 160, 200]], np.uint8)
+
+
+def refusal(path: Path, channels: int = 3, **options: int) -> str:
+    with pytest.raises(ImageError) as caught:
+        read_image(path, channels, **options)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    assert refusal(path) == f"{path}: No such file or directory"
+    with pytest.raises(ImageError, match="No such file"):
+        read_size(path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission(tmp_path: Path) -> None:
+    Image.fromarray(GREY).save(tmp_path / "a.png")
+    (tmp_path / "a.png").chmod(0)
+    assert "Permission denied" in refusal(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("suffix", ["png", "npy"])
+def test_a_named_pipe_is_refused_at_once(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    os.mkfifo(path)
+    assert refusal(path) == f"{path}: not a regular file"
+    with pytest.raises(ImageError, match="not a regular file"):
+        read_size(path)
+
+
+def test_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.png").mkdir()
+    assert refusal(tmp_path / "a.png").endswith("a.png: not a regular file")
+
+
+@pytest.mark.parametrize("suffix", ["png", "npy"])
+def test_an_empty_file(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"a.{suffix}").touch()
+    assert refusal(tmp_path / f"a.{suffix}").endswith(f"a.{suffix}: the file is empty")
+
+
+@pytest.mark.parametrize(
+    "content", [b"garbage " * 20, b"%!PS-Adobe-3.0 EPSF-3.0\n", b"P5 1 1 255 a"]
+)
+def test_bytes_that_are_no_image(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.png").write_bytes(content)
+    assert refusal(tmp_path / "a.png") == (
+        f"{tmp_path}/a.png: not an image: the bytes are none of JPEG, PNG, WEBP, BMP, TIFF, GIF"
+    )
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "tif"])
+@pytest.mark.parametrize("kept", [0.02, 0.1, 0.5, 0.9])
+def test_truncated_files(tmp_path: Path, suffix: str, kept: float) -> None:
+    path = tmp_path / f"a.{suffix}"
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * kept)])
+    assert refusal(path).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "tif", "npy"])
+def test_flipped_bytes_never_raise_anything_else(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (12, 12, 3), np.uint8)
+    if suffix == "npy":
+        np.save(path, pixels)
+    else:
+        Image.fromarray(pixels).save(path)
+    content = np.frombuffer(path.read_bytes(), np.uint8)
+    for _ in range(60):
+        damaged = content.copy()
+        where = rng.integers(0, min(len(damaged), 200), 4)
+        damaged[where] = rng.integers(0, 256, 4)
+        path.write_bytes(damaged.tobytes())
+        for read in (lambda: read_image(path, 3, max_pixels=10_000), lambda: read_size(path)):
+            try:
+                read()
+            except ImageError as error:
+                assert str(error).startswith(f"{path}: ")
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def test_too_many_pixels_are_refused_before_decoding(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png_of_size(20_000, 30_000))
+    assert refusal(tmp_path / "a.png") == (
+        f"{tmp_path}/a.png: 20000 x 30000 pixels are more than max_pixels=178956970: "
+        "raise max_pixels, or leave the file out"
+    )
+    assert read_size(tmp_path / "a.png") == (30_000, 20_000)
+
+
+def test_an_image_without_pixels(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png_of_size(0, 4))
+    assert refusal(tmp_path / "a.png").startswith(f"{tmp_path}/a.png: ")
+
+
+def test_max_pixels_may_be_lowered_and_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(GREY).save(tmp_path / "a.png")
+    np.save(tmp_path / "a.npy", GREY)
+    for name in ("a.png", "a.npy"):
+        assert "more than max_pixels=5" in refusal(tmp_path / name, 1, max_pixels=5)
+        assert read_image(tmp_path / name, 1, max_pixels=6).shape == (1, 2, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2)  # Pillow would refuse at 4
+    assert read_image(tmp_path / "a.png", 1).shape == (1, 2, 3)
+    assert Image.MAX_IMAGE_PIXELS == 2
+
+
+@pytest.mark.parametrize("channels", [2, 5])
+def test_image_files_have_no_other_channel_counts(tmp_path: Path, channels: int) -> None:
+    Image.fromarray(GREY).save(tmp_path / "a.png")
+    assert refusal(tmp_path / "a.png", channels) == (
+        f"{tmp_path}/a.png: an image file gives 1, 3 or 4 channels, not {channels}: "
+        f"save [height, width, {channels}] arrays as .npy"
+    )
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    with open(path, "wb") as stream:
+        Image.fromarray(GREY).save(stream, "PNG")
+    np.testing.assert_array_equal(read_image(Path(os.fsdecode(path)), 1)[0], GREY)
+    text = refusal(Path(os.fsdecode(path)), 2)
+    assert text.startswith(f"{tmp_path}/caf\\xe9.png: ")
+    text.encode("utf-8")
+
+
+def test_display_name() -> None:
+    assert display_name("a b/é.png") == "a b/é.png"
+    assert display_name("a\nb.png") == "a\\nb.png"
+    assert display_name(os.fsdecode(b"\xff.png")) == "\\xff.png"
