@@ -15,7 +15,7 @@ $(VENV)/installed-%: pyproject.toml setup.py
 	touch $@
 
 quickstart: $(VENV)/installed-demo
-	$(BIN)/kl-vae train quickstart --run $(RUN)
+	$(BIN)/kl-vae train quickstart --run-dir $(RUN)
 	$(BIN)/kl-vae reconstruct --checkpoint $(RUN) --out $(RUN)/reconstructions \
 	    --images package:skimage/data --include chelsea.png coffee.png --resize 128
 	$(BIN)/kl-vae sample --checkpoint $(RUN) --out $(RUN)/prior --number 8

@@ -1,14 +1,21 @@
 """A KL-regularised image autoencoder (the first stage of latent diffusion) in plain PyTorch."""
 
-from kl_vae.attention import make_attention, register_attention
-from kl_vae.blocks import register_block, register_normalization
-from kl_vae.ddconfig import DDConfig
-from kl_vae.decoder import Decoder
-from kl_vae.distribution import DiagonalGaussianDistribution
-from kl_vae.encoder import Encoder
-from kl_vae.losses import register_loss
-from kl_vae.model import AutoEncoderKL
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from kl_vae.version import __version__
+
+if TYPE_CHECKING:
+    from kl_vae.attention import make_attention, register_attention
+    from kl_vae.blocks import register_block, register_normalization
+    from kl_vae.ddconfig import DDConfig
+    from kl_vae.decoder import Decoder
+    from kl_vae.distribution import DiagonalGaussianDistribution
+    from kl_vae.encoder import Encoder
+    from kl_vae.losses import register_loss
+    from kl_vae.model import AutoEncoderKL
 
 __all__ = [
     "AutoEncoderKL",
@@ -23,3 +30,29 @@ __all__ = [
     "register_loss",
     "register_normalization",
 ]
+
+# imported when first used: `kl-vae --help` lies below this package and should not wait for torch
+_MODULES = {
+    "AutoEncoderKL": "model",
+    "DDConfig": "ddconfig",
+    "Decoder": "decoder",
+    "DiagonalGaussianDistribution": "distribution",
+    "Encoder": "encoder",
+    "make_attention": "attention",
+    "register_attention": "attention",
+    "register_block": "blocks",
+    "register_loss": "losses",
+    "register_normalization": "blocks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -176,7 +176,7 @@ def _drop_what_others_wrote(config: dict[str, Any]) -> None:
     if isinstance(data, dict) and "target" in data:
         logger.warning(
             "data.target=%s is not used; write data.train.root=FOLDER and "
-                "training.global_batch_size=N",
+            "training.global_batch_size=N",
             data["target"],
         )
         del config["data"]

@@ -125,7 +125,8 @@ class DDConfig:
                 f"{len(self.ch_mult) - 1} times; use a multiple of {self.downsampling_factor}"
             )
         if self.norm_type == "group":
-            for channels in sorted({c for c in self.channels if c % NORM_GROUPS}):
+            # the first block normalises ch channels, whatever ch_mult[0]
+            for channels in sorted({c for c in (self.ch, *self.channels) if c % NORM_GROUPS}):
                 errors.append(
                     f"ch={self.ch}: channels {channels} cannot be split into {NORM_GROUPS} groups; "
                     f"choose ch and ch_mult so that each level has a multiple of {NORM_GROUPS}"

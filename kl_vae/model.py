@@ -20,7 +20,12 @@ from kl_vae.ddconfig import DDConfig
 from kl_vae.decoder import Decoder
 from kl_vae.distribution import DiagonalGaussianDistribution
 from kl_vae.encoder import Encoder
-from kl_vae.formats.checkpoint import best_checkpoint, is_checkpoint, list_checkpoints
+from kl_vae.formats.checkpoint import (
+    best_checkpoint,
+    check_digest,
+    is_checkpoint,
+    list_checkpoints,
+)
 from kl_vae.formats.weights import read_file, state_dict_of
 from kl_vae.losses import Loss, build_loss, default_loss
 from kl_vae.optimizer import OptimizerConfig, build_optimizer
@@ -227,15 +232,19 @@ class AutoEncoderKL(nn.Module):
         """
         path = Path(path)
         if path.is_dir():
-            newest = best_checkpoint(path) or next(iter(list_checkpoints(path)), None)
-            if newest is None:
+            chosen = best_checkpoint(path) or next(iter(list_checkpoints(path)), None)
+            if chosen is None:
                 raise ValueError(f"{path}: no checkpoint in it; give a run directory or a file")
-            path = newest
+            path = chosen
+        check_digest(path)
         content = read_file(path)
         if params is None:
-            if not is_checkpoint(content):
+            try:
+                params = content["config"]["model"]["params"] if is_checkpoint(content) else None
+            except (KeyError, TypeError):
+                params = None
+            if not isinstance(params, Mapping):
                 raise ValueError(f"{path}: does not say its architecture; give its config as well")
-            params = content["config"]["model"]["params"]
         known = {
             key: params[key]
             for key in ("ddconfig", "embed_dim", "colorize_nlabels", "monitor")
@@ -270,7 +279,7 @@ class AutoEncoderKL(nn.Module):
         if not any(key.startswith("loss.") for key in own):
             prefixes += ("loss.",)
         given = {k: x for k, x in tensors.items() if not (prefixes and k.startswith(prefixes))}
-        wanted = {key for key in own if not (prefixes and key.startswith(prefixes))}
+        wanted = [key for key in own if not (prefixes and key.startswith(prefixes))]
         loaded = {k: x for k, x in given.items() if k in own and x.shape == own[k].shape}
         misshapen = [k for k in given if k in own and k not in loaded]
         unexpected = [key for key in given if key not in own]
@@ -370,8 +379,11 @@ def _check_autoencoder(
             f"out_ch={config.out_ch}: a reconstruction has the image's channels; "
             f"set {config.in_channels}, as in_channels"
         )
-    if embed_dim is not None and embed_dim < 1:
-        raise ValueError(f"embed_dim={embed_dim}: at least 1, or null for no quant convolutions")
+    if embed_dim is not None and (type(embed_dim) is not int or embed_dim < 1):
+        raise ValueError(
+            f"embed_dim={embed_dim!r}: a whole number of at least 1, or null for no quant "
+            "convolutions"
+        )
     if colorize_nlabels is not None and colorize_nlabels != config.in_channels:
         raise ValueError(
             f"colorize_nlabels={colorize_nlabels}: must be "

@@ -88,7 +88,7 @@ def _convert(hint: Any, value: object, path: str, errors: list[str]) -> Any:
             items = tuple(_convert(inner, x, f"{path}[{i}]", errors) for i, x in enumerate(value))
             return items if len(errors) == before else None
         if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            if math.isfinite(value):
+            if _is_finite(value):
                 return float(value)
         elif option is Any or (isinstance(option, type) and type(value) is option):
             return value
@@ -98,21 +98,35 @@ def _convert(hint: Any, value: object, path: str, errors: list[str]) -> Any:
     return None
 
 
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond 1e308
+        return False
+
+
 def _options(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def _mend(hint: Any, value: object) -> str:
-    if isinstance(value, str) and _EXPONENT_WITHOUT_POINT.fullmatch(value) and _wants_number(hint):
-        return (
-            f"YAML reads {value} as text, since it has no point or no sign; "
-            f"write {float(value):.1e}"
-        )
+    number = _as_yaml_number(hint, value) if isinstance(value, str) else None
+    if number is not None:
+        return f"YAML reads {value} as text, since it has no point or no sign; write {number}"
     return f"is {_type_name(type(value))}, expected {_expected(hint)}"
 
 
-def _wants_number(hint: Any) -> bool:
-    return any(option in (int, float) for option in _options(hint))
+def _as_yaml_number(hint: Any, text: str) -> str | None:
+    """Rewrite a number such as 1e-4, 12e-5 or 1.5E3 as YAML 1.1 takes it, digit for digit."""
+    if not _EXPONENT_WITHOUT_POINT.fullmatch(text):
+        return None
+    if float in _options(hint):
+        mantissa, exponent = text.lower().split("e")
+        whole, _, decimals = mantissa.partition(".")
+        return f"{whole}.{decimals or 0}e{int(exponent):+03d}"
+    if int in _options(hint) and float(text).is_integer():
+        return str(int(float(text)))
+    return None
 
 
 def _type_name(kind: type) -> str:

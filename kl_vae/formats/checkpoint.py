@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
+from kl_vae.files import write_atomically, write_text_atomically
 from kl_vae.formats.weights import read_file
 
 logger = logging.getLogger(__name__)
@@ -23,33 +23,6 @@ logger = logging.getLogger(__name__)
 FORMAT = "kl_vae.checkpoint.1"
 FOLDER = "checkpoints"
 BEST = "best.json"  # names the checkpoint with the best monitored figure
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that `path` holds either the whole of it or what it held before.
-
-    Written beside, flushed to disk, renamed; on failure the temporary is removed.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)  # the rename itself
-    finally:
-        os.close(descriptor)
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """`write_atomically` for text, as UTF-8."""
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -76,15 +49,20 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is missing, damaged, or not one of ours.
     """
-    digest = _digest_path(path)
-    if path.is_file() and digest.is_file() and digest.read_text().split()[:1] != [_digest(path)]:
-        raise ValueError(
-            f"{path}: does not match its sha256, it is damaged; use another checkpoint"
-        )
+    check_digest(path)
     content = read_file(path)
     if not is_checkpoint(content):
         raise ValueError(f"{path}: not a checkpoint of kl_vae")
     return dict(content)
+
+
+def check_digest(path: Path) -> None:
+    """Raise ValueError where a sha256 lies beside the file and is not that of the file."""
+    digest = _digest_path(path)
+    if path.is_file() and digest.is_file() and digest.read_bytes()[:64] != _digest(path).encode():
+        raise ValueError(
+            f"{path}: does not match its sha256, it is damaged; use another checkpoint"
+        )
 
 
 def is_checkpoint(content: object) -> bool:

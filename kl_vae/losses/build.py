@@ -39,10 +39,10 @@ def build_loss(lossconfig: Mapping[str, Any] | Loss | None) -> Loss | None:
     """
     if lossconfig is None or callable(lossconfig):
         return lossconfig
-    unknown = set(lossconfig) - {"target", "params"}
-    if unknown or "target" not in lossconfig:
+    keys = set(lossconfig) if isinstance(lossconfig, Mapping) else set()
+    if "target" not in keys or keys - {"target", "params"}:
         raise ValueError(
-            f"lossconfig={dict(lossconfig)!r}: takes the keys target and params; "
+            f"lossconfig={lossconfig!r}: takes the keys target and params; "
             "write lossconfig: {target: elbo, params: {kl_weight: 1.0e-6}}"
         )
     target, params = lossconfig["target"], lossconfig.get("params") or {}
@@ -78,4 +78,6 @@ def _import(target: str) -> Callable[..., Any]:
             f"lossconfig.target={target}: cannot be imported ({error}); choose one of "
             f"{', '.join(LOSSES)}, or the dotted path of a class on your PYTHONPATH"
         ) from None
+    if not callable(found):
+        raise ValueError(f"lossconfig.target={target}: not a class or function; give one")
     return found

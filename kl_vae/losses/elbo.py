@@ -5,6 +5,7 @@ B batch, N = C * H * W values an image.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -58,9 +59,9 @@ class ELBO(nn.Module):
             if value not in choices:
                 raise ValueError(f"{key}={value!r}: choose one of {choices[0]}, {choices[1]}")
         for key, number in (("kl_weight", kl_weight), ("kl_warmup_steps", kl_warmup_steps)):
-            if isinstance(number, (str, bool)) or number < 0:
+            if not _is_number(number) or number < 0:
                 raise ValueError(f"{key}={number!r}: a number, 0 or more (YAML: 1.0e-6, not 1e-6)")
-        if isinstance(logvar_init, (str, bool)):
+        if not _is_number(logvar_init):
             raise ValueError(f"logvar_init={logvar_init!r}: a number, the initial log variance")
         self.reconstruction = reconstruction
         self.kl_weight = kl_weight
@@ -103,6 +104,12 @@ class ELBO(nn.Module):
         if global_step >= self.kl_warmup_steps:
             return self.kl_weight
         return self.kl_weight * global_step / self.kl_warmup_steps
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value)
 
 
 def default_loss(

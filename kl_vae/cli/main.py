@@ -1,0 +1,74 @@
+"""Parse the command line, run the command, and turn a mistake into one line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = ("train", "reconstruct", "sample")
+
+
+def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
+    """Run a command of kl-vae.
+
+    Args:
+        argv: the arguments; None: those of this process.
+        command: which command; None: the first of `argv` says.
+
+    Returns:
+        The exit code: 0, or 2 for a mistake that the message on stderr names, or the command's own.
+    """
+    if command is None:
+        parser = argparse.ArgumentParser(prog="kl-vae", description="A KL autoencoder for images.")
+        commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+        for name in COMMANDS:
+            _add_arguments(commands.add_parser(name, help=_module(name).HELP), name)
+    else:
+        parser = argparse.ArgumentParser(prog=f"kl-vae {command}")
+        _add_arguments(parser, command)
+    args, rest = parser.parse_known_args(argv)
+    if rest and hasattr(args, "overrides") and not any(text.startswith("-") for text in rest):
+        args.overrides += rest  # argparse takes no second group of them behind an option
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    name = command or args.command
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format="%(message)s" if rank == 0 else f"[rank {rank}] %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        return run_command(name, args)
+    except ValueError as error:
+        if args.traceback:
+            raise
+        where = f"kl-vae {name}" + (f" [rank {rank}]" if rank else "")
+        lines = str(error).splitlines() or [type(error).__name__]
+        sys.stderr.writelines(f"{where}: error: {line}\n" for line in lines)
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write(f"kl-vae {name}: interrupted\n")
+        return 130
+
+
+def run_command(name: str, args: argparse.Namespace) -> int:
+    """Run a command whose arguments are parsed; return its exit code."""
+    return int(_module(name).run(args))
+
+
+def _module(name: str):  # type: ignore[no-untyped-def]
+    return importlib.import_module(f"kl_vae.cli.{name}")
+
+
+def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    module = _module(name)
+    parser.description = module.__doc__
+    module.add_arguments(parser)
+    parser.add_argument(
+        "--traceback", action="store_true", help="show where in the code an error was raised"
+    )

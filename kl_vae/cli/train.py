@@ -1,0 +1,31 @@
+"""Train an autoencoder on a folder of images, or resume what the run directory holds."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "train on a folder of images, or resume"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `kl-vae train`."""
+    parser.add_argument("config", help="a YAML file, or a shipped config's name such as kl-f8")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.path=value",
+        help="values in place of the config's, such as data.train.root=FOLDER",
+    )
+    parser.add_argument("--run-dir", type=Path, help="the run's directory (default: runs/CONFIG)")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps, cpu or cuda:INDEX")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; 0 also when a signal ended the run, which is then saved."""
+    from kl_vae.training.config import RunConfig
+    from kl_vae.training.loop import train
+
+    config = RunConfig.load(args.config, args.overrides)
+    train(config, args.run_dir or Path("runs") / Path(args.config).stem, args.device)
+    return 0

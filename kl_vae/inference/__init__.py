@@ -1,0 +1,1 @@
+"""Use a trained autoencoder: reconstruct images, measure reconstructions, decode the prior."""

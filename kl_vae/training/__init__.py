@@ -1,0 +1,1 @@
+"""Train an autoencoder: the loop, one step of it, and what makes it resumable."""

@@ -1,0 +1,96 @@
+"""The whole configuration of a run, as a YAML file gives it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from kl_vae.config import load_config
+from kl_vae.data import DataConfig
+from kl_vae.ddconfig import DDConfig
+from kl_vae.optimizer import OptimizerConfig
+from kl_vae.schema import from_mapping
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelParams:
+    """What AutoEncoderKL takes (it describes each key)."""
+
+    ddconfig: DDConfig
+    embed_dim: int | None
+    lossconfig: dict[str, Any] | None = None
+    ckpt_path: str | None = None
+    ignore_keys: tuple[str, ...] = ()
+    colorize_nlabels: int | None = None
+    monitor: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model section; its one key `params` is the published layout."""
+
+    params: ModelParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long, in what batches, and what is kept of it.
+
+    Attributes:
+        seed: of every random draw: initial weights, order, crops, flips, posterior noise.
+        global_batch_size: images an optimisation step, over all ranks and micro-batches.
+        accumulate_batches: micro-batches that each rank splits its share of a step into.
+        epochs: passes over the data; an epoch is len(data) // global_batch_size steps.
+        max_steps: optimisation steps, in place of epochs.
+        precision: fp32, or bf16 or fp16 by autocast (fp16 with a gradient scaler).
+        channels_last: memory layout of the convolutions; faster on CPUs and tensor cores.
+        validate_every_steps: steps between validations; null: at the end of each epoch.
+        save_every_steps: steps between checkpoints (each validation writes one as well).
+        keep_checkpoints: how many of the newest are kept, besides the best.
+        log_every_steps: steps between lines of metrics.jsonl.
+        sample_images: pictures in the grid of each validation.
+    """
+
+    seed: int = 0
+    global_batch_size: int = 32
+    accumulate_batches: int = 1
+    epochs: int | None = None
+    max_steps: int | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = True
+    validate_every_steps: int | None = None
+    save_every_steps: int = 1000
+    keep_checkpoints: int = 2
+    log_every_steps: int = 10
+    sample_images: int = 8
+
+    def __post_init__(self) -> None:
+        errors = []
+        for key, value in dataclasses.asdict(self).items():
+            if key != "seed" and type(value) is int and value < 1:
+                errors.append(f"{key}={value}: must be at least 1")
+        if (self.epochs is None) == (self.max_steps is None):
+            errors.append(
+                f"max_steps={self.max_steps}: set either epochs={self.epochs} or max_steps, "
+                "and the other to null"
+            )
+        if errors:
+            raise ValueError("\n".join(errors))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A run: the four sections of its config file."""
+
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig
+
+    @classmethod
+    def load(cls, path_or_name: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+        """Read a config file or shipped config; every error in it is named at once."""
+        return from_mapping(cls, load_config(path_or_name, overrides))

@@ -1,0 +1,124 @@
+"""What a run says while it goes on: metrics.jsonl, TensorBoard, progress bar and log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from kl_vae.files import write_text_atomically
+from kl_vae.inference.grid import save_png
+from kl_vae.training.run_directory import METRICS, SAMPLES
+from kl_vae.training.state import TrainingState
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10.0  # of the log, where there is no terminal for a bar
+
+
+class Journal:
+    """The record of a run, kept by rank 0 alone."""
+
+    def __init__(self, run: Path, state: TrainingState, total_steps: int) -> None:
+        self._run = run
+        self._state = state
+        self._total_steps = total_steps
+        _drop_later_lines(run / METRICS, state.step)
+        self._metrics = open(run / METRICS, "a", encoding="utf-8")
+        self._tensorboard = _tensorboard(run / "tensorboard", state.step)
+        self._bar = tqdm(
+            total=total_steps,
+            initial=state.step,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
+        self._began, self._steps_before = time.monotonic(), state.step
+        self._last_line = -math.inf
+        self._clock, self._images_seen = self._began, state.images_seen
+
+    def advance(self) -> None:
+        """Move the bar to the state's step."""
+        self._bar.update(self._state.step - self._bar.n)
+
+    def write_step(self, figures: Mapping[str, float]) -> None:
+        """Record the figures of a training step, with the speed since the last call."""
+        now, seen = time.monotonic(), self._state.images_seen
+        speed = (seen - self._images_seen) / (now - self._clock)
+        self._clock, self._images_seen = now, seen
+        self._write({**figures, "images_per_second": speed, "images_seen": seen})
+        shown = (
+            f"loss {figures['train/total_loss']:.4g}, PSNR {figures['train/psnr']:.2f} dB, "
+            f"{speed:.1f} images/s"
+        )
+        self._bar.set_postfix_str(shown)
+        if self._bar.disable and now - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            step = self._state.step
+            left = (now - self._began) / (step - self._steps_before) * (self._total_steps - step)
+            logger.info("step %d/%d: %s, %s left", step, self._total_steps, shown, _time(left))
+
+    def write_validation(
+        self, figures: Mapping[str, float], pictures: Mapping[str, Tensor]
+    ) -> None:
+        """Record the figures of a validation, and its pictures [3, H, W] uint8 in samples/."""
+        self._write(figures)
+        for name, picture in pictures.items():
+            save_png(self._run / SAMPLES / f"{name}_{self._state.step:08d}.png", picture)
+            if self._tensorboard is not None:
+                self._tensorboard.add_image(name, picture, self._state.step)
+        shown = ", ".join(f"{key.removeprefix('val/')} {x:.4g}" for key, x in figures.items())
+        logger.info("validation at step %d: %s", self._state.step, shown)
+        self._clock = time.monotonic()  # the speed is that of training
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self._bar.close()
+        self._metrics.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _write(self, figures: Mapping[str, float]) -> None:
+        # JSON has no NaN and no infinity: text says which it was
+        line = {k: x if math.isfinite(x) else str(x) for k, x in figures.items()}
+        self._metrics.write(json.dumps({"step": self._state.step, **line}) + "\n")
+        self._metrics.flush()
+        if self._tensorboard is not None:
+            for key, value in figures.items():
+                self._tensorboard.add_scalar(key, value, self._state.step)
+
+
+def _drop_later_lines(path: Path, step: int) -> None:
+    """Remove the lines of steps that will be taken again, and one that was cut short."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_text_atomically(path, "".join(kept))
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:  # an extra: the run goes without
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+
+def _time(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,154 @@
+"""What a run is made of, built and checked before anything is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import torch
+
+from kl_vae.data import ImageDataset, build_datasets
+from kl_vae.model import AutoEncoderKL
+from kl_vae.training.config import RunConfig
+from kl_vae.training.distributed import Ranks
+from kl_vae.training.state import TrainingState
+
+logger = logging.getLogger(__name__)
+
+
+def build_data(config: RunConfig, ranks: Ranks) -> tuple[ImageDataset, ImageDataset | None]:
+    """Build the training set and, unless the config wants none, the validation set.
+
+    Raises:
+        ValueError: no images, too few, too small, or not the same ones on all ranks.
+    """
+    ddconfig, training = config.model.params.ddconfig, config.training
+
+    def build() -> tuple[ImageDataset, ImageDataset | None]:
+        return build_datasets(config.data, ddconfig.in_channels, ddconfig.resolution, training.seed)
+
+    if config.data.name != "folder":
+        ranks.on_first(lambda: build() and None)  # downloads, once
+    train_set, val_set = build()
+    if train_set.crop % ddconfig.downsampling_factor:
+        raise ValueError(
+            f"data.crop={train_set.crop}: the model halves an image to a "
+            f"{ddconfig.downsampling_factor}th; use a multiple of {ddconfig.downsampling_factor}"
+        )
+    if len(train_set) < training.global_batch_size:
+        raise ValueError(
+            f"training.global_batch_size={training.global_batch_size}: more than the "
+            f"{len(train_set)} training images; lower it, or add images"
+        )
+    fingerprint = train_set.fingerprint
+    if ranks.on_first(lambda: fingerprint) != fingerprint:
+        raise ValueError(
+            f"rank {ranks.rank} sees other images in data.train.root than rank 0; "
+            "give all machines the same folder"
+        )
+
+    def check_sizes() -> None:
+        for dataset in (train_set, val_set):
+            if dataset is not None:
+                dataset.check_sizes()
+
+    ranks.on_first(check_sizes)
+    return train_set, val_set
+
+
+def micro_batch_size(config: RunConfig, ranks: Ranks) -> int:
+    """Images that a rank passes through the model at once.
+
+    Raises:
+        ValueError: the global batch cannot be divided so.
+    """
+    training = config.training
+    parts = ranks.world_size * training.accumulate_batches
+    if training.global_batch_size % parts:
+        raise ValueError(
+            f"training.global_batch_size={training.global_batch_size}: cannot be divided among "
+            f"{ranks.world_size} ranks x {training.accumulate_batches} accumulated batches; "
+            f"use a multiple of {parts}"
+        )
+    return training.global_batch_size // parts
+
+
+def build_model(config: RunConfig, ranks: Ranks) -> AutoEncoderKL:
+    """Build the model on the device, initialised by the seed or from `ckpt_path`.
+
+    Raises:
+        ValueError: a value under model.params, named with its key path, or a checkpoint that does
+            not fit.
+    """
+    params = config.model.params
+    given = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
+    ckpt_path, ignore_keys = given.pop("ckpt_path"), given.pop("ignore_keys")
+    torch.manual_seed(config.training.seed)
+    try:
+        model = AutoEncoderKL(**given)
+    except ValueError as error:
+        raise ValueError(f"model.params.{error}") from None
+    if ckpt_path is not None:
+        model.init_from_ckpt(ckpt_path, ignore_keys)
+    model = model.to(ranks.device)
+    if config.training.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return model
+
+
+@torch.no_grad()
+def rehearse(model: AutoEncoderKL, val_set: ImageDataset | None, ranks: Ranks) -> None:
+    """Pass one blank image through model and loss, so that what cannot work fails at once.
+
+    Raises:
+        ValueError: the loss cannot be computed, or `monitor` is none of its figures.
+    """
+    if val_set is None:
+        if model.monitor is not None:
+            raise ValueError(
+                f"model.params.monitor={model.monitor}: there is no validation set to measure it "
+                "on; set data.validation.fraction, or monitor to null"
+            )
+        return
+    blank = torch.zeros(1, model.config.in_channels, val_set.crop, val_set.crop)
+    model.eval()
+    figures = {*model.step(blank.to(ranks.device), 0, "val").log, "val/psnr", "val/ssim"}
+    model.train()
+    if model.monitor is not None and model.monitor not in figures:
+        raise ValueError(
+            f"model.params.monitor={model.monitor}: not a validation figure; choose one of "
+            f"{', '.join(sorted(figures))}"
+        )
+
+
+def describe(
+    state: TrainingState,
+    config: RunConfig,
+    ranks: Ranks,
+    run: Path,
+    train_set: ImageDataset,
+    val_set: ImageDataset | None,
+    total_steps: int,
+) -> None:
+    """Say the size of the model, what it trains on, where, how precisely, and where it writes."""
+    model, training = state.model, config.training
+    side, f = train_set.crop, model.downsampling_factor
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    device = str(ranks.device)
+    if ranks.device.type == "cuda":
+        device = torch.cuda.get_device_name(ranks.device)
+    elif ranks.device.type == "cpu":
+        device = f"cpu ({torch.get_num_threads()} threads)"
+    latents = f"{model.latent_channels} x {side // f} x {side // f}"
+    for line in (
+        f"model      {count:,} parameters, f = {f}: {side} x {side} -> latents {latents}",
+        f"data       {len(train_set)} training images and {len(val_set or ())} for validation, "
+        f"from {config.data.train.root}",
+        f"devices    {ranks.world_size} x {device}, {training.precision}",
+        f"batch      {training.global_batch_size} images a step = {ranks.world_size} (ranks) x "
+        f"{training.accumulate_batches} (accumulated) x {micro_batch_size(config, ranks)}",
+        f"length     {total_steps} steps, {state.step} of them taken",
+        f"results    {run}",
+    ):
+        logger.info(line)

@@ -1,0 +1,38 @@
+"""Stop at the next step boundary when asked to."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+logger = logging.getLogger(__name__)
+
+
+class StopRequest:
+    """Whether a signal has asked the run to end; `signal` names it."""
+
+    signal: str | None = None
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Note the first signal of a kind; the second of the same kind ends the process at once."""
+        self.signal = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+        logger.warning("%s: ending at the next step; once more ends at once, unsaved", self.signal)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Turn SIGINT, SIGTERM and SIGUSR1 into a StopRequest while the run goes on."""
+    request = StopRequest()
+    numbers = [
+        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+    ]
+    before = {number: signal.signal(number, request.receive) for number in numbers}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
