@@ -1,0 +1,73 @@
+"""What the README shows is run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_the_python_code_runs_in_its_order() -> None:
+    names: dict[str, object] = {}
+    code = blocks("python")
+    assert len(code) >= 4
+    for block in code:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["total"].requires_grad  # type: ignore[attr-defined]
+
+
+def test_the_commands_are_those_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each `kl-vae ...` line parses, and its config and overrides load."""
+    from kl_vae.cli import main as cli
+    from kl_vae.training.config import RunConfig
+
+    parsed = []
+    monkeypatch.setattr(cli, "run_command", lambda name, args: parsed.append((name, args)) or 0)
+    text = "\n".join(blocks("")).replace("\\\n", " ")
+    commands = [line.split("#")[0] for line in text.splitlines() if line.startswith("kl-vae ")]
+    for command in commands:
+        assert cli.main(shlex.split(command)[1:]) == 0, command
+    assert {name for name, _ in parsed} >= {"train", "reconstruct", "sample"}
+    for name, args in parsed:
+        if name == "train":
+            RunConfig.load(args.config, args.overrides)
+
+
+def test_every_key_of_the_config_is_in_the_reference() -> None:
+    import dataclasses
+    import inspect
+
+    from kl_vae.data import DataConfig
+    from kl_vae.ddconfig import DDConfig
+    from kl_vae.losses import ELBO
+    from kl_vae.optimizer import OptimizerConfig
+    from kl_vae.training.config import ModelParams, TrainingConfig
+
+    reference = README.read_text().split("## Config reference")[1].split("## Extending")[0]
+    named = set(re.findall(r"`([a-z_.]+)`", reference))
+    for config in (DataConfig, DDConfig, OptimizerConfig, ModelParams, TrainingConfig):
+        for field in dataclasses.fields(config):
+            nested = any(name.startswith(f"{field.name}.") for name in named)
+            assert field.name in named or nested, f"{config.__name__}.{field.name}"
+            if isinstance(field.default, bool | int | float | str):
+                value = str(field.default).lower()
+                rows = [r for r in reference.splitlines() if f"`{field.name}`" in r]
+                shown = re.findall(r"`([^`]*)`", " ".join(rows))
+                assert any(_same(value, text) for text in shown), f"{rows} do not say {value}"
+    for name in inspect.signature(ELBO).parameters:
+        assert name in named, name
+
+
+def _same(value: str, text: str) -> bool:
+    try:
+        return float(value) == float(text)
+    except ValueError:
+        return value == text

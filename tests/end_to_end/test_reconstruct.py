@@ -1,0 +1,229 @@
+"""`kl-vae reconstruct` as a user types it."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from kl_vae import AutoEncoderKL
+from kl_vae.cli.main import main
+
+
+def save_model(folder: Path, channels: int = 3) -> list[str]:
+    """Save random weights and their config; return the arguments that name them."""
+    torch.manual_seed(0)
+    ddconfig = dict(
+        ch=32,
+        ch_mult=[1, 1],
+        num_res_blocks=1,
+        attn_resolutions=[],
+        in_channels=channels,
+        out_ch=channels,
+        resolution=16,
+        z_channels=2,
+    )
+    torch.save(AutoEncoderKL(ddconfig, embed_dim=2).state_dict(), folder / "model.pt")
+    config = {"model": {"params": {"ddconfig": ddconfig, "embed_dim": 2}}}
+    (folder / "model.yaml").write_text(yaml.safe_dump(config))
+    return ["--checkpoint", str(folder / "model.pt"), "--config", str(folder / "model.yaml")]
+
+
+def save_images(folder: Path, **sizes: tuple[int, int]) -> None:
+    """Save smooth pictures of (width, height) under names in which __ stands for a dot."""
+    rng = np.random.default_rng(0)
+    for name, size in sizes.items():
+        path = folder / name.replace("__", ".").replace("_in_", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8))
+        noise.resize(size, Image.Resampling.BICUBIC).save(path)
+
+
+def tree(folder: Path) -> list[str]:
+    paths = (path for path in folder.rglob("*") if not path.is_dir())
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
+
+
+def read_rows(out: Path) -> list[dict[str, str]]:
+    with (out / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def model(tmp_path) -> list[str]:
+    return save_model(tmp_path)
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    save_images(tmp_path / "images", a__jpg=(21, 16), a__png=(12, 13), sub_in_b__webp=(9, 30))
+    return tmp_path / "images"
+
+
+def test_a_folder_as_a_user_types_it(tmp_path, model, images):
+    (images / "bad.jpg").write_bytes(b"nothing of the kind")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "kl_vae.cli", "reconstruct", *model]
+    command += ["--images", str(images), "--out", str(out), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert f"skipped {images}/bad.jpg: not an image" in done.stderr
+    assert tree(out) == [
+        "a.png",
+        "a.png.png",
+        "comparison.png",
+        "metrics.csv",
+        "sub/b.png",
+        "summary.json",
+    ]
+    rows = read_rows(out)
+    assert [(row["path"], row["output"], row["width"], row["height"]) for row in rows] == [
+        (f"{images}/a.jpg", "a.png", "21", "16"),
+        (f"{images}/a.png", "a.png.png", "12", "13"),
+        (f"{images}/sub/b.webp", "sub/b.png", "9", "30"),
+    ]
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    assert [entry["path"] for entry in summary["skipped"]] == [f"{images}/bad.jpg"]
+    assert (summary["number"], summary["number_without_ssim"]) == (3, 1)
+    last_line = done.stdout.splitlines()[-1]
+    assert last_line == (
+        f"3 images: PSNR {summary['mean_psnr_db']:.2f} dB, SSIM {summary['mean_ssim']:.3f}; "
+        f"pictures in {out} (comparison.png shows 3 of them)"
+    )
+    # anyone can recompute the figures from the files
+    for row in rows:
+        with Image.open(row["path"]) as before, Image.open(out / row["output"]) as after:
+            pair = np.asarray(before.convert("RGB")), np.asarray(after)
+        assert float(row["psnr"]) == pytest.approx(peak_signal_noise_ratio(*pair), abs=1e-4)
+        if row["ssim"]:
+            expected = structural_similarity(
+                *pair,
+                channel_axis=2,
+                gaussian_weights=True,
+                sigma=1.5,
+                use_sample_covariance=False,
+                data_range=255,
+            )
+            assert float(row["ssim"]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_running_again_gives_the_same(tmp_path, model, images):
+    out = tmp_path / "out"
+    command = ["reconstruct", *model, "--images", str(images), "--out", str(out)]
+    command += ["--mode", "sample", "--seed", "3"]
+    assert main(command) == 0
+    before = {name: (out / name).read_bytes() for name in tree(out)}
+    assert main(command) == 0
+    assert {name: (out / name).read_bytes() for name in tree(out)} == before
+
+
+def test_folders_and_files_with_resize_crop_and_patterns(tmp_path, model, images):
+    save_images(tmp_path / "more", a__jpg=(40, 60), c__bmp=(40, 60))
+    out = tmp_path / "out"
+    command = ["reconstruct", *model, "--out", str(out), "--grid-size", "1"]
+    command += ["--images", str(images), f"{tmp_path}/more/a.jpg", "--include", "*.jpg", "sub/*"]
+    command += ["--resize", "12", "--crop", "11", "--exclude", "*.webp"]
+    assert main(command) == 0
+    assert [(row["path"], row["output"]) for row in read_rows(out)] == [
+        (f"{images}/a.jpg", "a.png"),
+        (f"{tmp_path}/more/a.jpg", "a.jpg.png"),
+    ]
+    for name in ("a.png", "a.jpg.png"):
+        with Image.open(out / name) as picture:
+            assert picture.size == (11, 11)
+    with Image.open(out / "comparison.png") as comparison:
+        assert comparison.size == (3 * 13 + 2, 13 + 2)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
+def test_grey_and_transparent_models(tmp_path, images, channels, mode):
+    out = tmp_path / "out"
+    command = ["reconstruct", *save_model(tmp_path, channels), "--out", str(out)]
+    assert main([*command, "--images", str(images / "a.png")]) == 0
+    with Image.open(out / "a.png") as picture:
+        assert (picture.mode, picture.size) == (mode, (12, 13))
+
+
+def test_arrays_of_many_channels(tmp_path):
+    (tmp_path / "arrays").mkdir()
+    np.save(tmp_path / "arrays" / "a.npy", np.random.default_rng(0).random((12, 14, 6)))
+    out = tmp_path / "out"
+    command = ["reconstruct", *save_model(tmp_path, 6), "--out", str(out)]
+    assert main([*command, "--images", str(tmp_path / "arrays")]) == 0
+    assert tree(out) == ["a.npy", "comparison.png", "metrics.csv", "summary.json"]
+    saved = np.load(out / "a.npy")
+    assert (saved.dtype, saved.shape) == (np.float32, (12, 14, 6))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_names_that_are_not_utf8(tmp_path, model, images, capsys):
+    os.rename(images / "a.png", os.fsencode(images) + b"/\xff.png")
+    with open(os.fsencode(images) + b"/\xfe.png", "wb") as file:
+        file.write(b"bad")
+    out = tmp_path / "out"
+    assert main(["reconstruct", *model, "--images", str(images), "--out", str(out)]) == 1
+    assert b"\xff.png" in os.listdir(os.fsencode(out))
+    assert r"\xff.png" in [row["output"] for row in read_rows(out)]
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    assert summary["skipped"][0]["path"] == rf"{images}/\xfe.png"
+    assert r"\xfe.png: not an image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"--checkpoint": "{}/none.pt"}, "no such checkpoint: "),
+        ({"--images": "{}/none"}, "no such folder: "),
+        ({"--images": "{}/empty"}, "no images in "),
+        ({"--include": "*.gif"}, "include=['*.gif'] and exclude=[] leave none of the 3 images"),
+        ({"--out": "{}/images"}, "is in the image folder"),
+        ({"--out": "{}/images/sub/out"}, "is in the image folder"),
+        ({"--out": "{}/model.yaml"}, "model.yaml is a file; give a folder"),
+        ({"--out": "{}/model.yaml/out"}, "cannot create the folder"),
+        ({"--images": "{}/images/a.png", "--out": "{}/images"}, "would be overwritten"),
+        ({"--device": "tpu"}, "device 'tpu': choose one of"),
+    ],
+)
+def test_mistakes_are_one_line_and_nothing_is_written(
+    tmp_path, model, images, capsys, changed, message
+):
+    (tmp_path / "empty").mkdir()
+    before = tree(tmp_path)
+    arguments = dict(zip(model[::2], model[1::2], strict=True))
+    arguments |= {"--images": str(images), "--out": str(tmp_path / "out")}
+    arguments |= {key: value.format(tmp_path) for key, value in changed.items()}
+    assert main(["reconstruct", *(word for pair in arguments.items() for word in pair)]) == 2
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line.startswith("kl-vae reconstruct: error: ")
+    assert message in last_line
+    assert tree(tmp_path) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_a_context_is_refused(tmp_path, model, images, capsys):
+    config = yaml.safe_load((tmp_path / "model.yaml").read_text())
+    config["model"]["params"]["ddconfig"]["context_channels"] = 5
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(config))
+    with_context = AutoEncoderKL(**config["model"]["params"])
+    torch.save(with_context.state_dict(), tmp_path / "model.pt")
+    out = tmp_path / "out"
+    assert main(["reconstruct", *model, "--images", str(images), "--out", str(out)]) == 2
+    message = "this model needs a context (context_channels=5), which no command gives; call it"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "many", "1.5"])
+def test_sizes_are_positive(model, capsys, value):
+    command = ["reconstruct", *model, "--images", "images", "--out", "out", f"--resize={value}"]
+    with pytest.raises(SystemExit, match="2"):
+        main(command)
+    message = f"argument --resize: {value!r}: give an integer of at least 1"
+    assert message in capsys.readouterr().err

@@ -1,0 +1,345 @@
+"""`kl-vae train` as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from kl_vae import AutoEncoderKL
+from kl_vae.cli.main import main
+
+
+def train(*arguments: str) -> int:
+    return main(["train", "tiny.yaml", *arguments])
+
+
+def metrics(run: str | Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def status(run: str | Path) -> dict[str, Any]:
+    return json.loads((Path(run) / "status.json").read_text())
+
+
+def checkpoint(run: str | Path, step: int) -> dict[str, Any]:
+    path = Path(run) / "checkpoints" / f"step_{step:08d}.pt"
+    return torch.load(path, weights_only=True)
+
+
+def without_speed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: x for k, x in line.items() if k != "images_per_second"} for line in lines]
+
+
+def assert_same_state(one: Any, other: Any) -> None:
+    """Bit for bit, through dicts and lists."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same_state(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_same_state(a, b)
+    else:
+        assert one == other
+
+
+def test_a_run_leaves_all_that_the_design_names(project: Path, caplog: Any) -> None:
+    caplog.set_level("INFO")
+    assert train("--run-dir", "run", "training.validate_every_steps=2") == 0
+    run = project / "run"
+    assert {path.name for path in run.iterdir()} == {
+        *("config.yaml", "metrics.jsonl", "status.json", "samples", "checkpoints", "tensorboard")
+    }
+    # the last two, and the best where it is another
+    best = json.loads((run / "checkpoints" / "best.json").read_text())
+    figures = {line["step"]: line for line in metrics(run) if "val/rec_loss" in line}
+    assert sorted(figures) == [2, 4, 6]
+    assert best["value"] == min(line["val/rec_loss"] for line in figures.values())
+    kept = {path.name for path in (run / "checkpoints").glob("*.pt")}
+    assert kept == {"step_00000004.pt", "step_00000006.pt", best["checkpoint"]}
+    assert status(run)["state"] == "finished"
+    for name in ("reconstructions", "prior"):
+        with Image.open(run / "samples" / f"{name}_00000006.png") as picture:
+            assert picture.mode == "RGB"
+    # the header: size, data, devices, precision, results
+    header = caplog.text
+    for text in ("parameters, f = 2", "training images", "cpu", "fp32", "results    run"):
+        assert text in header
+
+
+def test_training_lowers_the_loss(project: Path) -> None:
+    assert train("--run-dir", "run", "training.max_steps=40", "optimizer.learning_rate=0.002") == 0
+    losses = [line["train/rec_loss"] for line in metrics("run") if "train/rec_loss" in line]
+    assert np.mean(losses[-5:]) < 0.7 * losses[0]
+
+
+def test_a_resumed_run_equals_one_never_stopped_bit_for_bit(project: Path) -> None:
+    arguments = ["data.num_workers=2", "training.accumulate_batches=2"]
+    arguments += ["model.params.ddconfig.dropout=0.1"]
+    assert train("--run-dir", "whole", *arguments) == 0
+    # 3 steps of an epoch of 2: it stops in the middle of the second
+    assert train("--run-dir", "parts", *arguments, "training.max_steps=3") == 0
+    assert train("--run-dir", "parts", *arguments) == 0
+    whole, parts = checkpoint("whole", 6), checkpoint("parts", 6)
+    for key in ("model", "optimizer", "scaler", "step", "images_seen"):
+        assert_same_state(whole[key], parts[key])
+    stopped = [line for line in without_speed(metrics("parts"))]
+    for line in without_speed(metrics("whole")):
+        assert line in stopped
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(project: Path) -> None:
+    command = [sys.executable, "-m", "kl_vae.cli", "train", "tiny.yaml", "--run-dir", "run"]
+    command += ["data.num_workers=2", "training.max_steps=60", "training.validate_every_steps=60"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (Path("run/metrics.jsonl").is_file() and len(metrics("run")) >= 3):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "SIGINT: ending at the next step" in errors
+    assert "the same command resumes" in errors
+    assert "Traceback" not in errors
+    stopped = status("run")
+    assert stopped["state"] == "stopped" and stopped["signal"] == "SIGINT"
+    assert 3 <= stopped["step"] < 60
+
+    again = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert f"60 steps, {stopped['step']} of them taken" in again.stderr
+    assert status("run")["state"] == "finished"
+    steps = [line["step"] for line in metrics("run") if "train/rec_loss" in line]
+    assert steps == list(range(1, 61))
+    # no step in the curve: it is the curve of a run that was never stopped
+    assert train("--run-dir", "whole", *command[-3:]) == 0
+    assert without_speed(metrics("run")) == without_speed(metrics("whole"))
+
+
+def test_a_second_ctrl_c_ends_at_once(project: Path) -> None:
+    command = [sys.executable, "-m", "kl_vae.cli", "train", "tiny.yaml", "--run-dir", "run"]
+    # a step too long to end by itself between the two signals
+    command += ["training.accumulate_batches=8", "data.resize=256", "data.crop=256"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not Path("run/status.json").is_file():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGINT
+    assert not list(Path("run").glob("checkpoints/*.pt"))
+
+
+def test_a_finished_run_is_left_as_it_is(project: Path, caplog: Any) -> None:
+    assert train("--run-dir", "run") == 0
+    before = metrics("run")
+    caplog.set_level("INFO")
+    assert train("--run-dir", "run") == 0
+    assert "nothing to do: all 6 steps are taken" in caplog.text
+    assert metrics("run") == before
+
+
+MISTAKES = {
+    "unknown key": (
+        ["training.max_step=5"],
+        "training.max_step=5: unknown key; did you mean max_steps?",
+    ),
+    "wrong type": (
+        ["model.params.ddconfig.ch=many"],
+        "model.params.ddconfig.ch='many': is text, expected a whole number",
+    ),
+    "exponent without a point": (
+        ["optimizer.learning_rate=1e-4"],
+        "optimizer.learning_rate='1e-4': YAML reads 1e-4 as text",
+    ),
+    "groups": (
+        ["model.params.ddconfig.ch=48"],
+        "model.params.ddconfig.ch=48: channels 48 cannot be split into 32 groups",
+    ),
+    "missing folder": (["data.train.root=nowhere"], "no such folder: nowhere"),
+    "folder without images": (["data.train.root=empty"], "no images"),
+    "too few images": (
+        ["training.global_batch_size=64"],
+        "training.global_batch_size=64: more than the",
+    ),
+    "image smaller than the crop": (
+        ["data.resize=null", "data.crop=22"],
+        "smaller than the crop of 22: set data.resize, or lower data.crop",
+    ),
+    "resize smaller than the crop": (["data.resize=8"], "data.resize=8: smaller than the crop"),
+    "embed_dim that does not fit": (
+        ["model.params.ckpt_path=other.pt", "model.params.embed_dim=3"],
+        "its latents have 4 channels; embed_dim=3 should be 4",
+    ),
+    "unwritable run": (["--run-dir", "tiny.yaml/run"], "choose another --run-dir"),
+    "run is a file": (["--run-dir", "tiny.yaml"], "tiny.yaml: is a file; choose another --run-dir"),
+    "run is another folder": (["--run-dir", "images"], "not empty, and holds no run"),
+    "unknown monitor": (
+        ["model.params.monitor=val/quality"],
+        "model.params.monitor=val/quality: not a validation figure; choose one of",
+    ),
+    "monitor without validation": (
+        ["data.validation.fraction=0.0"],
+        "model.params.monitor=val/rec_loss: there is no validation set",
+    ),
+    "indivisible batch": (
+        ["training.accumulate_batches=3"],
+        "training.global_batch_size=8: cannot be divided among 1 ranks x 3 accumulated batches",
+    ),
+    "crop that f does not divide": (["data.crop=15"], "data.crop=15: the model halves"),
+    "both lengths": (["training.epochs=2"], "set either epochs=2 or max_steps"),
+    "no GPU": (["--device", "tpu"], "device 'tpu': choose one of auto, cuda, mps, cpu"),
+    "unknown loss": (
+        ["model.params.lossconfig.target=best"],
+        "model.params.lossconfig.target='best': unknown; choose one of elbo",
+    ),
+    "published adversarial loss": (
+        ["model.params.lossconfig.target=ldm.modules.losses.LPIPSWithDiscriminator"],
+        "the LPIPS + GAN loss is not part of this version",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_writes_nothing(mistake: str, project: Path, capsys: Any) -> None:
+    arguments, text = MISTAKES[mistake]
+    (project / "empty").mkdir()
+    (project / "empty" / "notes.txt").write_text("no image")
+    config = yaml.safe_load((project / "tiny.yaml").read_text())["model"]["params"]
+    torch.save(AutoEncoderKL(config["ddconfig"], 4).state_dict(), project / "other.pt")
+    before = sorted(project.rglob("*"))
+    assert train(*arguments) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1, errors
+    assert errors[0].startswith("kl-vae train: error: ")
+    assert text in errors[0]
+    assert sorted(project.rglob("*")) == before
+
+
+def test_a_run_of_another_config_is_refused_naming_what_changed(project: Path, capsys: Any) -> None:
+    assert train("--run-dir", "run", "training.max_steps=1") == 0
+    before = {path: path.stat().st_mtime_ns for path in (project / "run").rglob("*")}
+    assert train("--run-dir", "run", "optimizer.learning_rate=0.01") == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert "run: made with another config (optimizer.learning_rate was 0.0001 and is now" in line
+    assert {path: path.stat().st_mtime_ns for path in (project / "run").rglob("*")} == before
+
+
+def test_changed_images_are_refused_on_resume(project: Path, capsys: Any) -> None:
+    assert train("--run-dir", "run", "training.max_steps=1") == 0
+    (project / "images" / "000.png").unlink()
+    assert train("--run-dir", "run") == 2
+    assert "the training images are not those it was made on" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_passed_over_loudly(project: Path, caplog: Any) -> None:
+    assert train("--run-dir", "run", "training.validate_every_steps=2") == 0
+    newest = project / "run" / "checkpoints" / "step_00000006.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert train("--run-dir", "run", "training.max_steps=8") == 0
+    assert "step_00000006.pt: does not match its sha256" in caplog.text
+    assert status("run")["step"] == 8
+
+
+def test_an_image_that_cannot_be_read_is_named(project: Path, capsys: Any) -> None:
+    for path in (project / "images").iterdir():
+        path.write_bytes(path.read_bytes()[:60])
+    assert train() == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "images/" in error and "mend it, or name it in data.train.exclude" in error
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains(precision: str, project: Path) -> None:
+    assert train("--run-dir", "run", f"training.precision={precision}") == 0
+    lines = [line for line in metrics("run") if "train/rec_loss" in line]
+    assert len(lines) == 6
+    assert all(isinstance(line["train/rec_loss"], float) for line in lines)
+
+
+def test_a_learned_logvar_is_trained_and_kept(project: Path) -> None:
+    assert train("--run-dir", "run", "model.params.lossconfig.params.learn_logvar=true") == 0
+    assert checkpoint("run", 6)["model"]["loss.logvar"] != 0.0
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
+def test_grey_and_rgba_train_and_reconstruct(
+    channels: int, mode: str, project: Path, make_images: Callable[..., Path]
+) -> None:
+    make_images(project / "other", 12, mode=mode)
+    arguments = ["data.train.root=other", "training.max_steps=2"]
+    arguments += [f"model.params.ddconfig.{key}={channels}" for key in ("in_channels", "out_ch")]
+    assert train("--run-dir", "run", *arguments) == 0
+    assert main(["reconstruct", "--checkpoint", "run", "--images", "other", "--out", "out"]) == 0
+    with Image.open(project / "out" / "000.png") as picture:
+        assert picture.mode == mode and picture.size == (24, 20)
+
+
+def test_arrays_of_many_channels_train_with_colorized_pictures(project: Path) -> None:
+    (project / "arrays").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        np.save(project / "arrays" / f"{i}.npy", rng.random((20, 20, 7), dtype=np.float32))
+    arguments = ["data.train.root=arrays", "training.max_steps=2"]
+    arguments += ["model.params.colorize_nlabels=7"]
+    arguments += [f"model.params.ddconfig.{key}=7" for key in ("in_channels", "out_ch")]
+    assert train("--run-dir", "run", *arguments) == 0
+    assert (project / "run" / "samples" / "reconstructions_00000002.png").is_file()
+
+
+def test_a_published_config_is_read_for_its_model(project: Path, caplog: Any, capsys: Any) -> None:
+    published = {
+        "model": {
+            "base_learning_rate": 4.5e-06,
+            "target": "ldm.models.autoencoder.AutoencoderKL",
+            "params": yaml.safe_load((project / "tiny.yaml").read_text())["model"]["params"],
+        },
+        "data": {"target": "main.DataModuleFromConfig", "params": {"batch_size": 12}},
+        "lightning": {"trainer": {"benchmark": True}},
+    }
+    published["model"]["params"]["lossconfig"] = {
+        "target": "ldm.modules.losses.LPIPSWithDiscriminator",
+        "params": {"disc_start": 50001, "kl_weight": 1.0e-6, "disc_weight": 0.5},
+    }
+    (project / "published.yaml").write_text(yaml.safe_dump(published))
+    ours = ["data.train.root=images", "data.resize=18", "data.num_workers=0"]
+    ours += ["training.global_batch_size=8", "training.max_steps=1", "--run-dir", "run"]
+    assert main(["train", "published.yaml", *ours]) == 2
+    assert "write lossconfig: {target: elbo" in capsys.readouterr().err
+    ours.append("model.params.lossconfig={target: elbo, params: {kl_weight: 1.0e-6}}")
+    assert main(["train", "published.yaml", *ours]) == 0
+    for text in ("lightning is not used; write", "data.target=main.DataModuleFromConfig is not"):
+        assert text in caplog.text
+    assert "write optimizer.learning_rate=RATE" in caplog.text
+
+
+def test_shipped_configs_are_found_by_name_and_are_whole() -> None:
+    from kl_vae.config import shipped_configs
+    from kl_vae.training.config import RunConfig
+
+    names = set(shipped_configs())
+    assert names == {*("kl-f4", "kl-f8", "kl-f16", "kl-f32", "example", "cifar10", "quickstart")}
+    for name in names:
+        config = RunConfig.load(name)
+        assert config.model.params.lossconfig is not None, "the default loss collapses"
+        assert config.model.params.ddconfig.downsampling_factor in (4, 8, 16, 32)

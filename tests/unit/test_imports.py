@@ -1,0 +1,133 @@
+"""Which module may import which, and what importing the package costs."""
+
+import ast
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kl_vae
+
+PACKAGE = Path(kl_vae.__file__).parent
+
+FLOORS = (
+    ("randomness", "registry", "schema", "device", "files", "version"),
+    ("blocks", "attention", "distribution", "ddconfig", "parts", "middle", "muon"),
+    ("encoder", "decoder"),
+    ("losses", "formats", "data", "optimizer", "config"),
+    ("model",),
+    ("inference", "training", "__init__"),
+    ("cli",),
+)
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+
+# on one floor only these imports are allowed
+SIDEWAYS = {
+    "attention": {"blocks"},
+    "ddconfig": {"attention", "blocks"},
+    "parts": {"attention", "blocks", "ddconfig"},
+    "middle": {"parts"},
+    "training": {"inference"},
+}
+
+# these know less than their floor allows
+KNOWS = {
+    "losses": {"distribution", "registry"},
+    "formats": {"files"},
+    "data": {"files", "randomness", "schema"},
+}
+
+
+def part_of(module: str) -> str:
+    """`kl_vae.losses.elbo` -> losses; kl_vae itself -> __init__."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name."""
+    paths = {
+        path: path.relative_to(PACKAGE.parent).with_suffix("") for path in PACKAGE.rglob("*.py")
+    }
+    return {".".join(path.parts).removesuffix(".__init__"): file for file, path in paths.items()}
+
+
+def imported_parts(path: Path) -> set[str]:
+    """The parts of the package that a file imports, anywhere in it."""
+    parts = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            names = [node.module or ""]
+            if node.module == "kl_vae":  # `from kl_vae import model` may mean a module
+                names = [f"kl_vae.{a.name}" if a.name in FLOOR else "kl_vae" for a in node.names]
+        else:
+            continue
+        parts |= {part_of(name) for name in names if name.split(".")[0] == "kl_vae"}
+    return parts
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, cwd=PACKAGE.parent, capture_output=True, text=True, check=True, timeout=120
+    )
+
+
+def test_every_module_has_a_floor_and_every_floor_is_inhabited() -> None:
+    assert {part_of(module) for module in modules()} == set(FLOOR)
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_imports_point_down_only(module: str) -> None:
+    part = part_of(module)
+    for imported in imported_parts(modules()[module]) - {part}:
+        below = FLOOR[imported] < FLOOR[part] or imported in SIDEWAYS.get(part, ())
+        assert below, f"{module} imports kl_vae.{imported}, which does not lie below it"
+        known = imported in KNOWS.get(part, FLOOR)
+        assert known, f"{module} imports kl_vae.{imported}, of which {part} should know nothing"
+
+
+def test_the_public_names_are_written_alike_in_their_three_places() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    typed = {
+        alias.name: node.module
+        for section in tree.body
+        if isinstance(section, ast.If)  # TYPE_CHECKING
+        for node in ast.walk(section)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert typed == {name: f"kl_vae.{module}" for name, module in kl_vae._MODULES.items()}
+    assert kl_vae.__all__ == sorted([*typed, "__version__"])
+    assert all(callable(getattr(kl_vae, name)) for name in typed)
+    with pytest.raises(AttributeError, match="module 'kl_vae' has no attribute 'AutoencoderKL'"):
+        kl_vae.AutoencoderKL  # noqa: B018
+
+
+def test_the_public_names_need_torch_alone() -> None:
+    script = "import json, sys, torch; before = set(sys.modules); from kl_vae import *; "
+    script += "print(json.dumps(sorted(set(sys.modules) - before)))"
+    added = {name.split(".")[0] for name in json.loads(python("-c", script).stdout)}
+    assert "kl_vae" in added
+    assert not added - {"kl_vae"} - set(sys.stdlib_module_names)
+
+
+def test_importing_the_public_names_adds_a_tenth_to_importing_torch_at_most() -> None:
+    script = "from time import perf_counter as now; a = now(); import torch; b = now(); "
+    script += "from kl_vae import *; c = now(); print((c - b) / (b - a))"
+    ratios = [float(python("-c", script).stdout) for _ in range(3)]
+    assert statistics.median(ratios) < 0.1
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    # each line of -X importtime ends in `| name of an imported module`
+    done = python("-X", "importtime", "-m", "kl_vae.cli", "--help")
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "usage: kl-vae" in done.stdout
+    assert "kl_vae.cli.main" in imported
+    assert "torch" not in imported
