@@ -139,3 +139,32 @@ class DDConfig:
                     f"{resolution}; the levels have {', '.join(map(str, levels))}"
                 )
         return errors
+
+
+def check_autoencoder(
+    config: DDConfig, embed_dim: int | None, colorize_nlabels: int | None
+) -> None:
+    """Check what AutoEncoderKL asks beyond what its encoder and decoder do.
+
+    Raises:
+        ValueError: the key, the value, the mend.
+    """
+    if not config.double_z:
+        raise ValueError("double_z=False: a KL autoencoder needs mean and log variance; set true")
+    if config.give_pre_end:
+        raise ValueError("give_pre_end=True: an autoencoder must end in an image; set false")
+    if config.out_ch != config.in_channels:
+        raise ValueError(
+            f"out_ch={config.out_ch}: a reconstruction has the image's channels; "
+            f"set {config.in_channels}, as in_channels"
+        )
+    if embed_dim is not None and (type(embed_dim) is not int or embed_dim < 1):
+        raise ValueError(
+            f"embed_dim={embed_dim!r}: a whole number of at least 1, or null for no quant "
+            "convolutions"
+        )
+    if colorize_nlabels is not None and colorize_nlabels != config.in_channels:
+        raise ValueError(
+            f"colorize_nlabels={colorize_nlabels}: must be "
+            f"in_channels={config.in_channels}, or null"
+        )

@@ -7,7 +7,6 @@ B batch, C channels, H and W the image's height and width, h = H/f, w = W/f, z l
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,22 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kl_vae.ddconfig import DDConfig
+from kl_vae.ddconfig import DDConfig, check_autoencoder
 from kl_vae.decoder import Decoder
 from kl_vae.distribution import DiagonalGaussianDistribution
 from kl_vae.encoder import Encoder
-from kl_vae.formats.checkpoint import (
-    best_checkpoint,
-    check_digest,
-    is_checkpoint,
-    list_checkpoints,
-)
+from kl_vae.formats.checkpoint import choose_checkpoint, model_params_of
+from kl_vae.formats.matching import match
 from kl_vae.formats.weights import read_file, state_dict_of
 from kl_vae.losses import Loss, build_loss, default_loss
 from kl_vae.optimizer import OptimizerConfig, build_optimizer
 from kl_vae.randomness import generator_for
-
-logger = logging.getLogger(__name__)
 
 
 class StepOutput(NamedTuple):
@@ -77,7 +70,7 @@ class AutoEncoderKL(nn.Module):
         super().__init__()
         if not isinstance(ddconfig, DDConfig):
             ddconfig = DDConfig.from_dict(ddconfig)
-        _check_autoencoder(ddconfig, embed_dim, colorize_nlabels)
+        check_autoencoder(ddconfig, embed_dim, colorize_nlabels)
         self.config = ddconfig
         self.embed_dim = embed_dim
         self.monitor = monitor
@@ -230,38 +223,27 @@ class AutoEncoderKL(nn.Module):
         Raises:
             ValueError: no checkpoint there, no params known, or weights that do not fit them.
         """
-        path = Path(path)
-        if path.is_dir():
-            chosen = best_checkpoint(path) or next(iter(list_checkpoints(path)), None)
-            if chosen is None:
-                raise ValueError(f"{path}: no checkpoint in it; give a run directory or a file")
-            path = chosen
-        check_digest(path)
+        path = choose_checkpoint(Path(path))
         content = read_file(path)
         if params is None:
-            try:
-                params = content["config"]["model"]["params"] if is_checkpoint(content) else None
-            except (KeyError, TypeError):
-                params = None
-            if not isinstance(params, Mapping):
-                raise ValueError(f"{path}: does not say its architecture; give its config as well")
-        known = {
-            key: params[key]
-            for key in ("ddconfig", "embed_dim", "colorize_nlabels", "monitor")
-            if key in params
-        }
-        if "ddconfig" not in known or "embed_dim" not in known:
+            params = model_params_of(content, str(path))
+        if "ddconfig" not in params or "embed_dim" not in params:
             raise ValueError(f"{path}: its config lacks ddconfig or embed_dim; give its config")
         # lossconfig stays out: nothing that a checkpoint names is imported
-        model = cls(**known)
+        model = cls(
+            params["ddconfig"],
+            params["embed_dim"],
+            colorize_nlabels=params.get("colorize_nlabels"),
+            monitor=params.get("monitor"),
+        )
         model.load_weights(state_dict_of(content, str(path)), source=str(path))
         return model.eval()
 
     def init_from_ckpt(self, path: str | Path, ignore_keys: Iterable[str] = ()) -> None:
         """Load weights from a file; keys that begin with one of `ignore_keys` are left out.
 
-        Says in one log line what was loaded, ignored, missing and unexpected. A loss's own tensors
-        (`loss.`) are ignored where this model has no such loss.
+        Says in one log line what was loaded, ignored, missing and unexpected. The tensors of a loss
+        (`loss.`) that this model does not have are ignored.
 
         Raises:
             ValueError: missing, unexpected or differently shaped tensors that `ignore_keys` does
@@ -274,27 +256,7 @@ class AutoEncoderKL(nn.Module):
         self, tensors: Mapping[str, Tensor], ignore_keys: Iterable[str] = (), source: str = ""
     ) -> None:
         """Load a state dict as `init_from_ckpt` does a file."""
-        own = self.state_dict()
-        prefixes = tuple(ignore_keys)
-        if not any(key.startswith("loss.") for key in own):
-            prefixes += ("loss.",)
-        given = {k: x for k, x in tensors.items() if not (prefixes and k.startswith(prefixes))}
-        wanted = [key for key in own if not (prefixes and key.startswith(prefixes))]
-        loaded = {k: x for k, x in given.items() if k in own and x.shape == own[k].shape}
-        misshapen = [k for k in given if k in own and k not in loaded]
-        unexpected = [key for key in given if key not in own]
-        # a loss may be given to a model that was trained with another one or none
-        missing = [k for k in wanted if k not in given and not k.startswith("loss.")]
-        if misshapen or unexpected or missing:
-            raise ValueError(f"{source}: {self._mismatch(given, misshapen, unexpected, missing)}")
-        self.load_state_dict(loaded, strict=False)
-        logger.info(
-            "%s: %d tensors loaded, %d ignored, %d missing, 0 unexpected",
-            source,
-            len(loaded),
-            len(tensors) - len(given),
-            len(own) - len(loaded),
-        )
+        self.load_state_dict(match(self.state_dict(), tensors, ignore_keys, source), strict=False)
 
     def to_rgb(self, x: Tensor) -> Tensor:
         """Images of any number of channels as pictures [B, 3, H, W] in [-1, 1].
@@ -332,60 +294,3 @@ class AutoEncoderKL(nn.Module):
             raise ValueError("context given: set context_channels in the ddconfig to use one")
         elif context.ndim != 2 or context.shape[1] != size:
             raise ValueError(f"context of shape {list(context.shape)}: expected [B, {size}]")
-
-    def _mismatch(
-        self,
-        given: Mapping[str, Tensor],
-        misshapen: list[str],
-        unexpected: list[str],
-        missing: list[str],
-    ) -> str:
-        """One line on weights that do not fit this model, and what to mend."""
-        quant, post = "quant_conv.weight", "post_quant_conv.weight"
-        if self.embed_dim is None and post in given:
-            return f"has quant convolutions; set embed_dim={given[post].shape[1]}"
-        if self.embed_dim is not None and quant in missing:
-            return f"has no quant convolutions; embed_dim={self.embed_dim} should be null"
-        if quant in misshapen and given[quant].shape[1] == 2 * self.config.z_channels:
-            return (
-                f"its latents have {given[quant].shape[0] // 2} channels; "
-                f"embed_dim={self.embed_dim} should be {given[quant].shape[0] // 2}"
-            )
-        parts = []
-        if misshapen:
-            key = misshapen[0]
-            parts.append(
-                f"{len(misshapen)} tensors of another shape ({key}: {list(given[key].shape)} in "
-                f"the file, {list(self.state_dict()[key].shape)} in the model)"
-            )
-        if missing:
-            parts.append(f"{len(missing)} missing (such as {missing[0]})")
-        if unexpected:
-            parts.append(f"{len(unexpected)} unexpected (such as {unexpected[0]})")
-        return (
-            ", ".join(parts) + "; use the config it was trained with, or name them in ignore_keys"
-        )
-
-
-def _check_autoencoder(
-    config: DDConfig, embed_dim: int | None, colorize_nlabels: int | None
-) -> None:
-    if not config.double_z:
-        raise ValueError("double_z=False: a KL autoencoder needs mean and log variance; set true")
-    if config.give_pre_end:
-        raise ValueError("give_pre_end=True: an autoencoder must end in an image; set false")
-    if config.out_ch != config.in_channels:
-        raise ValueError(
-            f"out_ch={config.out_ch}: a reconstruction has the image's channels; "
-            f"set {config.in_channels}, as in_channels"
-        )
-    if embed_dim is not None and (type(embed_dim) is not int or embed_dim < 1):
-        raise ValueError(
-            f"embed_dim={embed_dim!r}: a whole number of at least 1, or null for no quant "
-            "convolutions"
-        )
-    if colorize_nlabels is not None and colorize_nlabels != config.in_channels:
-        raise ValueError(
-            f"colorize_nlabels={colorize_nlabels}: must be "
-            f"in_channels={config.in_channels}, or null"
-        )

@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
         stream=sys.stderr,
     )
     try:
+        for module_name in args.modules:
+            _import(module_name)
         return run_command(name, args)
     except ValueError as error:
         if args.traceback:
@@ -65,10 +67,29 @@ def _module(name: str):  # type: ignore[no-untyped-def]
     return importlib.import_module(f"kl_vae.cli.{name}")
 
 
+def _import(name: str) -> None:
+    """Import a module of the user's, from the working directory or where Python finds it."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"--import {name}: {error}; give a module in this folder or on PYTHONPATH"
+        ) from error
+
+
 def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     module = _module(name)
     parser.description = module.__doc__
     module.add_arguments(parser)
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import this module first, which registers your own blocks, attention or losses",
+    )
     parser.add_argument(
         "--traceback", action="store_true", help="show where in the code an error was raised"
     )

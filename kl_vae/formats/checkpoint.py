@@ -33,6 +33,7 @@ def checkpoint_path(run: Path, step: int) -> Path:
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Write a checkpoint atomically, then its sha256 beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _digest_path(path).unlink(missing_ok=True)  # that of an earlier file of this name
     write_atomically(path, lambda file: torch.save({"format": FORMAT, **content}, file))
     write_text_atomically(_digest_path(path), f"{_digest(path)}  {path.name}\n")
 
@@ -96,6 +97,36 @@ def best_checkpoint(run: Path) -> Path | None:
         return None
     path = run / FOLDER / Path(str(name)).name
     return path if path.is_file() else None
+
+
+def choose_checkpoint(path: Path) -> Path:
+    """The file that a run directory or a file's path means: of a run the best, else the newest.
+
+    Raises:
+        ValueError: a directory without checkpoints, or a file that does not match its sha256.
+    """
+    if path.is_dir():
+        chosen = best_checkpoint(path) or next(iter(list_checkpoints(path)), None)
+        if chosen is None:
+            raise ValueError(f"{path}: no checkpoint in it; give a run directory or a file")
+        path = chosen
+    check_digest(path)
+    return path
+
+
+def model_params_of(content: object, source: str) -> Mapping[str, Any]:
+    """The `model.params` in the config of a loaded checkpoint.
+
+    Raises:
+        ValueError: it is not one of ours, or has no such config.
+    """
+    try:
+        params = content["config"]["model"]["params"] if is_checkpoint(content) else None  # type: ignore[index]
+    except (KeyError, TypeError):
+        params = None
+    if not isinstance(params, Mapping):
+        raise ValueError(f"{source}: does not say its architecture; give its config as well")
+    return params
 
 
 def _digest_path(path: Path) -> Path:

@@ -76,7 +76,7 @@ def _import(target: str) -> Callable[..., Any]:
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"lossconfig.target={target}: cannot be imported ({error}); choose one of "
-            f"{', '.join(LOSSES)}, or the dotted path of a class on your PYTHONPATH"
+            f"{', '.join(LOSSES)}, or the dotted path of a class on PYTHONPATH (or --import it)"
         ) from None
     if not callable(found):
         raise ValueError(f"lossconfig.target={target}: not a class or function; give one")

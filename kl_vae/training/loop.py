@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -96,13 +97,12 @@ def train(config: RunConfig, run: Path, device: str = "auto") -> TrainingState:
         val_size = 0 if val_set is None else len(val_set)
         val_batches = validation_batches(val_size, batch_size, ranks.rank, ranks.world_size)
         journal = Journal(run, state, total_steps) if ranks.is_first else None
+        status = partial(write_status, run, total_steps=total_steps)
+        ranks.on_first(lambda: status("running", state.step))
 
-        end = "failed"
         model.train()
         try:
             while state.step < total_steps and not ranks.any(stop.signal is not None):
-                if journal is not None and state.step == sampler.start_step:
-                    write_status(run, "running", state.step, total_steps)
                 figures = take_step(batches)
                 done = state.step == total_steps
 
@@ -121,20 +121,34 @@ def train(config: RunConfig, run: Path, device: str = "auto") -> TrainingState:
                     val_figures = validate(model, loader, state.step, config, ranks)
                     if model.monitor is not None:
                         state.note_best(model.monitor, val_figures[model.monitor])
+                    pictures = ranks.on_first(
+                        lambda: draw_pictures(model, val_set, training.sample_images)
+                    )
                     if journal is not None:
-                        pictures = draw_pictures(model, val_set, training.sample_images)
                         journal.write_validation(val_figures, pictures)
 
                 if validating or state.step % training.save_every_steps == 0:
                     ranks.on_first(lambda: state.save(run, training.keep_checkpoints))
+                    ranks.on_first(lambda: status("running", state.step))
             if state.step < total_steps:
                 ranks.on_first(lambda: state.save(run, training.keep_checkpoints))
-            end = "finished" if state.step == total_steps else "stopped"
+        except BaseException as error:
+            if ranks.is_first:
+                status("failed", state.step, reason=f"{type(error).__name__}: {error}")
+            raise
         finally:
             if journal is not None:
                 journal.close()
-                write_status(run, end, state.step, total_steps, signal=stop.signal)
-        if ranks.is_first:
-            more = "" if end == "finished" else "; the same command resumes"
-            logger.info("%s at step %d of %d in %s%s", end, state.step, total_steps, run, more)
+
+        # how it ended
+        stopped = state.step < total_steps
+        if ranks.is_first and stopped:
+            status("stopped", state.step, reason=stop.signal)
+            logger.info(
+                "stopped by %s at step %d of %d, saved in %s; the same command resumes",
+                *(stop.signal, state.step, total_steps, run),
+            )
+        elif ranks.is_first:
+            status("finished", state.step)
+            logger.info("finished all %d steps; results in %s", total_steps, run)
         return state

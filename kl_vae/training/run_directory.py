@@ -74,14 +74,14 @@ def prepare_run(run: Path, config: dict[str, Any]) -> None:
 
 
 def write_status(
-    run: Path, state: str, step: int, total_steps: int, signal: str | None = None
+    run: Path, state: str, step: int, total_steps: int, reason: str | None = None
 ) -> None:
-    """Say what the run is doing, or why it ended: running, finished, stopped or failed."""
+    """Say what the run is doing: running, finished, stopped (by a signal) or failed (why)."""
     status = {
         "state": state,
         "step": step,
         "total_steps": total_steps,
-        "signal": signal,
+        "reason": reason,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "pid": os.getpid(),
     }

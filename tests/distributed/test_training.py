@@ -124,5 +124,5 @@ def test_torchrun_told_to_end_leaves_a_run_that_goes_on(project: Path) -> None:
     _, errors = process.communicate(timeout=90)
     status = json.loads(Path("run/status.json").read_text())
     assert status["state"] == "stopped", errors
-    assert status["signal"] == "SIGTERM"
+    assert status["reason"] == "SIGTERM"
     assert (Path("run/checkpoints") / f"step_{status['step']:08d}.pt").is_file()

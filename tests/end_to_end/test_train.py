@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -119,7 +120,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(project: Path) -> None:
     assert "the same command resumes" in errors
     assert "Traceback" not in errors
     stopped = status("run")
-    assert stopped["state"] == "stopped" and stopped["signal"] == "SIGINT"
+    assert stopped["state"] == "stopped" and stopped["reason"] == "SIGINT"
     assert 3 <= stopped["step"] < 60
 
     again = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120)
@@ -267,13 +268,15 @@ def test_an_image_that_cannot_be_read_is_named(project: Path, capsys: Any) -> No
     assert train() == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "images/" in error and "mend it, or name it in data.train.exclude" in error
+    assert status("runs/tiny")["state"] == "failed"
+    assert error.removeprefix("kl-vae train: error: ") in status("runs/tiny")["reason"]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains(precision: str, project: Path) -> None:
-    assert train("--run-dir", "run", f"training.precision={precision}") == 0
+    assert train("--run-dir", "run", f"training.precision={precision}", "training.max_steps=2") == 0
     lines = [line for line in metrics("run") if "train/rec_loss" in line]
-    assert len(lines) == 6
+    assert len(lines) == 2
     assert all(isinstance(line["train/rec_loss"], float) for line in lines)
 
 
@@ -305,6 +308,57 @@ def test_arrays_of_many_channels_train_with_colorized_pictures(project: Path) ->
     arguments += [f"model.params.ddconfig.{key}=7" for key in ("in_channels", "out_ch")]
     assert train("--run-dir", "run", *arguments) == 0
     assert (project / "run" / "samples" / "reconstructions_00000002.png").is_file()
+
+
+def test_own_parts_are_imported_for_every_command(project: Path, capsys: Any) -> None:
+    (project / "my_parts.py").write_text(
+        """
+from torch import nn
+from kl_vae import register_attention, register_loss
+
+@register_attention("gate")
+class Gate(nn.Module):
+    def __init__(self, channels, norm):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        return x * self.proj(x).sigmoid()
+
+def only_mse(inputs, reconstructions, posterior, global_step, last_layer, split):
+    loss = (inputs - reconstructions).square().mean()
+    return loss, {f"{split}/total_loss": loss.detach(), f"{split}/rec_loss": loss.detach()}
+
+class OnlyMSE(nn.Module):
+    def forward(self, **arguments):
+        return only_mse(**arguments)
+"""
+    )
+    own = ["model.params.ddconfig.attn_type=gate", "training.max_steps=2"]
+    own += ["model.params.lossconfig={target: my_parts.OnlyMSE}"]
+    assert train("--run-dir", "run", *own) == 2
+    assert "attn_type='gate': unknown; choose one of" in capsys.readouterr().err
+    assert train("--run-dir", "run", "--import", "my_parts", *own) == 0
+    others = ["--checkpoint", "run", "--import", "my_parts", "--out", "out"]
+    assert main(["reconstruct", "--images", "images", *others]) == 0
+    assert train("--run-dir", "run", "--import", "no_such_parts", *own) == 2
+    assert "--import no_such_parts: No module named" in capsys.readouterr().err
+
+
+def test_a_named_data_set_trains_on_its_own_split(project: Path, caplog: Any) -> None:
+    folder = project / "sets" / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name, number in (("train", 16), ("t10k", 4)):
+        for part, shape in (("images-idx3", (number, 28, 28)), ("labels-idx1", (number,))):
+            header = struct.pack(f">HBB{len(shape)}I", 0, 8, len(shape), *shape)
+            values = rng.integers(0, 10, shape, dtype=np.uint8)
+            (folder / f"{name}-{part}-ubyte").write_bytes(header + values.tobytes())
+    caplog.set_level("INFO")
+    arguments = ["data.name=fashion-mnist", "data.train.root=sets", "training.max_steps=2"]
+    arguments += [f"model.params.ddconfig.{key}=1" for key in ("in_channels", "out_ch")]
+    assert train("--run-dir", "run", *arguments) == 0
+    assert "16 training images and 4 for validation, from sets" in caplog.text
 
 
 def test_a_published_config_is_read_for_its_model(project: Path, caplog: Any, capsys: Any) -> None:

@@ -37,6 +37,24 @@ def test_the_update_is_as_large_for_small_gradients_as_for_large() -> None:
     assert updates[0].norm() > 0.1
 
 
+def test_two_steps_on_a_kernel_by_hand() -> None:
+    """Nesterov momentum, orthogonalised, times sqrt(rows / columns), after the decay."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(12, 1, 2, 2))  # the matrix [12, 4]
+    expected, momentum = weight.detach().clone(), torch.zeros(12, 1, 2, 2)
+    groups = [{"params": [weight], "lr": 0.1, "weight_decay": 0.5, "orthogonalize": True}]
+    optimizer = Muon(groups, momentum=0.9)
+    for _ in range(2):
+        gradient = torch.randn(weight.shape)
+        weight.grad = gradient.clone()
+        optimizer.step()
+        momentum = 0.9 * momentum + 0.1 * gradient
+        direction = 0.9 * momentum + 0.1 * gradient
+        update = orthogonalize(direction.reshape(12, 4)).reshape(weight.shape)
+        expected = expected * (1 - 0.1 * 0.5) - 0.1 * (12 / 4) ** 0.5 * update
+    assert torch.allclose(weight, expected, atol=1e-5)
+
+
 def test_what_is_no_matrix_is_learned_as_by_adamw() -> None:
     torch.manual_seed(0)
     ours, theirs = (nn.Parameter(torch.ones(5)) for _ in range(2))
