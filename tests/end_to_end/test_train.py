@@ -160,7 +160,8 @@ def test_a_finished_run_is_left_as_it_is(project: Path, caplog: Any) -> None:
     assert metrics("run") == before
 
 
-MISTAKES = {
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "no such config": (["--run-dir", "run", "--device=cpu", "tiny.yml"], "'tiny.yml': write key"),
     "unknown key": (
         ["training.max_step=5"],
         "training.max_step=5: unknown key; did you mean max_steps?",
@@ -177,6 +178,7 @@ MISTAKES = {
         ["model.params.ddconfig.ch=48"],
         "model.params.ddconfig.ch=48: channels 48 cannot be split into 32 groups",
     ),
+    "no folder": (["data.train.root=null"], "data.train.root is not set: write data.train.root="),
     "missing folder": (["data.train.root=nowhere"], "no such folder: nowhere"),
     "folder without images": (["data.train.root=empty"], "no images"),
     "too few images": (
@@ -314,7 +316,7 @@ def test_own_parts_are_imported_for_every_command(project: Path, capsys: Any) ->
     (project / "my_parts.py").write_text(
         """
 from torch import nn
-from kl_vae import register_attention, register_loss
+from kl_vae import register_attention
 
 @register_attention("gate")
 class Gate(nn.Module):
@@ -325,13 +327,10 @@ class Gate(nn.Module):
     def forward(self, x):
         return x * self.proj(x).sigmoid()
 
-def only_mse(inputs, reconstructions, posterior, global_step, last_layer, split):
-    loss = (inputs - reconstructions).square().mean()
-    return loss, {f"{split}/total_loss": loss.detach(), f"{split}/rec_loss": loss.detach()}
-
 class OnlyMSE(nn.Module):
-    def forward(self, **arguments):
-        return only_mse(**arguments)
+    def forward(self, inputs, reconstructions, posterior, global_step, last_layer, split):
+        loss = (inputs - reconstructions).square().mean()
+        return loss, {f"{split}/total_loss": loss.detach(), f"{split}/rec_loss": loss.detach()}
 """
     )
     own = ["model.params.ddconfig.attn_type=gate", "training.max_steps=2"]
