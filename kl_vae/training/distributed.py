@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -93,4 +94,6 @@ def connect(device_name: str) -> Iterator[Ranks]:
     try:
         yield Ranks(dist.get_rank(), world_size, device)
     finally:
+        # DDP lies in reference cycles; freed after its process group it can deadlock (torch 2.6)
+        gc.collect()
         dist.destroy_process_group()

@@ -14,12 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from kl_vae.data import StepSampler, training_loader, validation_batches, validation_loader
 from kl_vae.formats.checkpoint import newest_checkpoint
 from kl_vae.training.config import RunConfig
-from kl_vae.training.distributed import connect
+from kl_vae.training.distributed import Ranks, connect
 from kl_vae.training.journal import Journal
 from kl_vae.training.pictures import draw_pictures
 from kl_vae.training.prepare import build_data, build_model, describe, micro_batch_size, rehearse
 from kl_vae.training.run_directory import check_run, prepare_run, write_status
-from kl_vae.training.signals import stop_on_signals
+from kl_vae.training.signals import StopRequest, stop_on_signals
 from kl_vae.training.state import TrainingState
 from kl_vae.training.step import TrainingStep
 from kl_vae.training.validate import validate
@@ -46,109 +46,114 @@ def train(config: RunConfig, run: Path, device: str = "auto") -> TrainingState:
         RuntimeError: too many steps in a row without a finite gradient.
     """
     with connect(device) as ranks, stop_on_signals() as stop:
-        training, plain = config.training, dataclasses.asdict(config)
+        # a function of its own, so that DDP is gone before its process group (see `connect`)
+        return _train(config, run, ranks, stop)
 
-        # what the run is made of
-        ranks.on_first(lambda: check_run(run, plain))
-        train_set, val_set = build_data(config, ranks)
-        batch_size = micro_batch_size(config, ranks)
-        steps_per_epoch = len(train_set) // training.global_batch_size
-        total_steps = training.max_steps or (training.epochs or 0) * steps_per_epoch
-        validate_every_steps = training.validate_every_steps or steps_per_epoch
-        model = build_model(config, ranks)
-        rehearse(model, val_set, ranks)
-        optimizer = model.configure_optimizers(config.optimizer)
-        scaler = torch.amp.GradScaler(ranks.device.type, enabled=training.precision == "fp16")
-        state = TrainingState(model, optimizer, scaler, plain, train_set.fingerprint)
 
-        # where it stands
-        found = ranks.on_first(lambda: newest_checkpoint(run))
-        if found is not None:
-            state.restore(found[1], source=str(found[0]))
-        ranks.on_first(lambda: prepare_run(run, plain))
-        if ranks.is_first:
-            describe(state, config, ranks, run, train_set, val_set, total_steps)
-        if state.step >= total_steps:
-            logger.info("nothing to do: all %d steps are taken", state.step)
-            return state
+def _train(config: RunConfig, run: Path, ranks: Ranks, stop: StopRequest) -> TrainingState:
+    training, plain = config.training, dataclasses.asdict(config)
 
-        # what a step needs
-        wrapped: nn.Module = model
-        if ranks.world_size > 1:
-            wrapped = DistributedDataParallel(
-                model,
-                device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
-        take_step = TrainingStep(state, wrapped, config, ranks, total_steps)
-        sampler = StepSampler(
-            len(train_set),
-            training.global_batch_size,
-            batch_size,
-            ranks.rank,
-            ranks.world_size,
-            training.seed,
-            start_step=state.step,
-            total_steps=total_steps,
-        )
-        workers, pin_memory = config.data.num_workers, ranks.device.type == "cuda"
-        batches = iter(training_loader(train_set, sampler, workers, pin_memory))
-        val_size = 0 if val_set is None else len(val_set)
-        val_batches = validation_batches(val_size, batch_size, ranks.rank, ranks.world_size)
-        journal = Journal(run, state, total_steps) if ranks.is_first else None
-        status = partial(write_status, run, total_steps=total_steps)
-        ranks.on_first(lambda: status("running", state.step))
+    # what the run is made of
+    ranks.on_first(lambda: check_run(run, plain))
+    train_set, val_set = build_data(config, ranks)
+    batch_size = micro_batch_size(config, ranks)
+    steps_per_epoch = len(train_set) // training.global_batch_size
+    total_steps = training.max_steps or (training.epochs or 0) * steps_per_epoch
+    validate_every_steps = training.validate_every_steps or steps_per_epoch
+    model = build_model(config, ranks)
+    rehearse(model, val_set, ranks)
+    optimizer = model.configure_optimizers(config.optimizer)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=training.precision == "fp16")
+    state = TrainingState(model, optimizer, scaler, plain, train_set.fingerprint)
 
-        model.train()
-        try:
-            while state.step < total_steps and not ranks.any(stop.signal is not None):
-                figures = take_step(batches)
-                done = state.step == total_steps
-
-                if state.step % training.log_every_steps == 0 or done:
-                    means = ranks.mean(figures)
-                    means["epoch"] = state.step / steps_per_epoch
-                    means["skipped_steps"] = state.skipped_steps
-                    if journal is not None:
-                        journal.write_step(means)
-                if journal is not None:
-                    journal.advance()
-
-                validating = done or state.step % validate_every_steps == 0
-                if val_set is not None and validating:
-                    loader = validation_loader(val_set, val_batches, workers, pin_memory)
-                    val_figures = validate(model, loader, state.step, config, ranks)
-                    if model.monitor is not None:
-                        state.note_best(model.monitor, val_figures[model.monitor])
-                    pictures = ranks.on_first(
-                        lambda: draw_pictures(model, val_set, training.sample_images)
-                    )
-                    if journal is not None:
-                        journal.write_validation(val_figures, pictures)
-
-                if validating or state.step % training.save_every_steps == 0:
-                    ranks.on_first(lambda: state.save(run, training.keep_checkpoints))
-                    ranks.on_first(lambda: status("running", state.step))
-            if state.step < total_steps:
-                ranks.on_first(lambda: state.save(run, training.keep_checkpoints))
-        except BaseException as error:
-            if ranks.is_first:
-                status("failed", state.step, reason=f"{type(error).__name__}: {error}")
-            raise
-        finally:
-            if journal is not None:
-                journal.close()
-
-        # how it ended
-        stopped = state.step < total_steps
-        if ranks.is_first and stopped:
-            status("stopped", state.step, reason=stop.signal)
-            logger.info(
-                "stopped by %s at step %d of %d, saved in %s; the same command resumes",
-                *(stop.signal, state.step, total_steps, run),
-            )
-        elif ranks.is_first:
-            status("finished", state.step)
-            logger.info("finished all %d steps; results in %s", total_steps, run)
+    # where it stands
+    found = ranks.on_first(lambda: newest_checkpoint(run))
+    if found is not None:
+        state.restore(found[1], source=str(found[0]))
+    ranks.on_first(lambda: prepare_run(run, plain))
+    if ranks.is_first:
+        describe(state, config, ranks, run, train_set, val_set, total_steps)
+    if state.step >= total_steps:
+        logger.info("nothing to do: all %d steps are taken", state.step)
         return state
+
+    # what a step needs
+    wrapped: nn.Module = model
+    if ranks.world_size > 1:
+        wrapped = DistributedDataParallel(
+            model,
+            device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+    take_step = TrainingStep(state, wrapped, config, ranks, total_steps)
+    sampler = StepSampler(
+        len(train_set),
+        training.global_batch_size,
+        batch_size,
+        ranks.rank,
+        ranks.world_size,
+        training.seed,
+        start_step=state.step,
+        total_steps=total_steps,
+    )
+    workers, pin_memory = config.data.num_workers, ranks.device.type == "cuda"
+    batches = iter(training_loader(train_set, sampler, workers, pin_memory))
+    val_size = 0 if val_set is None else len(val_set)
+    val_batches = validation_batches(val_size, batch_size, ranks.rank, ranks.world_size)
+    journal = Journal(run, state, total_steps) if ranks.is_first else None
+    status = partial(write_status, run, total_steps=total_steps)
+    ranks.on_first(lambda: status("running", state.step))
+
+    model.train()
+    try:
+        while state.step < total_steps and not ranks.any(stop.signal is not None):
+            figures = take_step(batches)
+            done = state.step == total_steps
+
+            if state.step % training.log_every_steps == 0 or done:
+                means = ranks.mean(figures)
+                means["epoch"] = state.step / steps_per_epoch
+                means["skipped_steps"] = state.skipped_steps
+                if journal is not None:
+                    journal.write_step(means)
+            if journal is not None:
+                journal.advance()
+
+            validating = done or state.step % validate_every_steps == 0
+            if val_set is not None and validating:
+                loader = validation_loader(val_set, val_batches, workers, pin_memory)
+                val_figures = validate(model, loader, state.step, config, ranks)
+                if model.monitor is not None:
+                    state.note_best(model.monitor, val_figures[model.monitor])
+                pictures = ranks.on_first(
+                    lambda: draw_pictures(model, val_set, training.sample_images)
+                )
+                if journal is not None:
+                    journal.write_validation(val_figures, pictures)
+
+            if validating or state.step % training.save_every_steps == 0:
+                ranks.on_first(lambda: state.save(run, training.keep_checkpoints))
+                ranks.on_first(lambda: status("running", state.step))
+        if state.step < total_steps:
+            ranks.on_first(lambda: state.save(run, training.keep_checkpoints))
+    except BaseException as error:
+        if ranks.is_first:
+            status("failed", state.step, reason=f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        if journal is not None:
+            journal.close()
+
+    # how it ended
+    stopped = state.step < total_steps
+    if ranks.is_first and stopped:
+        status("stopped", state.step, reason=stop.signal)
+        logger.info(
+            "stopped by %s at step %d of %d, saved in %s; the same command resumes",
+            *(stop.signal, state.step, total_steps, run),
+        )
+    elif ranks.is_first:
+        status("finished", state.step)
+        logger.info("finished all %d steps; results in %s", total_steps, run)
+    return state
