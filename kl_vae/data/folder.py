@@ -44,8 +44,9 @@ def list_images(
     """List the image files under `root`: relative POSIX paths, sorted by their bytes.
 
     Linked folders are followed, each folder once; hidden files and folders are
-    left out. Where `channels` is not 1, 3 or 4 only `.npy` files can hold an image.
-    `include` and `exclude` are as in `select`.
+    left out. Where `channels` is 1, 3 or 4 the images are image files, and `.npy`
+    files as well only if a pattern of `include` ends in `.npy`; for other numbers
+    of channels they are `.npy` files. `include` and `exclude` are as in `select`.
 
     Raises:
         ValueError: there is no such folder, a folder cannot be read, or there is no image.
@@ -53,7 +54,9 @@ def list_images(
     if not root.is_dir():
         problem = "not a folder" if root.exists() else "no such folder"
         raise ValueError(f"{problem}: {display_name(root)}; give an existing folder of images")
-    extensions = (IMAGE_EXTENSIONS if channels in MODE_BY_CHANNELS else ()) + ARRAY_EXTENSIONS
+    extensions = IMAGE_EXTENSIONS if channels in MODE_BY_CHANNELS else ARRAY_EXTENSIONS
+    if any(pattern.lower().endswith(ARRAY_EXTENSIONS) for pattern in include):
+        extensions = tuple(dict.fromkeys(extensions + ARRAY_EXTENSIONS))
     files = _list_files(root)
     images = [path for path in files if os.path.splitext(path)[1].lower() in extensions]
     if not images:

@@ -8,11 +8,13 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from kl_vae.files import write_text_atomically
 from kl_vae.inference.grid import save_png
@@ -41,6 +43,9 @@ class Journal:
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
+        self._redirect = ExitStack()
+        if not self._bar.disable:
+            self._redirect.enter_context(logging_redirect_tqdm())  # log lines above the bar
         self._began, self._steps_before = time.monotonic(), state.step
         self._last_line = -math.inf
         self._clock, self._images_seen = self._began, state.images_seen
@@ -82,6 +87,7 @@ class Journal:
     def close(self) -> None:
         """Flush and close everything."""
         self._bar.close()
+        self._redirect.close()
         self._metrics.close()
         if self._tensorboard is not None:
             self._tensorboard.close()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
+import re
 import signal
 import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +108,25 @@ def test_a_resumed_run_equals_one_never_stopped_bit_for_bit(project: Path) -> No
     stopped = [line for line in without_speed(metrics("parts"))]
     for line in without_speed(metrics("whole")):
         assert line in stopped
+
+
+def test_a_terminal_shows_a_bar_with_loss_psnr_speed_and_time_left(project: Path) -> None:
+    command = [sys.executable, "-m", "kl_vae.cli", "train", "tiny.yaml", "--run-dir", "run"]
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
+    process = subprocess.Popen(command, stderr=end)
+    os.close(end)
+    shown = b""
+    with contextlib.suppress(OSError):  # how the end of a terminal is told
+        while text := os.read(terminal, 4096):
+            shown += text
+    os.close(terminal)
+    assert process.wait(timeout=60) == 0
+    lines = shown.decode().replace("\r", "\n").splitlines()
+    bars = [line for line in lines if re.search(r" \d+/6 \[", line)]
+    last = r"6/6 \[\d\d:\d\d<\d\d:\d\d, .*loss [\d.]+, PSNR [\d.]+ dB, [\d.]+ images/s\]"
+    assert re.search(last, bars[-1]), bars[-1]
+    assert any(line.startswith("validation at step 6:") for line in lines)  # not behind a bar
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(project: Path) -> None:

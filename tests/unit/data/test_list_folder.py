@@ -24,7 +24,6 @@ def test_nested_and_sorted_by_bytes(tmp_path: Path) -> None:
         "a.png",
         "a/10.png",
         "a/2.png",
-        "a/data.npy",
         "a/x/1.webp",
         "b.png",
         "b/z.JPG",
@@ -37,11 +36,13 @@ def test_hidden_files_and_folders_are_left_out(tmp_path: Path) -> None:
     assert list_images(tmp_path, 3) == ["a.png"]
 
 
-def test_other_channel_counts_are_read_from_arrays_alone(tmp_path: Path) -> None:
+def test_arrays_are_for_other_channel_counts_unless_they_are_asked_for(tmp_path: Path) -> None:
     make(tmp_path, "a.png", "b.npy")
     assert list_images(tmp_path, 5) == ["b.npy"]
     for channels in (1, 3, 4):
-        assert list_images(tmp_path, channels) == ["a.png", "b.npy"]
+        assert list_images(tmp_path, channels) == ["a.png"]
+        assert list_images(tmp_path, channels, include=["*.npy"]) == ["b.npy"]
+        assert list_images(tmp_path, channels, include=["*.npy", "*.png"]) == ["a.png", "b.npy"]
 
 
 def test_links_are_followed_and_never_loop(tmp_path: Path) -> None:
@@ -117,7 +118,7 @@ def test_not_a_folder(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
-    looked_for = ".jpg, .jpeg, .png, .webp, .bmp, .tif, .tiff, .npy"
+    looked_for = ".jpg, .jpeg, .png, .webp, .bmp, .tif, .tiff"
     expected = f"no images in {tmp_path}: looked for {looked_for}; it holds no files"
     assert refusal(tmp_path, 3) == expected
 
