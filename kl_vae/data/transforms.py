@@ -29,7 +29,7 @@ def resize_short_side(image: Tensor, size: int) -> Tensor:
     if new_height * new_width > MAX_PIXELS:
         raise ValueError(
             f"{width} x {height} pixels would become {new_width} x {new_height} at a short side "
-            f"of {size}: leave the file out (data.train.exclude), or lower data.resize"
+            f"of {size}: leave the file out, or resize to less"
         )
     resized: Tensor = functional.resize(
         image, [new_height, new_width], interpolation=InterpolationMode.BICUBIC, antialias=True

@@ -54,7 +54,7 @@ def test_very_long_images_are_refused() -> None:
         resize_short_side(torch.zeros(3, 2, 20_000, dtype=torch.uint8), 256)
     assert str(caught.value) == (
         "20000 x 2 pixels would become 2560000 x 256 at a short side of 256: "
-        "leave the file out (data.train.exclude), or lower data.resize"
+        "leave the file out, or resize to less"
     )
 
 
