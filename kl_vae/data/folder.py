@@ -54,9 +54,10 @@ def list_images(
     if not root.is_dir():
         problem = "not a folder" if root.exists() else "no such folder"
         raise ValueError(f"{problem}: {display_name(root)}; give an existing folder of images")
-    extensions = IMAGE_EXTENSIONS if channels in MODE_BY_CHANNELS else ARRAY_EXTENSIONS
-    if any(pattern.lower().endswith(ARRAY_EXTENSIONS) for pattern in include):
-        extensions = tuple(dict.fromkeys(extensions + ARRAY_EXTENSIONS))
+    of_arrays = any(pattern.lower().endswith(ARRAY_EXTENSIONS) for pattern in include)
+    extensions: tuple[str, ...] = IMAGE_EXTENSIONS if channels in MODE_BY_CHANNELS else ()
+    if of_arrays or not extensions:
+        extensions += ARRAY_EXTENSIONS
     files = _list_files(root)
     images = [path for path in files if os.path.splitext(path)[1].lower() in extensions]
     if not images:
