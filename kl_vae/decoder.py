@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kl_vae.blocks import Upsample
 from kl_vae.ddconfig import DDConfig
 from kl_vae.middle import Middle
-from kl_vae.parts import Parts
+from kl_vae.parts import Parts, apply_level
 
 
 class Decoder(nn.Module):
@@ -61,21 +61,13 @@ class UpLevel(nn.Module):
     def __init__(self, in_channels: int, level: int, config: DDConfig, parts: Parts) -> None:
         super().__init__()
         channels = config.channels[level]
-        self.block = nn.ModuleList()
-        self.attn = nn.ModuleList()
-        for _ in range(config.num_res_blocks + 1):
-            self.block.append(parts.block(in_channels, channels))
-            if config.has_attention(level):
-                self.attn.append(parts.attention(channels))
-            in_channels = channels
+        self.block, self.attn = parts.level(
+            in_channels, channels, config.num_res_blocks + 1, config.has_attention(level)
+        )
         self.upsample: nn.Module = nn.Identity()
         if level > 0:
             self.upsample = Upsample(channels, config.resamp_with_conv)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        for i, block in enumerate(self.block):
-            x = block(x, context)
-            if self.attn:
-                x = self.attn[i](x)
-        out: Tensor = self.upsample(x)
+        out: Tensor = self.upsample(apply_level(self.block, self.attn, x, context))
         return out

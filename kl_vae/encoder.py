@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kl_vae.blocks import Downsample
 from kl_vae.ddconfig import DDConfig
 from kl_vae.middle import Middle
-from kl_vae.parts import Parts
+from kl_vae.parts import Parts, apply_level
 
 
 class Encoder(nn.Module):
@@ -56,21 +56,13 @@ class DownLevel(nn.Module):
     def __init__(self, in_channels: int, level: int, config: DDConfig, parts: Parts) -> None:
         super().__init__()
         channels = config.channels[level]
-        self.block = nn.ModuleList()
-        self.attn = nn.ModuleList()
-        for _ in range(config.num_res_blocks):
-            self.block.append(parts.block(in_channels, channels))
-            if config.has_attention(level):
-                self.attn.append(parts.attention(channels))
-            in_channels = channels
+        self.block, self.attn = parts.level(
+            in_channels, channels, config.num_res_blocks, config.has_attention(level)
+        )
         self.downsample: nn.Module = nn.Identity()
         if level < len(config.ch_mult) - 1:
             self.downsample = Downsample(channels, config.resamp_with_conv)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        for i, block in enumerate(self.block):
-            x = block(x, context)
-            if self.attn:
-                x = self.attn[i](x)
-        out: Tensor = self.downsample(x)
+        out: Tensor = self.downsample(apply_level(self.block, self.attn, x, context))
         return out

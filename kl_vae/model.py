@@ -56,6 +56,7 @@ class AutoEncoderKL(nn.Module):
     """
 
     colorize: Tensor | None
+    default_loss = staticmethod(default_loss)  # for lossconfig=None
 
     def __init__(
         self,
@@ -175,6 +176,7 @@ class AutoEncoderKL(nn.Module):
                 last_layer=self.get_last_layer(),
                 split=split,
             )
+        log = {f"{split}/total_loss": total.detach(), **log}
         return StepOutput(total, log, reconstruction, posterior)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -192,18 +194,6 @@ class AutoEncoderKL(nn.Module):
     def configure_optimizers(self, config: OptimizerConfig | None = None) -> torch.optim.Optimizer:
         """The optimiser over autoencoder and loss (a learned logvar is trained with them)."""
         return build_optimizer(self.parameters(), config or OptimizerConfig())
-
-    def default_loss(
-        self,
-        inputs: Tensor,
-        reconstructions: Tensor,
-        posterior: DiagonalGaussianDistribution,
-        global_step: int,
-        last_layer: Tensor | None = None,
-        split: str = "train",
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """MSE + 0.5 * KL (see `kl_vae.losses.default_loss`): (scalar, log)."""
-        return default_loss(inputs, reconstructions, posterior, global_step, last_layer, split)
 
     def get_last_layer(self) -> Tensor:
         """The weight of the decoder's last convolution, [out_ch, ch, 3, 3]."""

@@ -45,14 +45,14 @@ class StepSampler(Sampler[list[Key]]):
         stride = micro_batch_size * world_size
         if stride < 1 or global_batch_size < 1 or global_batch_size % stride:
             raise ValueError(
-                f"training.global_batch_size={global_batch_size}: must be a positive "
-                f"multiple of training.micro_batch_size={micro_batch_size} times the number of "
+                f"global_batch_size={global_batch_size}: must be a positive "
+                f"multiple of micro_batch_size={micro_batch_size} times the number of "
                 f"ranks, {world_size}"
             )
         if num_samples < global_batch_size:
             raise ValueError(
                 f"fewer images ({num_samples}) than one global batch ({global_batch_size}): "
-                "lower training.global_batch_size or add images"
+                "lower global_batch_size or add images"
             )
         self.num_samples = num_samples
         self.global_batch_size = global_batch_size

@@ -6,8 +6,9 @@ A loss is a callable
 
 with images [B, C, H, W] in [-1, 1], a DiagonalGaussianDistribution, the number of optimisation
 steps taken so far, the weight of the decoder's last convolution, and "train" or "val". `total` is
-the scalar to minimise; `log` holds detached scalars under keys such as "train/rec_loss". If it is
-an nn.Module with parameters, these are trained with the autoencoder.
+the scalar to minimise; `log` holds detached scalars under keys such as "train/rec_loss", to which
+"train/total_loss" is added where it is missing. If the loss is an nn.Module with parameters, these
+are trained with the autoencoder.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Ranks:
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over all ranks, on the CPU (float64 stays float64)."""
-        values = values.detach().cpu()
+        values = values.detach().cpu().clone()  # reduced in place
         if self.world_size > 1:
             dist.all_reduce(values)
         return values

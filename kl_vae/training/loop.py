@@ -60,14 +60,14 @@ def _train(config: RunConfig, run: Path, ranks: Ranks, stop: StopRequest) -> Tra
     steps_per_epoch = len(train_set) // training.global_batch_size
     total_steps = training.max_steps or (training.epochs or 0) * steps_per_epoch
     validate_every_steps = training.validate_every_steps or steps_per_epoch
-    model = build_model(config, ranks)
-    rehearse(model, val_set, ranks)
+    found = ranks.on_first(lambda: newest_checkpoint(run))
+    model = build_model(config, ranks, resuming=found is not None)
+    rehearse(model, train_set.crop, val_set is not None, ranks)
     optimizer = model.configure_optimizers(config.optimizer)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=training.precision == "fp16")
     state = TrainingState(model, optimizer, scaler, plain, train_set.fingerprint)
 
     # where it stands
-    found = ranks.on_first(lambda: newest_checkpoint(run))
     if found is not None:
         state.restore(found[1], source=str(found[0]))
     ranks.on_first(lambda: prepare_run(run, plain))

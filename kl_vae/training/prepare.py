@@ -74,8 +74,8 @@ def micro_batch_size(config: RunConfig, ranks: Ranks) -> int:
     return training.global_batch_size // parts
 
 
-def build_model(config: RunConfig, ranks: Ranks) -> AutoEncoderKL:
-    """Build the model on the device, initialised by the seed or from `ckpt_path`.
+def build_model(config: RunConfig, ranks: Ranks, resuming: bool) -> AutoEncoderKL:
+    """Build the model on the device, initialised by the seed or, unless resuming, by `ckpt_path`.
 
     Raises:
         ValueError: a value under model.params, named with its key path, or a checkpoint that does
@@ -89,7 +89,7 @@ def build_model(config: RunConfig, ranks: Ranks) -> AutoEncoderKL:
         model = AutoEncoderKL(**given)
     except ValueError as error:
         raise ValueError(f"model.params.{error}") from None
-    if ckpt_path is not None:
+    if ckpt_path is not None and not resuming:
         model.init_from_ckpt(ckpt_path, ignore_keys)
     model = model.to(ranks.device)
     if config.training.channels_last:
@@ -98,20 +98,18 @@ def build_model(config: RunConfig, ranks: Ranks) -> AutoEncoderKL:
 
 
 @torch.no_grad()
-def rehearse(model: AutoEncoderKL, val_set: ImageDataset | None, ranks: Ranks) -> None:
+def rehearse(model: AutoEncoderKL, crop: int, validates: bool, ranks: Ranks) -> None:
     """Pass one blank image through model and loss, so that what cannot work fails at once.
 
     Raises:
-        ValueError: the loss cannot be computed, or `monitor` is none of its figures.
+        ValueError: `monitor` is none of the figures, or nothing `validates`.
     """
-    if val_set is None:
-        if model.monitor is not None:
-            raise ValueError(
-                f"model.params.monitor={model.monitor}: there is no validation set to measure it "
-                "on; set data.validation.fraction, or monitor to null"
-            )
-        return
-    blank = torch.zeros(1, model.config.in_channels, val_set.crop, val_set.crop)
+    if model.monitor is not None and not validates:
+        raise ValueError(
+            f"model.params.monitor={model.monitor}: there is no validation set to measure it "
+            "on; set data.validation.fraction, or monitor to null"
+        )
+    blank = torch.zeros(1, model.config.in_channels, crop, crop)
     model.eval()
     figures = {*model.step(blank.to(ranks.device), 0, "val").log, "val/psnr", "val/ssim"}
     model.train()

@@ -75,8 +75,8 @@ class TrainingState:
     def save(self, run: Path, keep: int) -> None:
         """Write the checkpoint of this step, then remove all but the newest `keep` and the best."""
         write_checkpoint(checkpoint_path(run, self.step), self.content())
-        if self.best.get("step") == self.step:
-            best = {"checkpoint": checkpoint_path(run, self.step).name, **self.best}
+        if self.best:
+            best = {"checkpoint": checkpoint_path(run, self.best["step"]).name, **self.best}
             write_text_atomically(run / FOLDER / BEST, json.dumps(best, indent=2) + "\n")
         for path in list_checkpoints(run)[keep:]:
             if path != best_checkpoint(run):

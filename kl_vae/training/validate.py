@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
 from kl_vae.data import Batch
 from kl_vae.device import autocast
@@ -36,7 +35,8 @@ def validate(
         ValueError: an image that cannot be used.
     """
     model.eval()
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, float] = {}  # Python's floats have 64 bits
+    count = 0
     for batch in batches:
         if any(batch.errors):
             raise ValueError(f"{first_error(batch)}; mend it, or leave it out of validation")
@@ -44,24 +44,18 @@ def validate(
         images = to_device(batch.images, ranks.device, config.training.channels_last)
         with autocast(ranks.device, config.training.precision):
             out = model.step(images, step, "val", noise=noise.to(ranks.device))
-        figures = out.log
-        figures["val/psnr"] = psnr(images, out.reconstruction)
-        figures["val/ssim"] = ssim(images, out.reconstruction)
+        figures = {
+            **out.log,
+            "val/psnr": psnr(images, out.reconstruction),
+            "val/ssim": ssim(images, out.reconstruction),
+        }
         for key, value in figures.items():
             # a scalar is the mean over the batch
-            total = value.double().cpu().mean() * len(images)
-            sums[key] = sums.get(key, torch.zeros((), dtype=torch.float64)) + total
-        counted = sums.get("", torch.zeros((), dtype=torch.float64))
-        sums[""] = counted + len(images)
+            sums[key] = sums.get(key, 0.0) + value.cpu().double().mean().item() * len(images)
+        count += len(images)
     model.train()
-    return _means(sums, ranks)
-
-
-def _means(sums: dict[str, Tensor], ranks: Ranks) -> dict[str, float]:
     # a rank without images does not know the names of the figures: rank 0 always has some
     names = ranks.on_first(lambda: sorted(sums))
-    zero = torch.zeros((), dtype=torch.float64)
-    totals = ranks.sum(torch.stack([sums.get(name, zero) for name in names])).tolist()
-    means = dict(zip(names, totals, strict=True))
-    count = means.pop("")
-    return {name: total / count for name, total in means.items()}
+    totals = torch.tensor([*(sums.get(name, 0.0) for name in names), count], dtype=torch.float64)
+    *means, count = ranks.sum(totals).tolist()
+    return {name: total / count for name, total in zip(names, means, strict=True)}

@@ -279,6 +279,16 @@ def test_changed_images_are_refused_on_resume(project: Path, capsys: Any) -> Non
     assert "the training images are not those it was made on" in capsys.readouterr().err
 
 
+def test_a_resumed_run_no_longer_needs_what_it_started_from(project: Path) -> None:
+    config = yaml.safe_load((project / "tiny.yaml").read_text())["model"]["params"]
+    torch.save(AutoEncoderKL(config["ddconfig"], 4).state_dict(), project / "start.pt")
+    start = "model.params.ckpt_path=start.pt"
+    assert train("--run-dir", "run", start, "training.max_steps=1") == 0
+    (project / "start.pt").unlink()
+    assert train("--run-dir", "run", start, "training.max_steps=2") == 0
+    assert status("run")["step"] == 2
+
+
 def test_a_damaged_checkpoint_is_passed_over_loudly(project: Path, caplog: Any) -> None:
     assert train("--run-dir", "run", "training.validate_every_steps=2") == 0
     newest = project / "run" / "checkpoints" / "step_00000006.pt"
@@ -354,7 +364,7 @@ class Gate(nn.Module):
 class OnlyMSE(nn.Module):
     def forward(self, inputs, reconstructions, posterior, global_step, last_layer, split):
         loss = (inputs - reconstructions).square().mean()
-        return loss, {f"{split}/total_loss": loss.detach(), f"{split}/rec_loss": loss.detach()}
+        return loss, {f"{split}/rec_loss": loss.detach()}
 """
     )
     own = ["model.params.ddconfig.attn_type=gate", "training.max_steps=2"]
@@ -362,6 +372,9 @@ class OnlyMSE(nn.Module):
     assert train("--run-dir", "run", *own) == 2
     assert "attn_type='gate': unknown; choose one of" in capsys.readouterr().err
     assert train("--run-dir", "run", "--import", "my_parts", *own) == 0
+    for line in metrics("run"):  # the total is there though the loss does not name it
+        split = "val" if "val/psnr" in line else "train"
+        assert line[f"{split}/total_loss"] == line[f"{split}/rec_loss"]
     others = ["--checkpoint", "run", "--import", "my_parts", "--out", "out"]
     assert main(["reconstruct", "--images", "images", *others]) == 0
     assert train("--run-dir", "run", "--import", "no_such_parts", *own) == 2

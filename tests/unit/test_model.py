@@ -276,7 +276,10 @@ def test_an_own_callable_is_the_loss(tiny_ddconfig: Config, images: Tensor) -> N
     model = AutoEncoderKL(tiny_ddconfig, 3, loss)
     out = model.step(images, 7, "train")
     torch.testing.assert_close(out.total, (images - out.reconstruction).abs().sum())
-    assert out.log.keys() == {"train/mine"}
+    assert out.log.keys() == {"train/mine", "train/total_loss"}
+    assert (
+        out.log["train/total_loss"] == out.total and not out.log["train/total_loss"].requires_grad
+    )
     assert given == {
         "global_step": 7,
         "last_layer": model.get_last_layer(),

@@ -58,8 +58,8 @@ def test_batch_sizes_that_do_not_divide(sizes: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError) as caught:
         StepSampler(100, total, micro, 0, ranks, seed=0, start_step=0, total_steps=1)
     assert str(caught.value) == (
-        f"training.global_batch_size={total}: must be a positive multiple of "
-        f"training.micro_batch_size={micro} times the number of ranks, {ranks}"
+        f"global_batch_size={total}: must be a positive multiple of "
+        f"micro_batch_size={micro} times the number of ranks, {ranks}"
     )
 
 
@@ -67,7 +67,7 @@ def test_fewer_images_than_a_global_batch() -> None:
     with pytest.raises(ValueError) as caught:
         StepSampler(7, 8, 4, 0, 2, seed=0, start_step=0, total_steps=1)
     assert str(caught.value) == (
-        "fewer images (7) than one global batch (8): lower training.global_batch_size or add images"
+        "fewer images (7) than one global batch (8): lower global_batch_size or add images"
     )
 
 

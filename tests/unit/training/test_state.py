@@ -30,6 +30,20 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path, tiny_ddconfig: dict[st
     assert digests == sorted(f"{name}.sha256" for name in kept)
 
 
+def test_what_names_the_best_is_written_again_when_it_was_lost(
+    tmp_path: Path, tiny_ddconfig: dict[str, object]
+) -> None:
+    state = build(tiny_ddconfig)
+    state.step = 1
+    state.note_best("val/rec_loss", 1.0)
+    state.save(tmp_path, keep=1)
+    (tmp_path / "checkpoints" / "best.json").unlink()
+    state.step = 2
+    state.save(tmp_path, keep=1)
+    best = best_checkpoint(tmp_path)
+    assert best is not None and best.name == "step_00000001.pt"
+
+
 def test_of_psnr_and_ssim_the_highest_is_best(tiny_ddconfig: dict[str, object]) -> None:
     for monitor, best in (("val/psnr", 2), ("val/ssim", 2), ("val/kl_loss", 1)):
         state = build(tiny_ddconfig)
