@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kl_vae.distribution import DiagonalGaussianDistribution
 from kl_vae.losses.build import register_loss
+from kl_vae.losses.checks import check_choice, check_number, check_steps
 
 
 @register_loss("elbo")
@@ -51,18 +52,12 @@ class ELBO(nn.Module):
         reduction: Literal["mean", "sum"] = "mean",
     ) -> None:
         super().__init__()
-        for key, value, choices in (
-            ("reconstruction", reconstruction, ("mse", "l1")),
-            ("reduction", reduction, ("mean", "sum")),
-            ("learn_logvar", learn_logvar, (True, False)),
-        ):
-            if value not in choices:
-                raise ValueError(f"{key}={value!r}: choose one of {choices[0]}, {choices[1]}")
-        for key, number in (("kl_weight", kl_weight), ("kl_warmup_steps", kl_warmup_steps)):
-            if not _is_number(number) or number < 0:
-                raise ValueError(f"{key}={number!r}: a number, 0 or more (YAML: 1.0e-6, not 1e-6)")
-        if not _is_number(logvar_init):
-            raise ValueError(f"logvar_init={logvar_init!r}: a number, the initial log variance")
+        check_choice("reconstruction", reconstruction, ("mse", "l1"))
+        check_choice("reduction", reduction, ("mean", "sum"))
+        check_choice("learn_logvar", learn_logvar, (True, False))
+        check_number("kl_weight", kl_weight)
+        check_steps("kl_warmup_steps", kl_warmup_steps)
+        check_number("logvar_init", logvar_init, at_least=-math.inf)
         self.reconstruction = reconstruction
         self.kl_weight = kl_weight
         self.kl_warmup_steps = kl_warmup_steps
@@ -104,12 +99,6 @@ class ELBO(nn.Module):
         if global_step >= self.kl_warmup_steps:
             return self.kl_weight
         return self.kl_weight * global_step / self.kl_warmup_steps
-
-
-def _is_number(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return math.isfinite(value)
 
 
 def default_loss(
