@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,10 +23,20 @@ register_normalization = NORMALIZATION.register
 register_block = BLOCKS.register
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group norm (Wu & He 2018) that autocast leaves in float32, on the CPU as on CUDA."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
 @register_normalization("group")
-def Normalize(channels: int) -> nn.GroupNorm:  # noqa: N802 - the published name
-    """Group norm over 32 groups (Wu & He 2018), as in every published first stage."""
-    return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+def Normalize(channels: int, groups: int = NORM_GROUPS) -> nn.GroupNorm:  # noqa: N802 - published
+    """Group norm over 32 groups, as in every published first stage, or another number."""
+    return GroupNorm(groups, channels, eps=1e-6)
 
 
 @register_block("resnet")
@@ -67,6 +78,18 @@ class ResnetBlock(nn.Module):
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         out: Tensor = (self.nin_shortcut(x) if self.has_shortcut else x) + h
         return out
+
+
+def zero_residuals(module: nn.Module) -> None:
+    """Let every ResnetBlock in `module` begin as its shortcut: its last convolution is 0.
+
+    Goyal et al. (2017, section 5.1) begin so with the last norm's scale.
+    """
+    for block in module.modules():
+        if isinstance(block, ResnetBlock):
+            nn.init.zeros_(block.conv2.weight)
+            assert block.conv2.bias is not None
+            nn.init.zeros_(block.conv2.bias)
 
 
 class Downsample(nn.Module):

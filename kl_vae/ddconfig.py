@@ -33,9 +33,12 @@ class DDConfig:
         use_linear_attn: the published synonym of `attn_type: linear`.
         tanh_out: the decoder ends in tanh.
         give_pre_end: the decoder returns its features before the last norm and convolution.
-        norm_type: group (32 groups), or a registered normalisation.
+        norm_type: group, or a registered normalisation.
+        norm_groups: groups of the group norm. Within a group of one channel it takes that channel's
+            mean away, and with it the colour of a plane: narrow models want fewer groups than 32.
         block_type: resnet, or a registered residual block.
         context_channels: size of the context vector added in each residual block; 0: none.
+        zero_init_residual: each ResnetBlock begins as its shortcut, with a last convolution of 0.
 
     Raises:
         ValueError: an impossible value; one line a mistake: the key, the value, the mend.
@@ -57,8 +60,10 @@ class DDConfig:
     tanh_out: bool = False
     give_pre_end: bool = False
     norm_type: str = "group"
+    norm_groups: int = NORM_GROUPS
     block_type: str = "resnet"
     context_channels: int = 0
+    zero_init_residual: bool = False
 
     @classmethod
     def from_dict(cls, ddconfig: Mapping[str, object]) -> DDConfig:
@@ -93,7 +98,8 @@ class DDConfig:
 
     def _impossible_sizes(self) -> list[str]:
         errors = []
-        for key in ("ch", "out_ch", "num_res_blocks", "in_channels", "resolution", "z_channels"):
+        sizes = ("ch", "out_ch", "num_res_blocks", "in_channels", "resolution", "z_channels")
+        for key in (*sizes, "norm_groups"):
             if getattr(self, key) < 1:
                 errors.append(f"{key}={getattr(self, key)}: must be at least 1")
         if not self.ch_mult or min(self.ch_mult) < 1:
@@ -126,10 +132,11 @@ class DDConfig:
             )
         if self.norm_type == "group":
             # the first block normalises ch channels, whatever ch_mult[0]
-            for channels in sorted({c for c in (self.ch, *self.channels) if c % NORM_GROUPS}):
+            groups = self.norm_groups
+            for channels in sorted({c for c in (self.ch, *self.channels) if c % groups}):
                 errors.append(
-                    f"ch={self.ch}: channels {channels} cannot be split into {NORM_GROUPS} groups; "
-                    f"choose ch and ch_mult so that each level has a multiple of {NORM_GROUPS}"
+                    f"ch={self.ch}: channels {channels} cannot be split into {groups} groups; "
+                    f"choose ch and ch_mult so that each level has a multiple of {groups}"
                 )
         levels = [self.resolution // 2**level for level in range(len(self.ch_mult))]
         for resolution in self.attn_resolutions:

@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kl_vae.blocks import Upsample
+from kl_vae.blocks import Upsample, zero_residuals
 from kl_vae.ddconfig import DDConfig
 from kl_vae.middle import Middle
 from kl_vae.parts import Parts, apply_level
@@ -43,6 +43,8 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(channels, config.out_ch, 3, padding=1)
         self.give_pre_end = config.give_pre_end
         self.tanh_out = config.tanh_out
+        if config.zero_init_residual:
+            zero_residuals(self)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         h: Tensor = self.conv_in(z)

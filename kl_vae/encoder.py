@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kl_vae.blocks import Downsample
+from kl_vae.blocks import Downsample, zero_residuals
 from kl_vae.ddconfig import DDConfig
 from kl_vae.middle import Middle
 from kl_vae.parts import Parts, apply_level
@@ -40,6 +40,8 @@ class Encoder(nn.Module):
         self.norm_out = parts.norm(channels)
         moments = 2 * config.z_channels if config.double_z else config.z_channels
         self.conv_out = nn.Conv2d(channels, moments, 3, padding=1)
+        if config.zero_init_residual:
+            zero_residuals(self)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         h = self.conv_in(x)

@@ -21,7 +21,13 @@ from kl_vae.data.pil_modes import pil_to_tensor
 from kl_vae.data.sampler import Key, StepSampler, permutation, validation_batches
 from kl_vae.data.source import FolderSource, Source
 from kl_vae.data.split import fingerprint, held_out, split
-from kl_vae.data.transforms import center_crop, random_crop, random_flip, resize_short_side
+from kl_vae.data.transforms import (
+    center_crop,
+    random_crop,
+    random_flip,
+    random_permutation,
+    resize_short_side,
+)
 
 __all__ = [
     "ARRAY_EXTENSIONS",
@@ -51,6 +57,7 @@ __all__ = [
     "pil_to_tensor",
     "random_crop",
     "random_flip",
+    "random_permutation",
     "read_image",
     "read_size",
     "resize_short_side",

@@ -38,7 +38,9 @@ def build_datasets(
         training, validation = _named_sources(config, config.train.root, channels)
 
     def dataset(source: Source, training: bool) -> ImageDataset:
-        return ImageDataset(source, crop, config.resize, config.flip, seed, training)
+        return ImageDataset(
+            source, crop, config.resize, config.flip, seed, training, config.permute_channels
+        )
 
     return dataset(training, True), None if validation is None else dataset(validation, False)
 

@@ -12,7 +12,13 @@ from torch.utils.data import Dataset
 from kl_vae.data.images import ImageError, to_float
 from kl_vae.data.sampler import Key
 from kl_vae.data.source import Source
-from kl_vae.data.transforms import center_crop, random_crop, random_flip, resize_short_side
+from kl_vae.data.transforms import (
+    center_crop,
+    random_crop,
+    random_flip,
+    random_permutation,
+    resize_short_side,
+)
 from kl_vae.randomness import generator_for
 
 
@@ -27,13 +33,21 @@ class Sample(NamedTuple):
 class ImageDataset(Dataset[Sample]):
     """Crops of a source's images, each a function of (seed, epoch, index) alone.
 
-    In training a crop is cut out at random and, with `flip`, mirrored half of
-    the time; otherwise it is the middle, and nothing is drawn. `resize` is the
-    length that the short side is given first; None leaves images as they are.
+    In training a crop is cut out at random, with `flip` mirrored half of the
+    time and with `permute_channels` recoloured half of the time; otherwise it is
+    the middle, and nothing is drawn. `resize` is the length that the short side
+    is given first; None leaves images as they are.
     """
 
     def __init__(
-        self, source: Source, crop: int, resize: int | None, flip: bool, seed: int, training: bool
+        self,
+        source: Source,
+        crop: int,
+        resize: int | None,
+        flip: bool,
+        seed: int,
+        training: bool,
+        permute_channels: bool = False,
     ) -> None:
         self.source = source
         self.crop = crop
@@ -41,6 +55,7 @@ class ImageDataset(Dataset[Sample]):
         self.flip = flip
         self.seed = seed
         self.training = training
+        self.permute_channels = permute_channels
 
     @property
     def fingerprint(self) -> str:
@@ -89,4 +104,8 @@ class ImageDataset(Dataset[Sample]):
             return to_float(center_crop(image, self.crop))
         generator = generator_for("augment", self.seed, epoch, index)
         image = random_crop(image, self.crop, generator)
-        return to_float(random_flip(image, generator) if self.flip else image)
+        if self.flip:
+            image = random_flip(image, generator)
+        if self.permute_channels:
+            image = random_permutation(image, generator)
+        return to_float(image)

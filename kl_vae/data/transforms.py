@@ -60,6 +60,17 @@ def random_flip(image: Tensor, generator: Generator) -> Tensor:
     return image.flip(-1) if torch.rand((), generator=generator) < 0.5 else image
 
 
+def random_permutation(image: Tensor, generator: Generator) -> Tensor:
+    """Permute the channels with a probability of one half; of four the last, alpha, stays."""
+    if torch.rand((), generator=generator) >= 0.5:
+        return image
+    channels = len(image)
+    colors = 3 if channels == 4 else channels
+    order = torch.arange(channels)
+    order[:colors] = torch.randperm(colors, generator=generator)
+    return image[order]
+
+
 def _check_fits(image: Tensor, size: int) -> None:
     height, width = image.shape[-2:]
     if min(height, width) < size:

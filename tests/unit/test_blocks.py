@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kl_vae.blocks import Downsample, Normalize, ResnetBlock, Upsample
+from kl_vae.blocks import Downsample, Normalize, ResnetBlock, Upsample, zero_residuals
 
 
 def test_normalize_is_group_norm_over_32_groups() -> None:
@@ -58,3 +58,23 @@ def test_upsample_repeats_each_value_in_a_square(with_conv: bool) -> None:
     repeated = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     up = Upsample(4, with_conv)
     torch.testing.assert_close(up(x), up.conv(repeated) if with_conv else repeated)
+
+
+def test_group_norm_stays_float32_under_autocast_and_follows_the_model_without() -> None:
+    norm, x = Normalize(64, groups=8), 100 * torch.randn(2, 64, 4, 4)
+    assert norm.num_groups == 8 and Normalize(64).num_groups == 32
+    expected = F.group_norm(x, 8, eps=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = norm(x.bfloat16())
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, F.group_norm(x.bfloat16().float(), 8, eps=1e-6))
+    torch.testing.assert_close(norm(x), expected)
+    assert norm.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_blocks_with_zero_residuals_are_their_shortcuts() -> None:
+    blocks = torch.nn.ModuleList([ResnetBlock(32, 32), ResnetBlock(32, 64)])
+    zero_residuals(blocks)
+    x = torch.randn(2, 32, 4, 4)
+    assert torch.equal(blocks[0](x), x)
+    assert torch.equal(blocks[1](x), blocks[1].nin_shortcut(x))  # type: ignore[operator]

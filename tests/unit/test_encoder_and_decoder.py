@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from kl_vae import AutoEncoderKL, Decoder, Encoder
+from kl_vae.blocks import ResnetBlock
 
 
 def test_any_size_that_f_divides_is_taken(tiny_ddconfig: dict[str, Any]) -> None:
@@ -58,3 +59,25 @@ def test_every_trainable_parameter_receives_gradient(
         # the same summand in all scores of a query leaves the softmax as it is
         if not name.endswith(".k.bias"):
             assert parameter.grad.abs().max() > 1e-7, name
+
+
+def test_narrow_models_want_few_groups_to_tell_the_colour_of_a_plane(
+    tiny_ddconfig: dict[str, Any],
+) -> None:
+    """A group of one channel takes the channel's mean away."""
+    for groups, told in ((32, False), (8, True)):
+        torch.manual_seed(0)
+        decoder = Decoder(**tiny_ddconfig | {"norm_groups": groups})
+        norms = [m for m in decoder.modules() if isinstance(m, nn.GroupNorm)]
+        assert {norm.num_groups for norm in norms} == {groups}
+        features = torch.ones(1, 32, 4, 4) * torch.randn(1, 32, 1, 1)  # a plane
+        assert (decoder.norm_out(features).abs().max() > 0.1) == told
+
+
+@pytest.mark.parametrize("module", [Encoder, Decoder])
+def test_zero_init_residual_reaches_every_block(module: Any, tiny_ddconfig: dict[str, Any]) -> None:
+    for zero in (False, True):
+        built = module(**tiny_ddconfig | {"zero_init_residual": zero})
+        blocks = [block for block in built.modules() if isinstance(block, ResnetBlock)]
+        assert blocks
+        assert all((not block.conv2.weight.any()) == zero for block in blocks)

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from kl_vae.data import center_crop, random_crop, random_flip, resize_short_side
+from kl_vae.data import (
+    center_crop,
+    random_crop,
+    random_flip,
+    random_permutation,
+    resize_short_side,
+)
 
 IMAGE = torch.arange(5 * 7, dtype=torch.uint8).view(1, 5, 7)
 
@@ -89,3 +95,19 @@ def test_crops_larger_than_the_image_are_refused() -> None:
     with pytest.raises(ValueError) as caught:
         random_crop(IMAGE, 6, generator())
     assert str(caught.value) == text
+
+
+@pytest.mark.parametrize("channels", [3, 4, 6])
+def test_random_permutation_recolours_half_of_the_time(channels: int) -> None:
+    image = torch.arange(channels).view(channels, 1, 1).expand(channels, 2, 2)
+    rng, orders = generator(), set()
+    changed = 0
+    for _ in range(1000):
+        permuted = random_permutation(image, rng)
+        assert sorted(permuted[:, 0, 0].tolist()) == list(range(channels))
+        orders.add(tuple(permuted[:, 0, 0].tolist()))
+        changed += not torch.equal(permuted, image)
+    assert 330 < changed < 570
+    if channels == 4:
+        assert all(order[3] == 3 for order in orders)  # alpha stays
+    assert len(orders) == 6 if channels < 6 else len(orders) > 300

@@ -134,3 +134,15 @@ def test_a_dataset_can_be_sent_to_a_worker(root: Path) -> None:
     data = dataset(root)
     copy = pickle.loads(pickle.dumps(data))
     assert torch.equal(copy[0, 0, 0].image, data[0, 0, 0].image)
+
+
+def test_permuted_channels_are_drawn_anew_in_each_epoch(root: Path) -> None:
+    data = dataset(root)
+    data.flip, data.permute_channels = False, True
+    whole = to_float(data.source.read(1))  # 16 x 16: there is one crop
+    crops = [data[epoch, 1, 0].image for epoch in range(16)]
+    assert all(torch.equal(crop.sort(dim=0).values, whole.sort(dim=0).values) for crop in crops)
+    assert 2 < sum(not torch.equal(crop, whole) for crop in crops) < 14
+    assert all(torch.equal(crop, data[epoch, 1, 0].image) for epoch, crop in enumerate(crops))
+    data.training = False
+    assert torch.equal(data[3, 1, 0].image, whole)
