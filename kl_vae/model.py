@@ -6,8 +6,10 @@ B batch, C channels, H and W the image's height and width, h = H/f, w = W/f, z l
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +21,12 @@ from kl_vae.ddconfig import DDConfig, check_autoencoder
 from kl_vae.decoder import Decoder
 from kl_vae.distribution import DiagonalGaussianDistribution
 from kl_vae.encoder import Encoder
+from kl_vae.equivariance import Equivariance
 from kl_vae.formats.checkpoint import choose_checkpoint, model_params_of
 from kl_vae.formats.matching import match
 from kl_vae.formats.weights import read_file, state_dict_of
-from kl_vae.losses import Loss, build_loss, default_loss
-from kl_vae.optimizer import OptimizerConfig, build_optimizer
+from kl_vae.losses import Loss, LPIPSWithDiscriminator, build_loss, default_loss
+from kl_vae.optimizer import DiscriminatorOptimizerConfig, OptimizerConfig, build_optimizer
 from kl_vae.randomness import generator_for
 
 
@@ -32,6 +35,7 @@ class StepOutput(NamedTuple):
 
     total: Tensor  # the scalar to minimise
     log: dict[str, Tensor]  # detached scalars under "train/..." or "val/..."
+    target: Tensor  # [B, C, H, W], what the reconstruction should be
     reconstruction: Tensor  # [B, C, H, W]
     posterior: DiagonalGaussianDistribution
 
@@ -135,6 +139,7 @@ class AutoEncoderKL(nn.Module):
         context: Tensor | None = None,
         *,
         noise: Tensor | None = None,
+        equivariance: Equivariance | None = None,
     ) -> tuple[Tensor, DiagonalGaussianDistribution]:
         """Encode, draw latents, decode.
 
@@ -143,12 +148,16 @@ class AutoEncoderKL(nn.Module):
             sample_posterior: decode a sample of the posterior; else its mode.
             context: vectors [B, D], where the ddconfig has context_channels D.
             noise: standard normal noise [B, z, h, w] for the sample; None: torch's generator.
+            equivariance: how to rotate and scale the latents before they are decoded.
 
         Returns:
-            The reconstruction [B, out_ch, H, W] and the posterior.
+            The reconstruction [B, out_ch, H, W] (of the rotated and scaled image, where there is an
+            equivariance) and the posterior.
         """
         posterior = self.encode(input, context)
         z = posterior.sample(noise=noise) if sample_posterior else posterior.mode()
+        if equivariance is not None:
+            z = equivariance.of_latents(z)
         return self.decode(z, context), posterior
 
     def step(
@@ -159,17 +168,23 @@ class AutoEncoderKL(nn.Module):
         *,
         forward: Callable[..., Any] | None = None,
         noise: Tensor | None = None,
+        equivariance: Equivariance | None = None,
     ) -> StepOutput:
         """Pass a batch [B, C, H, W] through autoencoder and loss: what every step begins with.
 
         `forward` is what to call in place of this module, in training the DistributedDataParallel
         wrapper: a call of the bare module would leave the gradients of the ranks apart.
         """
-        reconstruction, posterior = (forward or self)(batch, noise=noise)
-        with torch.autocast(batch.device.type, enabled=False):
-            loss: Loss = self.default_loss if self.loss is None else self.loss
+        reconstruction, posterior = (forward or self)(batch, noise=noise, equivariance=equivariance)
+        target = batch
+        if equivariance is not None:
+            target = equivariance.of_images(batch, self.downsampling_factor)
+        loss: Loss = self.default_loss if self.loss is None else self.loss
+        # losses are float32; a discriminator has autocast's precision
+        in_full = torch.autocast(batch.device.type, enabled=False)
+        with nullcontext() if self.adversary is not None else in_full:
             total, log = loss(
-                batch,
+                target,
                 reconstruction.float(),
                 posterior,
                 global_step=global_step,
@@ -177,23 +192,58 @@ class AutoEncoderKL(nn.Module):
                 split=split,
             )
         log = {f"{split}/total_loss": total.detach(), **log}
-        return StepOutput(total, log, reconstruction, posterior)
+        return StepOutput(total, log, target, reconstruction, posterior)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """The loss of a batch of images [B, C, H, W], to be minimised.
 
-        `batch_idx` counts as the number of optimisation steps so far.
+        `batch_idx` counts as the number of optimisation steps so far. Where a discriminator learns,
+        its loss is added: neither's gradient reaches the other's parameters.
         """
-        return self.step(batch, batch_idx, "train").total
+        out = self.step(batch, batch_idx, "train")
+        if self.adversary is None or not self.adversary.discriminates(batch_idx):
+            return out.total
+        loss, _ = self.adversary.discriminator_loss(out.target, out.reconstruction, batch_idx)
+        return out.total + loss
 
     @torch.no_grad()
     def validation_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
         """The validation figures of a batch of images [B, C, H, W], under "val/..."."""
         return self.step(batch, batch_idx, "val").log
 
-    def configure_optimizers(self, config: OptimizerConfig | None = None) -> torch.optim.Optimizer:
-        """The optimiser over autoencoder and loss (a learned logvar is trained with them)."""
-        return build_optimizer(self.parameters(), config or OptimizerConfig())
+    def configure_optimizers(
+        self,
+        config: OptimizerConfig | None = None,
+        discriminator_config: OptimizerConfig | None = None,
+    ) -> torch.optim.Optimizer | list[torch.optim.Optimizer]:
+        """The optimiser of autoencoder and loss, or with a discriminator that and its own.
+
+        A learned logvar is trained with the autoencoder.
+        """
+        optimizer = build_optimizer(self.own_parameters(), config or OptimizerConfig())
+        if self.adversary is None:
+            return optimizer
+        parameters = self.adversary.discriminator.parameters()
+        discriminator_config = discriminator_config or DiscriminatorOptimizerConfig()
+        return [optimizer, build_optimizer(parameters, discriminator_config)]
+
+    @property
+    def adversary(self) -> LPIPSWithDiscriminator | None:
+        """The loss, where it has a discriminator."""
+        return self.loss if isinstance(self.loss, LPIPSWithDiscriminator) else None
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters of autoencoder and loss, without those of a discriminator."""
+        adversary = self.adversary
+        others = set() if adversary is None else set(adversary.discriminator.parameters())
+        return [p for p in self.parameters() if p.requires_grad and p not in others]
+
+    def without_loss(self) -> AutoEncoderKL:
+        """The same modules and parameters, shared, without the loss."""
+        bare = copy.copy(self)
+        bare._modules = {key: module for key, module in self._modules.items() if key != "loss"}
+        bare.loss = None
+        return bare
 
     def get_last_layer(self) -> Tensor:
         """The weight of the decoder's last convolution, [out_ch, ch, 3, 3]."""
@@ -201,7 +251,7 @@ class AutoEncoderKL(nn.Module):
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, params: Mapping[str, Any] | None = None
+        cls, path: str | Path, params: Mapping[str, Any] | None = None, *, ema: bool = True
     ) -> AutoEncoderKL:
         """Load a trained autoencoder, in eval mode and without its loss.
 
@@ -209,6 +259,8 @@ class AutoEncoderKL(nn.Module):
             path: a run directory (its best checkpoint, else its newest), one of our checkpoints, or
                 with `params` any file that holds a state dict of the CompVis layout.
             params: `model.params` of a config; None: as the checkpoint says.
+            ema: load the moving average of the weights, where the checkpoint has one; else the
+                weights as they were trained last.
 
         Raises:
             ValueError: no checkpoint there, no params known, or weights that do not fit them.
@@ -226,19 +278,21 @@ class AutoEncoderKL(nn.Module):
             colorize_nlabels=params.get("colorize_nlabels"),
             monitor=params.get("monitor"),
         )
-        model.load_weights(state_dict_of(content, str(path)), source=str(path))
+        model.load_weights(state_dict_of(content, str(path), ema=ema), source=str(path))
         return model.eval()
 
     def init_from_ckpt(self, path: str | Path, ignore_keys: Iterable[str] = ()) -> None:
-        """Load weights from a file; keys that begin with one of `ignore_keys` are left out.
+        """Load weights from a run directory or a file, but for keys that begin with `ignore_keys`.
 
-        Says in one log line what was loaded, ignored, missing and unexpected. The tensors of a loss
-        (`loss.`) that this model does not have are ignored.
+        Where the checkpoint has a moving average of the weights, it is taken. Says in one log line
+        what was loaded, ignored, missing and unexpected. The tensors of a loss (`loss.`) that this
+        model does not have are ignored.
 
         Raises:
             ValueError: missing, unexpected or differently shaped tensors that `ignore_keys` does
                 not name. The model is then left as it was.
         """
+        path = choose_checkpoint(Path(path))
         tensors = state_dict_of(read_file(path), str(path))
         self.load_weights(tensors, ignore_keys, source=str(path))
 

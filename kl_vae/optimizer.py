@@ -68,6 +68,14 @@ class OptimizerConfig:
             raise ValueError("\n".join(errors))
 
 
+@dataclass(frozen=True, kw_only=True)
+class DiscriminatorOptimizerConfig(OptimizerConfig):
+    """How a discriminator's parameters are updated; as published unless told otherwise."""
+
+    name: Literal["adamw", "adam", "muon"] = "adam"
+    betas: tuple[float, ...] = (0.5, 0.9)
+
+
 def build_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimizerConfig
 ) -> torch.optim.Optimizer:

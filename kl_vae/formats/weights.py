@@ -14,6 +14,7 @@ from torch import Tensor
 # what trainers put around a state dict, and before its keys
 _WRAPPERS = ("model", "state_dict")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+_EMA = "ema"  # beside "model" in our checkpoints
 _PIPELINE_PREFIX = "first_stage_model."
 
 
@@ -45,17 +46,25 @@ def read_file(path: str | Path) -> Any:
         ) from None
 
 
-def state_dict_of(content: object, source: str) -> dict[str, Tensor]:
+def state_dict_of(content: object, source: str, ema: bool = True) -> dict[str, Tensor]:
     """Return the autoencoder's tensors of a loaded file, without wrappers and prefixes.
+
+    Args:
+        content: of the file.
+        source: its name, for errors.
+        ema: take the moving average of the weights, where the file is a checkpoint with one.
 
     Raises:
         ValueError: there is no state dict in it.
     """
+    average = content.get(_EMA) if ema and isinstance(content, Mapping) else None
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping):
         raise ValueError(f"{source}: holds {type(content).__name__}, not a state dict")
+    if isinstance(average, Mapping):
+        content = {**content, **average}  # a loss has no average
     tensors = {str(key): x for key, x in content.items() if isinstance(x, Tensor)}
     if not tensors:
         raise ValueError(f"{source}: holds no tensors; give a file with a state dict")

@@ -16,13 +16,15 @@ Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 LOSSES = Registry("lossconfig.target")
 register_loss = LOSSES.register
 
-# the adversarial loss of the published configs
-_PUBLISHED_GAN_LOSSES = (
-    "ldm.modules.losses.LPIPSWithDiscriminator",
-    "ldm.modules.losses.contperceptual.LPIPSWithDiscriminator",
-    "sgm.modules.autoencoding.losses.GeneralLPIPSWithDiscriminator",
-    "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator",
-)
+# names under which published configs know the losses here
+_PUBLISHED_NAMES = {
+    "ldm.modules.losses.LPIPSWithDiscriminator": "lpips_with_discriminator",
+    "ldm.modules.losses.contperceptual.LPIPSWithDiscriminator": "lpips_with_discriminator",
+    "sgm.modules.autoencoding.losses.GeneralLPIPSWithDiscriminator": "lpips_with_discriminator",
+    "sgm.modules.autoencoding.losses.discriminator_loss.GeneralLPIPSWithDiscriminator": (
+        "lpips_with_discriminator"
+    ),
+}
 _NO_LOSS = "torch.nn.Identity"
 
 
@@ -52,7 +54,8 @@ def build_loss(lossconfig: Mapping[str, Any] | Loss | None) -> Loss | None:
         )
     if target == _NO_LOSS:  # how published configs for inference say that there is none
         return None
-    constructor = LOSSES[target] if target in LOSSES else _import(target)
+    name = _PUBLISHED_NAMES.get(target, target)
+    constructor = LOSSES[name] if name in LOSSES else _import(target)
     try:
         inspect.signature(constructor).bind(**params)
     except TypeError as error:
@@ -63,11 +66,6 @@ def build_loss(lossconfig: Mapping[str, Any] | Loss | None) -> Loss | None:
 
 
 def _import(target: str) -> Callable[..., Any]:
-    if target in _PUBLISHED_GAN_LOSSES:
-        raise ValueError(
-            f"lossconfig.target={target}: the LPIPS + GAN loss is not part of this version; "
-            "write lossconfig: {target: elbo, params: {kl_weight: 1.0e-6}}"
-        )
     module, _, name = target.rpartition(".")
     if not module:
         LOSSES[target]  # raises, naming the known ones

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from kl_vae.config import load_config
 from kl_vae.data import DataConfig
 from kl_vae.ddconfig import DDConfig
-from kl_vae.optimizer import OptimizerConfig
+from kl_vae.optimizer import DiscriminatorOptimizerConfig, OptimizerConfig
 from kl_vae.schema import from_mapping
 
 
@@ -52,6 +52,12 @@ class TrainingConfig:
         keep_checkpoints: how many of the newest are kept, besides the best.
         log_every_steps: steps between lines of metrics.jsonl.
         sample_images: pictures in the grid of each validation.
+        ema_decay: of the moving average of the weights, which is validated and saved as well; null:
+            there is none.
+        freeze: patterns of parameters that are not trained, such as encoder.*.
+        equivariance: probability that a step turns and scales its latents and its images alike
+            (EQ-VAE); 0: never.
+        equivariance_min_scale: the smallest scale.
     """
 
     seed: int = 0
@@ -66,6 +72,10 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     log_every_steps: int = 10
     sample_images: int = 8
+    ema_decay: float | None = None
+    freeze: tuple[str, ...] = ()
+    equivariance: float = 0.0
+    equivariance_min_scale: float = 0.25
 
     def __post_init__(self) -> None:
         errors = []
@@ -77,17 +87,30 @@ class TrainingConfig:
                 f"max_steps={self.max_steps}: set either epochs={self.epochs} or max_steps, "
                 "and the other to null"
             )
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            errors.append(
+                f"ema_decay={self.ema_decay}: at least 0 and below 1, such as 0.9999, or null"
+            )
+        if not 0 <= self.equivariance <= 1:
+            errors.append(f"equivariance={self.equivariance}: a probability, 0 to 1, such as 0.5")
+        if not 0 < self.equivariance_min_scale <= 1:
+            errors.append(
+                f"equivariance_min_scale={self.equivariance_min_scale}: above 0, at most 1"
+            )
         if errors:
             raise ValueError("\n".join(errors))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A run: the four sections of its config file."""
+    """A run: the sections of its config file."""
 
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    discriminator_optimizer: DiscriminatorOptimizerConfig = field(
+        default_factory=DiscriminatorOptimizerConfig
+    )
     training: TrainingConfig
 
     @classmethod

@@ -40,10 +40,15 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def mean(self, figures: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """The mean of each scalar over all ranks."""
-        total = self.sum(torch.stack([value.cpu().double() for value in figures.values()]))
-        return dict(zip(figures, (total / self.world_size).tolist(), strict=True))
+    def mean(self, figures: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The mean of each scalar or vector over all ranks, float64 on the CPU."""
+        values = [value.detach().cpu().double() for value in figures.values()]
+        mean = self.sum(torch.cat([value.flatten() for value in values])) / self.world_size
+        parts = torch.split(mean, [value.numel() for value in values])
+        return {
+            key: part.reshape(value.shape)
+            for key, part, value in zip(figures, parts, values, strict=True)
+        }
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so."""

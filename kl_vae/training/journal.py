@@ -18,6 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from kl_vae.files import write_text_atomically
 from kl_vae.inference.grid import save_png
+from kl_vae.training.figures import Figures
 from kl_vae.training.run_directory import METRICS, SAMPLES
 from kl_vae.training.state import TrainingState
 
@@ -54,7 +55,7 @@ class Journal:
         """Move the bar to the state's step."""
         self._bar.update(self._state.step - self._bar.n)
 
-    def write_step(self, figures: Mapping[str, float]) -> None:
+    def write_step(self, figures: Figures) -> None:
         """Record the figures of a training step, with the speed since the last call."""
         now, seen = time.monotonic(), self._state.images_seen
         speed = (seen - self._images_seen) / (now - self._clock)
@@ -71,16 +72,18 @@ class Journal:
             left = (now - self._began) / (step - self._steps_before) * (self._total_steps - step)
             logger.info("step %d/%d: %s, %s left", step, self._total_steps, shown, _time(left))
 
-    def write_validation(
-        self, figures: Mapping[str, float], pictures: Mapping[str, Tensor]
-    ) -> None:
+    def write_validation(self, figures: Figures, pictures: Mapping[str, Tensor]) -> None:
         """Record the figures of a validation, and its pictures [3, H, W] uint8 in samples/."""
         self._write(figures)
         for name, picture in pictures.items():
             save_png(self._run / SAMPLES / f"{name}_{self._state.step:08d}.png", picture)
             if self._tensorboard is not None:
                 self._tensorboard.add_image(name, picture, self._state.step)
-        shown = ", ".join(f"{key.removeprefix('val/')} {x:.4g}" for key, x in figures.items())
+        shown = ", ".join(
+            f"{key.removeprefix('val/')} {x:.4g}"
+            for key, x in figures.items()
+            if not isinstance(x, list)
+        )
         logger.info("validation at step %d: %s", self._state.step, shown)
         self._clock = time.monotonic()  # the speed is that of training
 
@@ -92,14 +95,32 @@ class Journal:
         if self._tensorboard is not None:
             self._tensorboard.close()
 
-    def _write(self, figures: Mapping[str, float]) -> None:
-        # JSON has no NaN and no infinity: text says which it was
-        line = {k: x if math.isfinite(x) else str(x) for k, x in figures.items()}
+    def _write(self, figures: Figures) -> None:
+        line = {
+            key: [_json(x) for x in value] if isinstance(value, list) else _json(value)
+            for key, value in figures.items()
+        }
         self._metrics.write(json.dumps({"step": self._state.step, **line}) + "\n")
         self._metrics.flush()
         if self._tensorboard is not None:
-            for key, value in figures.items():
+            for key, value in _scalars(figures).items():
                 self._tensorboard.add_scalar(key, value, self._state.step)
+
+
+def _json(number: float) -> float | str:
+    """JSON has no NaN and no infinity: text says which it was."""
+    return number if math.isfinite(number) else str(number)
+
+
+def _scalars(figures: Figures) -> dict[str, float]:
+    """The figures, a vector's values each under its index."""
+    scalars: dict[str, float] = {}
+    for key, value in figures.items():
+        if isinstance(value, list):
+            scalars |= {f"{key}/{i}": x for i, x in enumerate(value)}
+        else:
+            scalars[key] = value
+    return scalars
 
 
 def _drop_later_lines(path: Path, step: int) -> None:

@@ -7,17 +7,22 @@ import logging
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-
 from kl_vae.data import StepSampler, training_loader, validation_batches, validation_loader
 from kl_vae.formats.checkpoint import newest_checkpoint
 from kl_vae.training.config import RunConfig
 from kl_vae.training.distributed import Ranks, connect
+from kl_vae.training.figures import as_figures, scalar
 from kl_vae.training.journal import Journal
 from kl_vae.training.pictures import draw_pictures
-from kl_vae.training.prepare import build_data, build_model, describe, micro_batch_size, rehearse
+from kl_vae.training.prepare import (
+    build_data,
+    build_model,
+    build_state,
+    describe,
+    micro_batch_size,
+    rehearse,
+    wrap,
+)
 from kl_vae.training.run_directory import check_run, prepare_run, write_status
 from kl_vae.training.signals import StopRequest, stop_on_signals
 from kl_vae.training.state import TrainingState
@@ -62,10 +67,8 @@ def _train(config: RunConfig, run: Path, ranks: Ranks, stop: StopRequest) -> Tra
     validate_every_steps = training.validate_every_steps or steps_per_epoch
     found = ranks.on_first(lambda: newest_checkpoint(run))
     model = build_model(config, ranks, resuming=found is not None)
-    rehearse(model, train_set.crop, val_set is not None, ranks)
-    optimizer = model.configure_optimizers(config.optimizer)
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=training.precision == "fp16")
-    state = TrainingState(model, optimizer, scaler, plain, train_set.fingerprint)
+    rehearse(model, config, train_set.crop, val_set is not None, ranks)
+    state = build_state(config, model, plain, train_set.fingerprint)
 
     # where it stands
     if found is not None:
@@ -78,15 +81,8 @@ def _train(config: RunConfig, run: Path, ranks: Ranks, stop: StopRequest) -> Tra
         return state
 
     # what a step needs
-    wrapped: nn.Module = model
-    if ranks.world_size > 1:
-        wrapped = DistributedDataParallel(
-            model,
-            device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
-    take_step = TrainingStep(state, wrapped, config, ranks, total_steps)
+    autoencoder, discriminator = wrap(model, ranks)
+    take_step = TrainingStep(state, autoencoder, discriminator, config, ranks, total_steps)
     sampler = StepSampler(
         len(train_set),
         training.global_batch_size,
@@ -101,6 +97,7 @@ def _train(config: RunConfig, run: Path, ranks: Ranks, stop: StopRequest) -> Tra
     batches = iter(training_loader(train_set, sampler, workers, pin_memory))
     val_size = 0 if val_set is None else len(val_set)
     val_batches = validation_batches(val_size, batch_size, ranks.rank, ranks.world_size)
+    averaged = None if state.average is None else state.average.model
     journal = Journal(run, state, total_steps) if ranks.is_first else None
     status = partial(write_status, run, total_steps=total_steps)
     ranks.on_first(lambda: status("running", state.step))
@@ -112,9 +109,9 @@ def _train(config: RunConfig, run: Path, ranks: Ranks, stop: StopRequest) -> Tra
             done = state.step == total_steps
 
             if state.step % training.log_every_steps == 0 or done:
-                means = ranks.mean(figures)
+                means = as_figures(ranks.mean(figures))
                 means["epoch"] = state.step / steps_per_epoch
-                means["skipped_steps"] = state.skipped_steps
+                means["skipped_steps"] = sum(updater.skipped for updater in state.updaters)
                 if journal is not None:
                     journal.write_step(means)
             if journal is not None:
@@ -123,11 +120,11 @@ def _train(config: RunConfig, run: Path, ranks: Ranks, stop: StopRequest) -> Tra
             validating = done or state.step % validate_every_steps == 0
             if val_set is not None and validating:
                 loader = validation_loader(val_set, val_batches, workers, pin_memory)
-                val_figures = validate(model, loader, state.step, config, ranks)
+                val_figures = validate(model, loader, state.step, config, ranks, averaged)
                 if model.monitor is not None:
-                    state.note_best(model.monitor, val_figures[model.monitor])
+                    state.note_best(model.monitor, scalar(val_figures, model.monitor))
                 pictures = ranks.on_first(
-                    lambda: draw_pictures(model, val_set, training.sample_images)
+                    lambda: draw_pictures(averaged or model, val_set, training.sample_images)
                 )
                 if journal is not None:
                     journal.write_validation(val_figures, pictures)

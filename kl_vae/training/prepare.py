@@ -5,14 +5,23 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from kl_vae.data import ImageDataset, build_datasets
+from kl_vae.equivariance import Equivariance
+from kl_vae.losses.discriminator import RealAndFake
 from kl_vae.model import AutoEncoderKL
 from kl_vae.training.config import RunConfig
 from kl_vae.training.distributed import Ranks
+from kl_vae.training.ema import WeightAverage
+from kl_vae.training.figures import evaluating
+from kl_vae.training.freeze import freeze
 from kl_vae.training.state import TrainingState
+from kl_vae.training.updater import Updater
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +86,8 @@ def micro_batch_size(config: RunConfig, ranks: Ranks) -> int:
 def build_model(config: RunConfig, ranks: Ranks, resuming: bool) -> AutoEncoderKL:
     """Build the model on the device, initialised by the seed or, unless resuming, by `ckpt_path`.
 
+    On several GPUs the batch norms of a discriminator take their statistics over all of them.
+
     Raises:
         ValueError: a value under model.params, named with its key path, or a checkpoint that does
             not fit.
@@ -91,28 +102,88 @@ def build_model(config: RunConfig, ranks: Ranks, resuming: bool) -> AutoEncoderK
         raise ValueError(f"model.params.{error}") from None
     if ckpt_path is not None and not resuming:
         model.init_from_ckpt(ckpt_path, ignore_keys)
+    freeze(model, config.training.freeze)
     model = model.to(ranks.device)
     if config.training.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    if model.adversary is not None and ranks.device.type == "cuda" and ranks.world_size > 1:
+        discriminator = model.adversary.discriminator
+        nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)  # type: ignore[no-untyped-call]
     return model
 
 
+def build_state(
+    config: RunConfig, model: AutoEncoderKL, plain: dict[str, Any], data_fingerprint: str
+) -> TrainingState:
+    """Build what updates the model's parameters, and with it all that a checkpoint holds."""
+    precision, decay = config.training.precision, config.training.ema_decay
+    updater = Updater.build(model.own_parameters(), config.optimizer, precision, "optimizer")
+    discriminator_updater = None
+    if model.adversary is not None:
+        discriminator_updater = Updater.build(
+            list(model.adversary.discriminator.parameters()),
+            config.discriminator_optimizer,
+            precision,
+            "discriminator_optimizer",
+        )
+    average = None if decay is None else WeightAverage(model, decay)
+    return TrainingState(model, updater, plain, data_fingerprint, discriminator_updater, average)
+
+
+def wrap(model: AutoEncoderKL, ranks: Ranks) -> tuple[nn.Module, nn.Module | None]:
+    """What a step calls in place of the model and of its discriminator.
+
+    On several ranks each is in a DistributedDataParallel of its own; the model's passes the
+    discriminator's parameters over, since its backward never reaches them.
+    """
+
+    def distribute(module: nn.Module) -> nn.Module:
+        if ranks.world_size == 1:
+            return module
+        return DistributedDataParallel(
+            module,
+            device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+
+    if model.adversary is None:
+        return distribute(model), None
+    discriminator = model.adversary.discriminator
+    wrapped = distribute(RealAndFake(discriminator))
+    discriminator.requires_grad_(False)
+    autoencoder = distribute(model)
+    discriminator.requires_grad_(True)
+    return autoencoder, wrapped
+
+
 @torch.no_grad()
-def rehearse(model: AutoEncoderKL, crop: int, validates: bool, ranks: Ranks) -> None:
+def rehearse(
+    model: AutoEncoderKL, config: RunConfig, crop: int, validates: bool, ranks: Ranks
+) -> None:
     """Pass one blank image through model and loss, so that what cannot work fails at once.
 
     Raises:
-        ValueError: `monitor` is none of the figures, or nothing `validates`.
+        ValueError: `monitor` is none of the figures, or nothing `validates`; images that the
+            discriminator cannot take; a last layer that is frozen and needed.
     """
     if model.monitor is not None and not validates:
         raise ValueError(
             f"model.params.monitor={model.monitor}: there is no validation set to measure it "
             "on; set data.validation.fraction, or monitor to null"
         )
-    blank = torch.zeros(1, model.config.in_channels, crop, crop)
-    model.eval()
-    figures = {*model.step(blank.to(ranks.device), 0, "val").log, "val/psnr", "val/ssim"}
-    model.train()
+    blank = torch.zeros(1, model.config.in_channels, crop, crop, device=ranks.device)
+    figures = {"val/psnr", "val/ssim"}
+    with evaluating(model):
+        figures |= model.step(blank, 0, "val").log.keys()
+        if model.adversary is not None:
+            if config.training.equivariance > 0:
+                smallest = Equivariance(0, config.training.equivariance_min_scale)
+                blank = smallest.of_images(blank, model.downsampling_factor)
+            model.adversary.discriminator_loss(blank, blank, 0)
+            model.adversary.check_last_layer(model.get_last_layer())
+    if config.training.ema_decay is not None:
+        figures |= {key.replace("val/", "val_ema/") for key in figures}
     if model.monitor is not None and model.monitor not in figures:
         raise ValueError(
             f"model.params.monitor={model.monitor}: not a validation figure; choose one of "
@@ -132,7 +203,9 @@ def describe(
     """Say the size of the model, what it trains on, where, how precisely, and where it writes."""
     model, training = state.model, config.training
     side, f = train_set.crop, model.downsampling_factor
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    count = sum(p.numel() for p in model.without_loss().parameters())
+    trained = sum(p.numel() for p in model.without_loss().parameters() if p.requires_grad)
+    frozen = "" if trained == count else f"; {trained:,} of them trained"
     device = str(ranks.device)
     if ranks.device.type == "cuda":
         device = torch.cuda.get_device_name(ranks.device)
@@ -140,7 +213,7 @@ def describe(
         device = f"cpu ({torch.get_num_threads()} threads)"
     latents = f"{model.latent_channels} x {side // f} x {side // f}"
     for line in (
-        f"model      {count:,} parameters, f = {f}: {side} x {side} -> latents {latents}",
+        f"model      {count:,} parameters, f = {f}: {side} x {side} -> latents {latents}{frozen}",
         f"data       {len(train_set)} training images and {len(val_set or ())} for validation, "
         f"from {config.data.train.root}",
         f"devices    {ranks.world_size} x {device}, {training.precision}",

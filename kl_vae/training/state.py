@@ -22,6 +22,8 @@ from kl_vae.formats.checkpoint import (
     write_checkpoint,
 )
 from kl_vae.model import AutoEncoderKL
+from kl_vae.training.ema import WeightAverage
+from kl_vae.training.updater import Updater
 
 
 @dataclass
@@ -29,26 +31,32 @@ class TrainingState:
     """Everything that a step changes. Order, crops and noise follow from the step's number."""
 
     model: AutoEncoderKL
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    updater: Updater  # of the autoencoder and its loss
     config: dict[str, Any]
     data_fingerprint: str
+    discriminator_updater: Updater | None = None
+    average: WeightAverage | None = None
     step: int = 0  # optimisation steps taken
     images_seen: int = 0
-    skipped_steps: int = 0
     best: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def updaters(self) -> list[Updater]:
+        """The autoencoder's, and the discriminator's where there is one."""
+        both = (self.updater, self.discriminator_updater)
+        return [updater for updater in both if updater is not None]
 
     def content(self) -> dict[str, Any]:
         """What a checkpoint holds: tensors and plain values."""
         return {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "ema": None if self.average is None else self.average.state_dict(),
+            "ema_updates": 0 if self.average is None else self.average.updates,
+            "updaters": [updater.state_dict() for updater in self.updaters],
             "config": self.config,
             "data_fingerprint": self.data_fingerprint,
             "step": self.step,
             "images_seen": self.images_seen,
-            "skipped_steps": self.skipped_steps,
             "best": self.best,
             "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
         }
@@ -65,11 +73,12 @@ class TrainingState:
                 "or start in a new --run-dir with model.params.ckpt_path set to it"
             )
         self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.scaler.load_state_dict(content["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(content["ema"], content["ema_updates"])
+        for updater, saved in zip(self.updaters, content["updaters"], strict=True):
+            updater.load_state_dict(saved)
         self.step = content["step"]
         self.images_seen = content["images_seen"]
-        self.skipped_steps = content["skipped_steps"]
         self.best = content["best"]
 
     def save(self, run: Path, keep: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -12,60 +12,65 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kl_vae.data import Batch
 from kl_vae.device import autocast
-from kl_vae.model import AutoEncoderKL
-from kl_vae.optimizer import set_learning_rate
+from kl_vae.equivariance import Equivariance
+from kl_vae.model import AutoEncoderKL, StepOutput
 from kl_vae.randomness import generator_for
 from kl_vae.training.config import RunConfig
 from kl_vae.training.distributed import Ranks
+from kl_vae.training.figures import latent_moments
 from kl_vae.training.state import TrainingState
-
-# the run is lost, not unlucky, when this many steps in a row give no finite gradient
-MAX_SKIPPED_STEPS = 10
 
 
 @dataclass
 class TrainingStep:
-    """What a step works with. `wrapped` is the model in DistributedDataParallel, where there is.
+    """What a step works with. A call takes the next step and counts it in `state`.
 
-    A call takes the next step and counts it in `state`.
+    Attributes:
+        state: what a step changes.
+        autoencoder: the model, in DistributedDataParallel where there are several ranks.
+        discriminator: `RealAndFake` of the discriminator, wrapped likewise; None: there is none.
+        config: of the run.
+        ranks: that step together.
+        total_steps: of the run.
     """
 
     state: TrainingState
-    wrapped: nn.Module
+    autoencoder: nn.Module
+    discriminator: nn.Module | None
     config: RunConfig
     ranks: Ranks
     total_steps: int
-    _skipped_in_a_row: int = 0
 
     def __call__(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
         """Take a step's micro-batches and update the parameters.
 
         Returns:
-            What this rank measured, each a scalar, the mean over its micro-batches: "train/..." of
-            the loss, psnr (dB), grad_norm (before clipping) and learning_rate.
+            What this rank measured, each the mean over its micro-batches: "train/..." of the losses
+            and the latents, psnr (dB), norms of gradients (before clipping) and learning rates.
 
         Raises:
             ValueError: an image that cannot be used.
             RuntimeError: too many steps in a row without a finite gradient.
         """
-        micro_batches = self.config.training.accumulate_batches
+        state, micro_batches = self.state, self.config.training.accumulate_batches
+        adversary = state.model.adversary
+        discriminates = adversary is not None and adversary.discriminates(state.step)
+        before = [] if adversary is None else [x.clone() for x in adversary.buffers()]
         means: dict[str, Tensor] = {}
         for micro in range(micro_batches):
-            with self._no_sync() if micro < micro_batches - 1 else nullcontext():
-                figures = self._accumulate(next(batches), micro)
+            batch, last = next(batches), micro == micro_batches - 1
+            with nullcontext() if last else _no_sync(self.autoencoder):
+                out, figures = self._autoencoder_pass(batch, micro)
+            if discriminates:
+                with nullcontext() if last else _no_sync(self.discriminator):
+                    figures |= self._discriminator_pass(out.target, out.reconstruction.detach())
+            del out  # and with it the graph
             for key, value in figures.items():
                 means[key] = means.get(key, 0.0) + value / micro_batches
-        rate = set_learning_rate(
-            self.state.optimizer, self.state.step, self.total_steps, self.config.optimizer
-        )
-        means["train/grad_norm"] = self._update()
-        means["train/learning_rate"] = torch.tensor(rate, dtype=torch.float64)
-        self.state.step += 1
-        self.state.images_seen += self.config.training.global_batch_size
-        return means
+        return {**means, **self._update(discriminates, before, means)}
 
-    def _accumulate(self, batch: Batch, micro: int) -> dict[str, Tensor]:
-        """Add the gradient of a micro-batch; return what was measured on it."""
+    def _autoencoder_pass(self, batch: Batch, micro: int) -> tuple[StepOutput, dict[str, Tensor]]:
+        """Add the gradient of a micro-batch; return the pass and what was measured on it."""
         if any(batch.errors):
             raise ValueError(f"{first_error(batch)}; mend it, or name it in data.train.exclude")
         training, device, step = self.config.training, self.ranks.device, self.state.step
@@ -79,40 +84,60 @@ class TrainingStep:
                 images,
                 step,
                 "train",
-                forward=self.wrapped,
+                forward=self.autoencoder,
                 noise=noise.to(device, non_blocking=True),
+                equivariance=Equivariance.draw(
+                    training.equivariance, training.equivariance_min_scale, training.seed, step
+                ),
             )
-        loss = self.state.scaler.scale(out.total / training.accumulate_batches)
-        loss.backward()  # type: ignore[no-untyped-call]
-        mse = (images - out.reconstruction.detach()).square().flatten(1).mean(dim=1)
-        return {**out.log, "train/psnr": 10.0 * (4.0 / mse).log10().mean()}
+        self.state.updater.backward(out.total / training.accumulate_batches)
+        mse = (out.target - out.reconstruction.detach()).square().flatten(1).mean(dim=1)
+        psnr = 10.0 * (4.0 / mse).log10().mean()
+        return out, {**out.log, **latent_moments(out.posterior, "train"), "train/psnr": psnr}
 
-    def _update(self) -> Tensor:
-        """Unscale, clip, step; a step without a finite gradient is left out, on all ranks alike."""
-        state, bound = self.state, self.config.optimizer.clip_grad_norm
-        state.scaler.unscale_(state.optimizer)
-        # the gradients are means over all ranks already, so the norm is the same on each
-        norm = nn.utils.clip_grad_norm_(
-            state.model.parameters(), float("inf") if bound is None else bound
-        )
-        finite = bool(norm.isfinite())
-        if finite or state.scaler.is_enabled():  # the scaler leaves a step out by itself
-            state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
-        state.skipped_steps += not finite
-        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
-        if self._skipped_in_a_row >= MAX_SKIPPED_STEPS:
-            raise RuntimeError(
-                f"{MAX_SKIPPED_STEPS} steps in a row had no finite gradient; lower "
-                "optimizer.learning_rate, or set training.precision to bf16 or fp32"
+    def _discriminator_pass(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+        """Add the discriminator's gradient on images [B, C, H, W]; return its log."""
+        adversary, updater = self.state.model.adversary, self.state.discriminator_updater
+        assert adversary is not None and updater is not None
+        with autocast(self.ranks.device, self.config.training.precision):
+            loss, log = adversary.discriminator_loss(
+                real, fake, self.state.step, forward=self.discriminator
             )
-        return norm.detach()
+        updater.backward(loss / self.config.training.accumulate_batches)
+        return log
 
-    def _no_sync(self) -> AbstractContextManager[None]:
-        if isinstance(self.wrapped, DistributedDataParallel):
-            return self.wrapped.no_sync()
-        return nullcontext()
+    def _update(
+        self, discriminates: bool, before: list[Tensor], means: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Update all that learns in this step; return norms of gradients and learning rates."""
+        state, figures = self.state, {}
+        taken = []
+        for updater in state.updaters[: 1 + discriminates]:
+            norm, finite = updater.update(self.ranks, state.step, self.total_steps)
+            taken.append(finite)
+            prefix = "train/" if updater is state.updater else "train/disc_"
+            figures[f"{prefix}grad_norm"] = norm
+            figures[f"{prefix}learning_rate"] = torch.tensor(updater.learning_rate)
+        if taken[0] and state.average is not None:
+            state.average.update()
+        if discriminates and state.model.adversary is not None:
+            if all(taken):
+                state.model.adversary.note_logits(
+                    means["train/logits_real"], means["train/logits_fake"]
+                )
+            else:  # what a step that is left out has seen must not stay in running statistics
+                for buffer, value in zip(state.model.adversary.buffers(), before, strict=True):
+                    buffer.copy_(value)
+        state.step += 1
+        state.images_seen += self.config.training.global_batch_size
+        return figures
+
+
+def _no_sync(module: nn.Module | None) -> AbstractContextManager[None]:
+    """Keep the gradients of this pass on the rank, where there are several."""
+    if isinstance(module, DistributedDataParallel):
+        return module.no_sync()
+    return nullcontext()
 
 
 def latent_noise(model: AutoEncoderKL, batch: Batch, purpose: str, *key: int) -> Tensor:

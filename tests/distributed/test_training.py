@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from kl_vae.cli.main import main
@@ -56,7 +57,7 @@ def test_ranks_and_accumulation_do_not_change_what_is_learned(project: Path) -> 
         assert largest_difference(one, weights(run, 20)) < 1e-5, run
         for ours, theirs in zip(figures("one"), figures(run), strict=True):
             for key in ours.keys() - {"images_per_second"}:
-                assert abs(ours[key] - theirs[key]) <= 1e-5 * max(1.0, abs(ours[key])), (run, key)
+                assert theirs[key] == pytest.approx(ours[key], rel=1e-5, abs=1e-5), (run, key)
 
 
 def weights_at_the_start() -> dict[str, torch.Tensor]:
@@ -84,7 +85,7 @@ def test_validation_is_exact_whatever_the_number_of_images(
         assert one.keys() == results[2][number].keys()
         assert {"val/psnr", "val/ssim", "val/rec_loss", "val/kl_loss"} <= one.keys()
         for key, value in one.items():
-            assert abs(value - results[2][number][key]) <= 1e-6 * max(1.0, abs(value)), key
+            assert results[2][number][key] == pytest.approx(value, rel=1e-6, abs=1e-6), key
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(project: Path) -> None:

@@ -15,8 +15,17 @@ PACKAGE = Path(kl_vae.__file__).parent
 
 FLOORS = (
     ("randomness", "registry", "schema", "device", "files", "version"),
-    ("blocks", "attention", "distribution", "ddconfig", "parts", "middle", "muon"),
-    ("encoder", "decoder"),
+    (
+        "blocks",
+        "attention",
+        "distribution",
+        "ddconfig",
+        "parts",
+        "middle",
+        "orthogonalize",
+        "equivariance",
+    ),
+    ("encoder", "decoder", "muon"),
     ("losses", "formats", "data", "optimizer", "config"),
     ("model",),
     ("inference", "training", "__init__"),
@@ -35,7 +44,7 @@ SIDEWAYS = {
 
 # these know less than their floor allows
 KNOWS = {
-    "losses": {"distribution", "registry"},
+    "losses": {"blocks", "distribution", "files", "registry"},
     "formats": {"files"},
     "data": {"files", "randomness", "schema"},
 }

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from kl_vae.losses import ELBO, build_loss, register_loss
+from kl_vae.losses import ELBO, LPIPSWithDiscriminator, build_loss, register_loss
 
 
 def test_none_has_no_loss_and_a_callable_is_its_own() -> None:
@@ -54,7 +54,7 @@ def test_a_dotted_path_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("lossconfig", "error"),
     [
-        ({"target": "elbow"}, "lossconfig.target='elbow': unknown; choose one of elbo, or regist"),
+        ({"target": "elbow"}, "lossconfig.target='elbow': unknown; choose one of elbo, lpips_wi"),
         ({"target": "no_such.Loss"}, "no_such.Loss: cannot be imported .*; choose one of elbo"),
         ({"target": "torch.NoLoss"}, "torch.NoLoss: cannot be imported .*; choose one of elbo"),
         (
@@ -81,9 +81,17 @@ def test_what_cannot_be_built_is_named(lossconfig: Any, error: str) -> None:
         "sgm.modules.autoencoding.losses.GeneralLPIPSWithDiscriminator",
     ],
 )
-def test_the_published_adversarial_loss_is_refused_by_name(target: str) -> None:
-    with pytest.raises(ValueError, match=r"LPIPS \+ GAN loss is not part of .*; write lossconfig"):
-        build_loss({"target": target, "params": {"disc_start": 50001}})
+def test_published_configs_name_the_adversarial_loss_in_their_way(target: str) -> None:
+    params = {"disc_start": 50001, "perceptual_weight": 0.0}  # no network to be found
+    loss = build_loss({"target": target, "params": params})
+    assert isinstance(loss, LPIPSWithDiscriminator)
+    assert loss.disc_start == 50001
+
+
+def test_an_error_names_the_target_as_it_was_written() -> None:
+    target = "ldm.modules.losses.LPIPSWithDiscriminator"
+    with pytest.raises(ValueError, match="missing a required argument: 'disc_start'; ldm.modules."):
+        build_loss({"target": target, "params": {}})
 
 
 def test_a_loss_with_parameters_is_trained_with_the_model(tiny_ddconfig: dict[str, Any]) -> None:

@@ -6,14 +6,15 @@ import torch
 
 from kl_vae import AutoEncoderKL
 from kl_vae.formats.checkpoint import best_checkpoint, list_checkpoints
+from kl_vae.optimizer import OptimizerConfig
 from kl_vae.training.state import TrainingState
+from kl_vae.training.updater import Updater
 
 
 def build(ddconfig: dict[str, object]) -> TrainingState:
     model = AutoEncoderKL(ddconfig, 4)
-    return TrainingState(
-        model, model.configure_optimizers(), torch.amp.GradScaler("cpu", enabled=False), {}, ""
-    )
+    updater = Updater.build(model.own_parameters(), OptimizerConfig(), "fp32", "optimizer")
+    return TrainingState(model, updater, {}, "")
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path, tiny_ddconfig: dict[str, object]) -> None:
@@ -60,4 +61,4 @@ def test_nothing_but_tensors_and_plain_values_is_saved(
     state.save(tmp_path, keep=1)
     content = torch.load(list_checkpoints(tmp_path)[0], weights_only=True)
     assert content["model"].keys() == state.model.state_dict().keys()
-    assert {"optimizer", "scaler", "config", "data_fingerprint", "versions"} <= content.keys()
+    assert {"updaters", "ema", "config", "data_fingerprint", "versions"} <= content.keys()

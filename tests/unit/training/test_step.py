@@ -12,8 +12,9 @@ from kl_vae import AutoEncoderKL
 from kl_vae.data import Batch
 from kl_vae.training.config import RunConfig
 from kl_vae.training.distributed import Ranks
-from kl_vae.training.state import TrainingState
-from kl_vae.training.step import MAX_SKIPPED_STEPS, TrainingStep, latent_noise
+from kl_vae.training.prepare import build_state, wrap
+from kl_vae.training.step import TrainingStep, latent_noise
+from kl_vae.training.updater import MAX_SKIPPED_STEPS
 
 Loss = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
@@ -28,11 +29,9 @@ def build(loss: Loss | None = None, *overrides: str) -> TrainingStep:
     params = config.model.params
     torch.manual_seed(0)
     model = AutoEncoderKL(params.ddconfig, params.embed_dim, loss or params.lossconfig)
-    optimizer = model.configure_optimizers(config.optimizer)
-    half = config.training.precision == "fp16"
-    scaler = torch.amp.GradScaler("cpu", enabled=half)
-    state = TrainingState(model, optimizer, scaler, {}, "")
-    return TrainingStep(state, model, config, Ranks(0, 1, torch.device("cpu")), 100)
+    state = build_state(config, model, {}, "")
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    return TrainingStep(state, *wrap(model, ranks), config, ranks, 100)
 
 
 def weights(step: TrainingStep) -> list[torch.Tensor]:
@@ -74,7 +73,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(project
     for _ in range(MAX_SKIPPED_STEPS - 1):
         figures = take_step(batches())
     assert torch.isnan(figures["train/total_loss"])  # not hidden
-    assert take_step.state.skipped_steps == MAX_SKIPPED_STEPS - 1
+    assert take_step.state.updater.skipped == MAX_SKIPPED_STEPS - 1
     assert all(torch.equal(a, b) for a, b in zip(before, weights(take_step), strict=True))
     with pytest.raises(RuntimeError, match="10 steps in a row had no finite gradient; lower opt"):
         take_step(batches())
@@ -82,11 +81,11 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(project
 
 def test_an_overflow_in_fp16_lowers_the_scale_and_training_goes_on(project: Path) -> None:
     take_step = build(broken_loss(1e30), "training.precision=fp16")
-    scale = take_step.state.scaler.get_scale()
+    scale = take_step.state.updater.scaler.get_scale()
     before = weights(take_step)
     take_step(batches())
-    assert take_step.state.skipped_steps == 1
-    assert take_step.state.scaler.get_scale() < scale
+    assert take_step.state.updater.skipped == 1
+    assert take_step.state.updater.scaler.get_scale() < scale
     assert all(torch.equal(a, b) for a, b in zip(before, weights(take_step), strict=True))
 
 
@@ -98,7 +97,7 @@ def test_gradients_are_clipped_to_the_bound(project: Path) -> None:
         grads = [p.grad for p in take_step.state.model.parameters() if p.grad is not None]
         seen["norm"] = torch.stack([g.norm() for g in grads]).norm().item()
 
-    take_step.state.optimizer.register_step_pre_hook(note)
+    take_step.state.updater.optimizer.register_step_pre_hook(note)
     before_clipping = take_step(batches())["train/grad_norm"]
     assert before_clipping > 0.001
     assert seen["norm"] == pytest.approx(0.001, rel=1e-3)

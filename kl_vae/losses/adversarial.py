@@ -1,0 +1,351 @@
+"""The loss of the published first stages: pixels, LPIPS, a PatchGAN discriminator and KL.
+
+B batch, C channels, H and W the image's height and width, N = C * H * W values an image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from kl_vae.distribution import DiagonalGaussianDistribution
+from kl_vae.losses.build import register_loss
+from kl_vae.losses.checks import check_choice, check_number, check_steps
+from kl_vae.losses.cut import KnownGradient, gradient_at, last_layer_gradient, mean_over_ranks
+from kl_vae.losses.discriminator import (
+    DISC_LOSSES,
+    PatchDiscriminator,
+    RealAndFake,
+    discriminator_loss,
+    generator_loss,
+    lecam,
+)
+from kl_vae.losses.lpips import LPIPS
+
+NETS = ("vgg", "alex", "squeeze")
+MAX_ADAPTIVE_WEIGHT = 1e4
+
+
+@register_loss("lpips_with_discriminator")
+class LPIPSWithDiscriminator(nn.Module):
+    """Pixel error, LPIPS, adversarial term and KL (Rombach et al. 2022, appendix G; Esser 2021).
+
+    With e = |x - x_rec| for each value and p = LPIPS(x, x_rec) for each image, s = logvar:
+
+        nll   = mean over images of the sum over an image's values of
+                (pixelloss_weight * e + perceptual_weight * p) / exp(s) + s
+        total = nll + kl_weight * KL + weight * disc_factor * adversarial
+
+    From `disc_start` on the discriminator D learns; from `disc_start + disc_warmup_steps` on the
+    adversarial term counts, with the adaptive weight (Esser et al. 2021, eq. 7)
+
+        weight = disc_weight * clamp(|d nll / d w| / (|d adversarial / d w| + 1e-4), 0, 1e4)
+
+    of the last layer's w.
+
+    The graph is cut at the reconstruction: the nll, the adversarial term and both norms of the
+    weight take one backward each through the perceptual network and through D, and none through the
+    autoencoder but for its last layer. What they give at the reconstruction is the gradient of
+    `total`, whose backward is then the only one that reaches the autoencoder's parameters.
+
+    Args:
+        disc_start: optimisation steps before the discriminator is run at all.
+        logvar_init: s at the start.
+        kl_weight: weight of the KL (nats an image) against the summed error.
+        pixelloss_weight: weight of the pixel error.
+        disc_num_layers: strided layers of the discriminator after its first.
+        disc_in_channels: channels of what it sees: of the image, and of cond where it is given.
+        disc_factor: factor of both adversarial losses; 0: no discriminator.
+        disc_weight: factor of the adaptive weight, or the weight itself where it is fixed.
+        perceptual_weight: weight of LPIPS; 0: its network is not loaded.
+        use_actnorm: the same as disc_norm "act".
+        disc_conditional: D sees `cond` beside the image; only for those who call the loss.
+        disc_loss: hinge, vanilla or non_saturating.
+        disc_ndf: channels of the discriminator's first layer.
+        disc_norm: batch (as published), act, group (the same for every batch size) or none.
+        disc_weighting: adaptive from gradients that are averaged over the ranks ("global") or from
+            each rank's own ("rank"), or "fixed".
+        disc_warmup_steps: steps that D learns before it counts.
+        lecam_weight: of the LeCam regularisation of D (Tseng et al. 2021); 0: none.
+        lecam_decay: of its moving averages of the logits.
+        reconstruction: `l1` (as published) or `mse`.
+        reduction: `sum` over an image's values (as published), or the whole total divided by N
+            (`mean`), which gives gradients of the same size at every resolution.
+        learn_logvar: train s with the autoencoder.
+        perceptual: vgg, alex or squeeze; or in Python a module (x, x_rec) -> [B, 1, 1, 1].
+        perceptual_linear: with the learned heads of LPIPS v0.1; else plain sums over features.
+        perceptual_features: a local file of the network's weights; None: torchvision's cache.
+        perceptual_heads: a local file of the heads; None: downloaded once.
+        regularization_weights: {kl_loss: W}, another published spelling of kl_weight.
+
+    Raises:
+        ValueError: an impossible value, or weights that cannot be found; the mend is named.
+    """
+
+    logits_average: Tensor  # [2], of real and of fake: LeCam's anchors
+
+    def __init__(
+        self,
+        disc_start: int,
+        logvar_init: float = 0.0,
+        kl_weight: float = 1.0,
+        pixelloss_weight: float = 1.0,
+        disc_num_layers: int = 3,
+        disc_in_channels: int = 3,
+        disc_factor: float = 1.0,
+        disc_weight: float = 1.0,
+        perceptual_weight: float = 1.0,
+        use_actnorm: bool = False,
+        disc_conditional: bool = False,
+        disc_loss: Literal["hinge", "vanilla", "non_saturating"] = "hinge",
+        *,
+        disc_ndf: int = 64,
+        disc_norm: Literal["batch", "act", "group", "none"] = "batch",
+        disc_weighting: Literal["global", "rank", "fixed"] = "global",
+        disc_warmup_steps: int = 0,
+        lecam_weight: float = 0.0,
+        lecam_decay: float = 0.999,
+        reconstruction: Literal["l1", "mse"] = "l1",
+        reduction: Literal["sum", "mean"] = "sum",
+        learn_logvar: bool = True,
+        perceptual: str | Callable[[Tensor, Tensor], Tensor] = "vgg",
+        perceptual_linear: bool = True,
+        perceptual_features: str | Path | None = None,
+        perceptual_heads: str | Path | None = None,
+        regularization_weights: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        if regularization_weights is not None:
+            if set(regularization_weights) != {"kl_loss"}:
+                raise ValueError(
+                    f"regularization_weights={dict(regularization_weights)!r}: takes kl_loss "
+                    "alone; or give kl_weight"
+                )
+            kl_weight = regularization_weights["kl_loss"]
+        check_steps("disc_start", disc_start)
+        check_steps("disc_warmup_steps", disc_warmup_steps)
+        check_number("logvar_init", logvar_init, at_least=-math.inf)
+        for key, number in (
+            ("kl_weight", kl_weight),
+            ("pixelloss_weight", pixelloss_weight),
+            ("disc_factor", disc_factor),
+            ("disc_weight", disc_weight),
+            ("perceptual_weight", perceptual_weight),
+            ("lecam_weight", lecam_weight),
+            ("lecam_decay", lecam_decay),
+        ):
+            check_number(key, number)
+        for key, value, choices in (
+            ("use_actnorm", use_actnorm, (True, False)),
+            ("disc_conditional", disc_conditional, (True, False)),
+            ("disc_loss", disc_loss, DISC_LOSSES),
+            ("disc_weighting", disc_weighting, ("global", "rank", "fixed")),
+            ("reconstruction", reconstruction, ("l1", "mse")),
+            ("reduction", reduction, ("sum", "mean")),
+            ("learn_logvar", learn_logvar, (True, False)),
+            ("perceptual_linear", perceptual_linear, (True, False)),
+        ):
+            check_choice(key, value, choices)
+        if use_actnorm and disc_norm not in ("batch", "act"):
+            raise ValueError(f"disc_norm={disc_norm}: with use_actnorm it is act; leave one out")
+        self.disc_start = disc_start
+        self.kl_weight = kl_weight
+        self.pixelloss_weight = pixelloss_weight
+        self.disc_factor = disc_factor
+        self.disc_weight = disc_weight
+        self.perceptual_weight = perceptual_weight
+        self.disc_conditional = disc_conditional
+        self.disc_loss = disc_loss
+        self.disc_weighting = disc_weighting
+        self.disc_warmup_steps = disc_warmup_steps
+        self.lecam_weight = lecam_weight
+        self.lecam_decay = lecam_decay
+        self.reconstruction = reconstruction
+        self.reduction = reduction
+        self.logvar = nn.Parameter(torch.tensor(float(logvar_init)), requires_grad=learn_logvar)
+        self.discriminator = PatchDiscriminator(
+            disc_in_channels, disc_num_layers, disc_ndf, "act" if use_actnorm else disc_norm
+        )
+        self.perceptual_loss: Callable[[Tensor, Tensor], Tensor] | None = None
+        if callable(perceptual):
+            self.perceptual_loss = perceptual
+        elif perceptual_weight > 0:
+            check_choice("perceptual", perceptual, NETS)
+            self.perceptual_loss = LPIPS(
+                perceptual, perceptual_linear, perceptual_features, perceptual_heads
+            )
+        if lecam_weight > 0:
+            self.register_buffer("logits_average", torch.zeros(2))
+
+    def discriminates(self, global_step: int) -> bool:
+        """Whether the discriminator runs in the step after `global_step` optimisation steps."""
+        return self.disc_factor > 0 and global_step >= self.disc_start
+
+    def counts(self, global_step: int) -> bool:
+        """Whether the autoencoder is told what the discriminator thinks."""
+        start = self.disc_start + self.disc_warmup_steps
+        return self.discriminates(global_step) and self.disc_weight > 0 and global_step >= start
+
+    def forward(
+        self,
+        inputs: Tensor,
+        reconstructions: Tensor,
+        posterior: DiagonalGaussianDistribution,
+        global_step: int,
+        last_layer: Tensor | None = None,
+        split: str = "train",
+        cond: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the autoencoder's scalar to minimise, and what it is made of under `{split}/...`.
+
+        Without gradients, as in validation, the discriminator is not run, and the total has no
+        adversarial term: it means the same from the first step to the last.
+
+        Args:
+            inputs: images [B, C, H, W].
+            reconstructions: the same shape.
+            posterior: of the inputs.
+            global_step: optimisation steps so far.
+            last_layer: the weight whose gradients the adaptive weight compares.
+            split: train or val.
+            cond: [B, C', H, W] that the discriminator sees beside the image, where conditional.
+
+        Raises:
+            ValueError: cond or last_layer is missing, or images the networks cannot take.
+        """
+        training = torch.is_grad_enabled() and reconstructions.requires_grad
+        x = inputs.float()
+        x_hat = reconstructions.detach().float().requires_grad_(training)
+        with torch.autocast(x.device.type, enabled=False):
+            nll, log = self._nll(x, x_hat)
+            kl_loss = posterior.kl().mean()
+            kl_weight = self.kl_weight / (x[0].numel() if self.reduction == "mean" else 1)
+        value = nll.detach()
+        if training:
+            known = [x_hat, self.logvar] if self.logvar.requires_grad else [x_hat]
+            gradient, *rest = torch.autograd.grad(nll, known)
+            log["disc_factor"] = torch.tensor(0.0)
+            if self.counts(global_step):
+                adversarial, adversarial_gradient = self._adversarial(x_hat, cond)
+                weight = self._weight(reconstructions, last_layer, gradient, adversarial_gradient)
+                log["disc_factor"] = torch.tensor(self.disc_factor)
+                log["d_weight"], log["g_loss"] = weight, adversarial
+                value = value + weight * self.disc_factor * adversarial
+                gradient = gradient + weight * self.disc_factor * adversarial_gradient
+            pairs = [reconstructions, gradient.to(reconstructions.dtype)]
+            for tensor, its_gradient in zip(known[1:], rest, strict=True):
+                pairs += [tensor, its_gradient]
+            value = KnownGradient.apply(value, *pairs)
+        total = value + kl_weight * kl_loss
+        log = {"total_loss": total, "kl_loss": kl_loss, "logvar": self.logvar, **log}
+        return total, {f"{split}/{key}": figure.detach().clone() for key, figure in log.items()}
+
+    def discriminator_loss(
+        self,
+        inputs: Tensor,
+        reconstructions: Tensor,
+        global_step: int,
+        cond: Tensor | None = None,
+        *,
+        forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        split: str = "train",
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the discriminator's scalar to minimise, and its log under `{split}/...`.
+
+        Args:
+            inputs: real images [B, C, H, W].
+            reconstructions: the same shape; no gradient goes into them.
+            global_step: optimisation steps so far.
+            cond: as in `forward`.
+            forward: (real, fake) -> their logits, in training a `RealAndFake` of the discriminator
+                in DistributedDataParallel, whose one call a backward keeps the ranks together.
+            split: train or val.
+        """
+        run = forward or RealAndFake(self.discriminator)
+        real, fake = run(self._seen(inputs, cond), self._seen(reconstructions.detach(), cond))
+        real, fake = real.float(), fake.float()
+        loss = self.disc_factor * discriminator_loss(real, fake, self.disc_loss)
+        log = {"disc_loss": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+        if self.lecam_weight > 0:
+            log["lecam"] = lecam(real, fake, self.logits_average[0], self.logits_average[1])
+            loss = loss + self.lecam_weight * log["lecam"]
+        return loss, {f"{split}/{key}": figure.detach() for key, figure in log.items()}
+
+    @torch.no_grad()
+    def note_logits(self, real: Tensor, fake: Tensor) -> None:
+        """After a step of the discriminator: this rank's mean logits move LeCam's averages."""
+        if self.lecam_weight > 0:
+            means = mean_over_ranks(torch.stack([real, fake]).float())
+            self.logits_average.lerp_(means, 1.0 - self.lecam_decay)
+
+    def check_last_layer(self, last_layer: Tensor | None) -> None:
+        """Raise ValueError where the adaptive weight needs a last layer that takes no gradient."""
+        if self.disc_weighting != "fixed" and (last_layer is None or not last_layer.requires_grad):
+            raise ValueError(
+                f"disc_weighting={self.disc_weighting}: needs the gradient of the last layer, "
+                "which is frozen or not given; set disc_weighting: fixed"
+            )
+
+    def _nll(self, x: Tensor, x_hat: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The negative log likelihood, a scalar, and its parts; all float32."""
+        difference = x - x_hat
+        error = difference.abs() if self.reconstruction == "l1" else difference.square()
+        rec_loss = self.pixelloss_weight * error.mean()
+        log = {}
+        if self.perceptual_loss is not None and self.perceptual_weight > 0:
+            log["p_loss"] = self.perceptual_loss(x, x_hat).mean()
+            rec_loss = rec_loss + self.perceptual_weight * log["p_loss"]
+        nll = rec_loss / self.logvar.exp() + self.logvar
+        if self.reduction == "sum":
+            nll = nll * x[0].numel()
+        return nll, {"nll_loss": nll, "rec_loss": rec_loss, **log}
+
+    def _adversarial(self, x_hat: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The adversarial term, a scalar, and its gradient at the reconstruction [B, C, H, W]."""
+        # detached parameters: D learns nothing from this
+        frozen = {key: p.detach() for key, p in self.discriminator.named_parameters()}
+        logits: Tensor = functional_call(self.discriminator, frozen, (self._seen(x_hat, cond),))
+        with torch.autocast(x_hat.device.type, enabled=False):
+            term = generator_loss(logits.float(), self.disc_loss)
+            return term.detach(), gradient_at(term, x_hat, logits.numel())
+
+    def _weight(
+        self,
+        reconstructions: Tensor,
+        last_layer: Tensor | None,
+        nll_gradient: Tensor,
+        adversarial_gradient: Tensor,
+    ) -> Tensor:
+        """What multiplies the adversarial term, a scalar."""
+        self.check_last_layer(last_layer)
+        if self.disc_weighting == "fixed":
+            return torch.tensor(self.disc_weight, device=nll_gradient.device)
+        assert last_layer is not None
+        induced = torch.stack(
+            [
+                last_layer_gradient(reconstructions, last_layer, gradient).flatten()
+                for gradient in (nll_gradient, adversarial_gradient)
+            ]
+        )
+        if self.disc_weighting == "global":
+            induced = mean_over_ranks(induced)
+        nll_norm, adversarial_norm = induced.norm(dim=1)
+        ratio: Tensor = nll_norm / (adversarial_norm + 1e-4)
+        return self.disc_weight * ratio.clamp(0.0, MAX_ADAPTIVE_WEIGHT)
+
+    def _seen(self, image: Tensor, cond: Tensor | None) -> Tensor:
+        """What the discriminator looks at."""
+        if not self.disc_conditional:
+            return image
+        if cond is None:
+            raise ValueError(
+                "disc_conditional=True: needs cond [B, C, H, W], which training on images alone "
+                "does not give; set it to false, or call the loss with cond"
+            )
+        return torch.cat([image, cond], dim=1)

@@ -1,0 +1,69 @@
+"""Gradients at the cut: what is known at the reconstruction goes on into the autoencoder at once.
+
+B batch, C channels, H and W the image's height and width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class KnownGradient(torch.autograd.Function):
+    """A scalar whose gradients with respect to some tensors are known already.
+
+    `KnownGradient.apply(value, x, x_gradient, y, y_gradient, ...)` returns `value`; its backward
+    gives x the gradient x_gradient, times what comes from above, and so on.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *tensors_and_gradients: Tensor) -> Tensor:
+        """Return a copy of `value`."""
+        ctx.save_for_backward(*tensors_and_gradients[1::2])
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *scales: Tensor) -> tuple[Tensor | None, ...]:
+        """Give each tensor its gradient, none to the value and to the gradients."""
+        gradients: list[Tensor | None] = [None]
+        for gradient in ctx.saved_tensors:
+            gradients += [scales[0] * gradient, None]
+        return tuple(gradients)
+
+
+def gradient_at(total: Tensor, x: Tensor, values: int) -> Tensor:
+    """The gradient of a mean over `values` values with respect to x, of x's shape.
+
+    Each of them has a gradient of 1 / values, which half precision would round to 0: the sum is
+    differentiated (up to a power of two) and divided afterwards.
+    """
+    scale = 2.0 ** math.ceil(math.log2(max(values, 1)))
+    (gradient,) = torch.autograd.grad(total * scale, x)
+    return gradient.float() / scale
+
+
+def last_layer_gradient(reconstructions: Tensor, last_layer: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of `last_layer` that a gradient at the reconstructions [B, C, H, W] induces.
+
+    Goes back through the last layer alone. It is linear in the gradient, which is therefore brought
+    to a size that half precision holds and the result brought back.
+    """
+    size = gradient.abs().sum().clamp_min(1e-20)  # of zeros, too, a finite scale
+    scale = torch.exp2(10.0 - size.log2().floor())
+    (induced,) = torch.autograd.grad(
+        reconstructions, last_layer, gradient * scale, retain_graph=True
+    )
+    return induced.float() / scale
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean of a tensor over all ranks; of one process the tensor itself."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return x
+    x = x.detach().clone()  # reduced in place
+    dist.all_reduce(x)
+    return x / dist.get_world_size()

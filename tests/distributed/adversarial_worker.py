@@ -1,0 +1,84 @@
+"""One rank: some GAN steps on fixed images; each rank writes its parameters and figures.
+
+Arguments: where to write, accumulated micro-batches, weighting, precision, and the rank whose
+reconstruction becomes infinite in the second step (or -1).
+"""
+
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from kl_vae import AutoEncoderKL
+from kl_vae.data import Batch
+from kl_vae.training.config import RunConfig
+from kl_vae.training.distributed import Ranks, connect
+from kl_vae.training.prepare import build_model, build_state, micro_batch_size, wrap
+from kl_vae.training.step import TrainingStep
+
+STEPS, GLOBAL = 5, 8
+out, accumulate, weighting, precision, broken_rank = sys.argv[1:]
+
+torch.set_num_threads(1)
+loss = f"""{{target: lpips_with_discriminator, params: {{disc_start: 1, kl_weight: 1.0e-3,
+    disc_weight: 0.5, disc_num_layers: 1, disc_ndf: 32, disc_norm: group, reconstruction: mse,
+    disc_weighting: {weighting}, lecam_weight: 0.1, reduction: mean, perceptual: squeeze,
+    perceptual_features: squeeze.pth, perceptual_linear: false, perceptual_weight: 0.1}}}}"""
+config = RunConfig.load(
+    "tiny.yaml",
+    [
+        f"model.params.lossconfig={loss}",
+        "model.params.monitor=null",
+        f"training.global_batch_size={GLOBAL}",
+        f"training.accumulate_batches={accumulate}",
+        f"training.precision={precision}",
+        "training.ema_decay=0.9",
+        "optimizer.learning_rate=1.0e-4",
+        "discriminator_optimizer.learning_rate=1.0e-4",
+        "optimizer.eps=1.0e-5",  # rounding of elements without gradient stays small
+        "discriminator_optimizer.eps=1.0e-5",
+    ],
+)
+# smooth, and with a smooth pixel error: what flips at a kink would not be the ranks' doing
+small = 2 * torch.rand(GLOBAL, 3, 5, 5, generator=torch.Generator().manual_seed(0)) - 1
+everything = nn.functional.interpolate(small, (24, 24), mode="bicubic").clamp(-1, 1)
+
+
+def batches(ranks: Ranks) -> Iterator[Batch]:
+    """This rank's share of the same images in each step, in order."""
+    size = micro_batch_size(config, ranks)
+    while True:
+        for start in range(ranks.rank * size, GLOBAL, size * ranks.world_size):
+            yield Batch(
+                everything[start : start + size], torch.arange(start, start + size), ("",) * size
+            )
+
+
+def inflate(module: nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
+    """What inflated weights do to a reconstruction."""
+    return output * float("inf")
+
+
+with connect("cpu") as ranks:
+    model: AutoEncoderKL = build_model(config, ranks, resuming=False)
+    state = build_state(config, model, {}, "")
+    take_step = TrainingStep(state, *wrap(model, ranks), config, ranks, STEPS)
+    figures = []
+    source = batches(ranks)
+    for step in range(STEPS):
+        broken = step == 2 and ranks.rank == int(broken_rank)
+        hook = model.decoder.register_forward_hook(inflate) if broken else None
+        means = ranks.mean(take_step(source))
+        if hook is not None:
+            hook.remove()
+        figures.append({key: value.tolist() for key, value in means.items()})
+    content = {
+        "figures": figures,
+        "skipped": [updater.skipped for updater in state.updaters],
+        "scales": [updater.scaler.get_scale() for updater in state.updaters],
+        "model": model.state_dict(),
+        "ema": state.average and state.average.state_dict(),
+    }
+    torch.save(content, f"{out}_{ranks.rank}.pt")
+    del take_step
