@@ -17,6 +17,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="config file or shipped config's name, for a checkpoint that does not hold its own",
     )
     parser.add_argument(
+        "--no-ema",
+        action="store_true",
+        help="the weights as trained last, where a checkpoint has their moving average as well",
+    )
+    parser.add_argument(
         "--out", required=True, metavar="FOLDER", help="where the pictures go; is created"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")

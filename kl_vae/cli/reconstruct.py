@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     config = ReconstructConfig(args.resize, args.crop, args.mode, args.seed, args.precision)
     out = resolve_root(args.out)
     device = choose_device(args.device)
-    model = load_model(args.checkpoint, args.config, device)
+    model = load_model(args.checkpoint, args.config, device, ema=not args.no_ema)
     channels = model.config.in_channels
     sources, folders = list_sources(args.images, channels, args.include, args.exclude)
     check_output_folder(out, folders)

@@ -52,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
 
     out = resolve_root(args.out)
     check_output_folder(out)
-    model = load_model(args.checkpoint, args.config, choose_device(args.device))
+    model = load_model(
+        args.checkpoint, args.config, choose_device(args.device), ema=not args.no_ema
+    )
     size = model.config.resolution if args.size is None else args.size
     check_size(size, model.downsampling_factor)
     samples = sample_prior(model, args.number, size, args.seed, args.batch_size, args.precision)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from kl_vae.files import write_atomically, write_text_atomically
-from kl_vae.formats.weights import read_file
+from kl_vae.formats.weights import read_file, state_dict_of
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,41 @@ def check_digest(path: Path) -> None:
         raise ValueError(
             f"{path}: does not match its sha256, it is damaged; use another checkpoint"
         )
+
+
+def export_checkpoint(source: Path, out: Path, ema: bool = True) -> str:
+    """Write the autoencoder's weights and its config alone.
+
+    Args:
+        source: a run directory or one of our checkpoints.
+        out: the file to write.
+        ema: the moving average of the weights, where there is one.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        ValueError: `source` is no checkpoint of ours, or `out` exists or cannot be written.
+    """
+    if out.exists():
+        raise ValueError(f"{out}: exists; name a file that does not")
+    path = choose_checkpoint(source)
+    content = read_file(path)
+    params = model_params_of(content, str(path))
+    tensors = {
+        key: tensor
+        for key, tensor in state_dict_of(content, str(path), ema=ema).items()
+        if not key.startswith("loss.")
+    }
+    averaged = ema and content.get("ema") is not None
+    # a loss needs no place in a config whose weights have none
+    config = {"model": {"params": {**params, "lossconfig": None, "monitor": None}}}
+    try:
+        write_checkpoint(out, {"model": tensors, "config": config, "step": content["step"]})
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written ({error}); choose another --out") from None
+    kind = "averaged weights" if averaged else "weights"
+    return f"{kind} of step {content['step']} ({len(tensors)} tensors)"
 
 
 def is_checkpoint(content: object) -> bool:

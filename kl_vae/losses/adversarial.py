@@ -177,9 +177,15 @@ class LPIPSWithDiscriminator(nn.Module):
             self.perceptual_loss = perceptual
         elif perceptual_weight > 0:
             check_choice("perceptual", perceptual, NETS)
-            self.perceptual_loss = LPIPS(
-                perceptual, perceptual_linear, perceptual_features, perceptual_heads
-            )
+            try:
+                self.perceptual_loss = LPIPS(
+                    perceptual, perceptual_linear, perceptual_features, perceptual_heads
+                )
+            except ValueError as error:
+                raise ValueError(
+                    f"perceptual={perceptual}: {error} (here: perceptual_features, "
+                    "perceptual_heads, perceptual_linear; perceptual_weight: 0.0 needs neither)"
+                ) from None
         if lecam_weight > 0:
             self.register_buffer("logits_average", torch.zeros(2))
 

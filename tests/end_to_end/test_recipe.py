@@ -1,0 +1,208 @@
+"""Discriminator, moving average, freezing and equivariance in runs as a user types them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kl_vae import AutoEncoderKL
+from kl_vae.cli.main import main
+
+GAN = [
+    "model.params.lossconfig={target: ldm.modules.losses.LPIPSWithDiscriminator, params: "
+    "{disc_start: 3, kl_weight: 1.0e-6, disc_weight: 0.5, disc_num_layers: 1, disc_ndf: 8, "
+    "perceptual_weight: 0.0, lecam_weight: 0.1}}",
+    "training.ema_decay=0.9",
+]
+
+
+def train(*arguments: str) -> int:
+    return main(["train", "tiny.yaml", *arguments])
+
+
+def checkpoint(run: str, step: int) -> dict[str, Any]:
+    path = Path(run) / "checkpoints" / f"step_{step:08d}.pt"
+    content: dict[str, Any] = torch.load(path, weights_only=True)
+    return content
+
+
+def metrics(run: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(one: Any, other: Any) -> None:
+    if isinstance(one, Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list):
+        for a, b in zip(one, other, strict=True):
+            assert_same(a, b)
+    else:
+        assert one == other
+
+
+def differ(one: dict[str, Tensor], other: dict[str, Tensor], beginning: str) -> list[bool]:
+    keys = [key for key in one if key.startswith(beginning)]
+    assert keys
+    return [not torch.equal(one[key], other[key]) for key in keys]
+
+
+def test_a_gan_run_logs_what_it_does_and_saves_all_of_it(project: Path) -> None:
+    assert train("--run-dir", "run", *GAN) == 0
+    lines = [line for line in metrics("run") if "train/psnr" in line]
+    assert [("train/d_weight" in line) for line in lines] == [False] * 3 + [True] * 3
+    for key in ("logits_real", "logits_fake", "disc_loss", "lecam", "disc_grad_norm", "g_loss"):
+        assert [(f"train/{key}" in line) for line in lines] == [False] * 3 + [True] * 3
+    assert all(len(line["train/latent_std"]) == 4 for line in lines)
+    assert {"train/grad_norm", "train/nll_loss", "train/disc_factor"} <= lines[0].keys()
+    validation = metrics("run")[-1]
+    for key in ("psnr", "ssim", "rec_loss", "latent_mean"):
+        assert f"val/{key}" in validation and f"val_ema/{key}" in validation
+    content = checkpoint("run", 6)
+    assert len(content["updaters"]) == 2
+    assert content["ema"].keys() == {k for k in content["model"] if not k.startswith("loss.")}
+    assert content["ema_updates"] == 6
+    assert "loss.logits_average" in content["model"]
+    assert content["model"]["loss.discriminator.main.3.num_batches_tracked"] == 3 * 3
+
+
+def test_a_resumed_gan_run_equals_one_never_stopped_bit_for_bit(project: Path) -> None:
+    arguments = [*GAN, "training.accumulate_batches=2", "training.equivariance=0.5"]
+    arguments += ["training.equivariance_min_scale=0.75"]
+    arguments += ["data.permute_channels=true", "optimizer.name=muon"]
+    assert train("--run-dir", "whole", *arguments) == 0
+    for steps in (2, 5, 6):  # before the discriminator and after
+        assert train("--run-dir", "parts", *arguments, f"training.max_steps={steps}") == 0
+    whole, parts = checkpoint("whole", 6), checkpoint("parts", 6)
+    for key in ("model", "ema", "ema_updates", "updaters", "step", "images_seen"):
+        assert_same(whole[key], parts[key])
+    lines = [{k: v for k, v in x.items() if k != "images_per_second"} for x in metrics("parts")]
+    for line in metrics("whole"):
+        line.pop("images_per_second", None)
+        assert line in lines
+
+
+def test_the_average_is_used_unless_told_otherwise(project: Path, capsys: Any) -> None:
+    assert train("--run-dir", "run", *GAN, "optimizer.learning_rate=0.01") == 0
+    content = checkpoint("run", 6)
+    file = "run/checkpoints/step_00000006.pt"
+    averaged = AutoEncoderKL.from_checkpoint(file)
+    last = AutoEncoderKL.from_checkpoint(file, ema=False)
+    assert_same(dict(averaged.state_dict()), content["ema"])
+    assert_same(
+        dict(last.state_dict()),
+        {key: x for key, x in content["model"].items() if not key.startswith("loss.")},
+    )
+    pictures = {}
+    for flags in ([], ["--no-ema"]):
+        out = f"out{len(flags)}"
+        command = ["reconstruct", "--checkpoint", file, "--images", "images", "--out", out]
+        assert main([*command, *flags]) == 0
+        pictures[out] = Path(out, "000.png").read_bytes()
+    assert pictures["out0"] != pictures["out1"]
+
+    for flags, expected, words in (([], averaged, "averaged "), (["--no-ema"], last, "")):
+        name = f"weights{len(flags)}.pt"
+        assert main(["export", "--checkpoint", file, "--out", name, *flags]) == 0
+        text = f"{words}weights of step 6 ({len(content['ema'])} tensors) in {name}\n"
+        assert capsys.readouterr().out.endswith(text)
+        assert Path(name).stat().st_size < Path(file).stat().st_size / 3
+        exported = AutoEncoderKL.from_checkpoint(name)  # knows its architecture
+        assert_same(dict(exported.state_dict()), dict(expected.state_dict()))
+    assert main(["export", "--checkpoint", "run", "--out", "weights0.pt"]) == 2
+    assert "weights0.pt: exists; name a file that does not" in capsys.readouterr().err
+    assert main(["export", "--checkpoint", "images", "--out", "x.pt"]) == 2
+    assert "images: no checkpoint in it; give a run directory or a file" in capsys.readouterr().err
+
+
+def test_the_average_can_be_monitored(project: Path) -> None:
+    arguments = ["training.ema_decay=0.9", "model.params.monitor=val_ema/psnr"]
+    assert train("--run-dir", "run", *arguments, "training.validate_every_steps=2") == 0
+    best = json.loads(Path("run/checkpoints/best.json").read_text())
+    figures = [line["val_ema/psnr"] for line in metrics("run") if "val_ema/psnr" in line]
+    assert best["monitor"] == "val_ema/psnr" and best["value"] == max(figures)
+
+
+def test_a_second_stage_trains_the_decoder_alone_at_a_larger_size(
+    project: Path, caplog: Any
+) -> None:
+    assert train("--run-dir", "small") == 0
+    caplog.set_level("INFO")
+    second = ["model.params.ckpt_path=small", "data.resize=32", "data.crop=32"]
+    second += ["training.freeze=[encoder.*, quant_conv.*]", *GAN]
+    assert train("--run-dir", "large", *second) == 0
+    before, after = checkpoint("small", 6)["model"], checkpoint("large", 6)["model"]
+    for frozen in ("encoder.", "quant_conv."):
+        assert not any(differ(before, after, frozen))
+    assert all(differ(before, after, "decoder.")) and all(differ(before, after, "post_quant_"))
+    count = sum(x.numel() for key, x in after.items() if key.startswith(("decoder.", "post_q")))
+    assert f"f = 2: 32 x 32 -> latents 4 x 16 x 16; {count:,} of them trained" in caplog.text
+
+
+def test_equivariant_latents_turn_with_the_image(project: Path) -> None:
+    arguments = ["training.equivariance=1.0", "training.equivariance_min_scale=0.5"]
+    assert train("--run-dir", "run", *arguments) == 0
+    assert train("--run-dir", "plain") == 0
+    assert any(differ(checkpoint("run", 6)["model"], checkpoint("plain", 6)["model"], "decoder."))
+
+
+LOSS = "model.params.lossconfig.params."
+MISTAKES = {
+    "no weights": ([f"{LOSS}perceptual_weight=1.0", f"{LOSS}perceptual=squeeze"], "perceptual_"),
+    "small crop": ([f"{LOSS}disc_num_layers=3"], "disc_num_layers=3: images of 16 x 16 pixels giv"),
+    "small crop by equivariance": (
+        ["training.equivariance=0.5"],
+        "disc_num_layers=1: images of 4 x 4 pixels give no logit",
+    ),
+    "channels": ([f"{LOSS}disc_in_channels=1"], "disc_in_channels=1: cannot take [1, 3, 16, 16]"),
+    "no condition": ([f"{LOSS}disc_conditional=true"], "disc_conditional=True: needs cond"),
+    "frozen last layer": (
+        ["training.freeze=[decoder.conv_out.*]"],
+        "disc_weighting=global: needs the gradient of the last layer",
+    ),
+    "frozen nothing": (["training.freeze=[enc.*]"], "training.freeze=enc.*: no parameter has such"),
+    "no such average": (
+        ["model.params.monitor=val_ema/psnr", "training.ema_decay=null"],
+        "model.params.monitor=val_ema/psnr: not a validation figure; choose one of val/",
+    ),
+    "decay": (["training.ema_decay=1.0"], "training.ema_decay=1.0: at least 0 and below 1"),
+    "equivariance": (["training.equivariance=2"], "training.equivariance=2.0: a probability"),
+    "scale": (
+        ["training.equivariance_min_scale=0"],
+        "training.equivariance_min_scale=0.0: above 0, at most 1",
+    ),
+    "discriminator's rate": (
+        ["discriminator_optimizer.learning_rate=0"],
+        "discriminator_optimizer.learning_rate=0.0: must be above 0",
+    ),
+    "groups": (
+        ["model.params.ddconfig.norm_groups=0"],
+        "model.params.ddconfig.norm_groups=0: must be at least 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_writes_nothing(
+    mistake: str, project: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(project / "empty"))
+
+    def no_network(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+    arguments, text = MISTAKES[mistake]
+    assert train("--run-dir", "run", *GAN, *arguments) == 2
+    errors = capsys.readouterr().err
+    assert text in errors
+    assert len(errors.strip().splitlines()) == 1
+    assert not Path("run").exists()
