@@ -28,6 +28,7 @@ from kl_vae.formats.weights import read_file, state_dict_of
 from kl_vae.losses import Loss, LPIPSWithDiscriminator, build_loss, default_loss
 from kl_vae.optimizer import DiscriminatorOptimizerConfig, OptimizerConfig, build_optimizer
 from kl_vae.randomness import generator_for
+from kl_vae.shapes import check_context, check_images, check_latents
 
 
 class StepOutput(NamedTuple):
@@ -109,8 +110,8 @@ class AutoEncoderKL(nn.Module):
         Raises:
             ValueError: x is not a batch of images with in_channels, or f does not divide its size.
         """
-        self._check_images(x)
-        self._check_context(context)
+        check_images(x, self.config)
+        check_context(context, self.config)
         moments = self.encoder(x, context)
         if self.embed_dim is not None:
             moments = self.quant_conv(moments)
@@ -122,11 +123,8 @@ class AutoEncoderKL(nn.Module):
         Raises:
             ValueError: z is not a batch of latents of this model.
         """
-        if z.ndim != 4 or z.shape[1] != self.latent_channels:
-            raise ValueError(
-                f"latents of shape {list(z.shape)}: expected [B, {self.latent_channels}, h, w]"
-            )
-        self._check_context(context)
+        check_latents(z, self.latent_channels)
+        check_context(context, self.config)
         if self.embed_dim is not None:
             z = self.post_quant_conv(z)
         image: Tensor = self.decoder(z, context)
@@ -316,25 +314,3 @@ class AutoEncoderKL(nn.Module):
             low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
             return 2.0 * (x - low) / (high - low).clamp_min(1e-12) - 1.0
         return F.pad(x, (0, 0, 0, 0, 0, 1)) if channels == 2 else x[:, :3]
-
-    def _check_images(self, x: Tensor) -> None:
-        if x.ndim != 4 or x.shape[1] != self.config.in_channels:
-            raise ValueError(
-                f"images of shape {list(x.shape)}: expected [B, {self.config.in_channels}, H, W]"
-            )
-        f = self.downsampling_factor
-        if x.shape[2] % f or x.shape[3] % f:
-            raise ValueError(
-                f"images of {x.shape[3]} x {x.shape[2]}: width and height must be multiples of "
-                f"{f}; pad or crop them"
-            )
-
-    def _check_context(self, context: Tensor | None) -> None:
-        size = self.config.context_channels
-        if context is None:
-            if size:
-                raise ValueError(f"context=None: this model needs a context [B, {size}]")
-        elif not size:
-            raise ValueError("context given: set context_channels in the ddconfig to use one")
-        elif context.ndim != 2 or context.shape[1] != size:
-            raise ValueError(f"context of shape {list(context.shape)}: expected [B, {size}]")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
@@ -92,12 +91,13 @@ class Entry:
         Raises:
             ValueError: something else, or an unknown recipe.
         """
-        name, *numbers = text.split(":")
+        name, _, numbers = text.partition(":")
+        steps, _, rate = numbers.partition(":")
         try:
-            entry = cls(name, *(kind(x) for kind, x in zip((int, float), numbers, strict=False)))  # type: ignore[misc,operator]
-        except (TypeError, ValueError):
+            entry = cls(name, int(steps), float(rate) if rate else None)
+        except ValueError:
             entry = None
-        if name not in RECIPES or len(numbers) > 2 or entry is None or entry.steps < 1:
+        if name not in RECIPES or entry is None or entry.steps < 1:
             raise ValueError(
                 f"recipe {text!r}: write RECIPE:STEPS or RECIPE:STEPS:LEARNING_RATE, "
                 f"with one of {', '.join(RECIPES)}"
@@ -173,9 +173,8 @@ def compare(
             # the last point is measured alike for all, on the posterior's mode
             model = AutoEncoderKL.from_checkpoint(run)
             last = points[entry][-1][-1]
-            points[entry][-1][-1] = dataclasses.replace(
-                last, **_measure(model, _validation_set(config), perceptual)
-            )
+            figures = _measure(model, _validation_set(config), perceptual)
+            points[entry][-1][-1] = Point(last.step, last.seconds, *figures)
     return points
 
 
@@ -240,15 +239,17 @@ def _validation_set(config: RunConfig) -> ImageDataset:
 
 
 @torch.inference_mode()
-def _measure(model: AutoEncoderKL, dataset: ImageDataset, perceptual: LPIPS) -> dict[str, float]:
-    sums = {"psnr": 0.0, "ssim": 0.0, "perceptual": 0.0}
+def _measure(
+    model: AutoEncoderKL, dataset: ImageDataset, perceptual: LPIPS
+) -> tuple[float, float, float]:
+    """Mean PSNR (dB), SSIM and perceptual distance of the mode's reconstructions."""
+    figures = []
     for i in range(len(dataset)):
         image = dataset[0, i, i].image[None]
         reconstruction = model(image, sample_posterior=False)[0].clamp(-1.0, 1.0)
-        sums["psnr"] += psnr(image, reconstruction).item()
-        sums["ssim"] += ssim(image, reconstruction).item()
-        sums["perceptual"] += perceptual(image, reconstruction).item()
-    return {key: total / len(dataset) for key, total in sums.items()}
+        figures.append([f(image, reconstruction).item() for f in (psnr, ssim, perceptual)])
+    mean_psnr, mean_ssim, mean_perceptual = map(statistics.mean, zip(*figures, strict=True))
+    return mean_psnr, mean_ssim, mean_perceptual
 
 
 def _read_points(run: Path) -> Iterator[Point]:

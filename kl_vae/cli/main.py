@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("train", "reconstruct", "sample", "export")
+COMMANDS = ("train", "reconstruct", "sample", "export", "benchmark")
 
 
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:

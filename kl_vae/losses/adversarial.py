@@ -17,7 +17,7 @@ from torch.func import functional_call
 from kl_vae.distribution import DiagonalGaussianDistribution
 from kl_vae.losses.build import register_loss
 from kl_vae.losses.checks import check_choice, check_number, check_steps
-from kl_vae.losses.cut import KnownGradient, gradient_at, last_layer_gradient, mean_over_ranks
+from kl_vae.losses.cut import KnownGradient, gradient_at, mean_over_ranks, ratio_at_last_layer
 from kl_vae.losses.discriminator import (
     DISC_LOSSES,
     PatchDiscriminator,
@@ -29,7 +29,6 @@ from kl_vae.losses.discriminator import (
 from kl_vae.losses.lpips import LPIPS
 
 NETS = ("vgg", "alex", "squeeze")
-MAX_ADAPTIVE_WEIGHT = 1e4
 
 
 @register_loss("lpips_with_discriminator")
@@ -283,6 +282,11 @@ class LPIPSWithDiscriminator(nn.Module):
             loss = loss + self.lecam_weight * log["lecam"]
         return loss, {f"{split}/{key}": figure.detach() for key, figure in log.items()}
 
+    def running_statistics(self) -> list[Tensor]:
+        """What passes through the discriminator change beside gradients."""
+        buffers = [*self.discriminator.buffers(), *self.buffers(recurse=False)]
+        return [buffer for buffer in buffers if buffer.is_floating_point()]
+
     @torch.no_grad()
     def note_logits(self, real: Tensor, fake: Tensor) -> None:
         """After a step of the discriminator: this rank's mean logits move LeCam's averages."""
@@ -330,20 +334,13 @@ class LPIPSWithDiscriminator(nn.Module):
     ) -> Tensor:
         """What multiplies the adversarial term, a scalar."""
         self.check_last_layer(last_layer)
-        if self.disc_weighting == "fixed":
+        if last_layer is None or self.disc_weighting == "fixed":
             return torch.tensor(self.disc_weight, device=nll_gradient.device)
-        assert last_layer is not None
-        induced = torch.stack(
-            [
-                last_layer_gradient(reconstructions, last_layer, gradient).flatten()
-                for gradient in (nll_gradient, adversarial_gradient)
-            ]
+        gradients = nll_gradient, adversarial_gradient
+        over_ranks = self.disc_weighting == "global"
+        return self.disc_weight * ratio_at_last_layer(
+            reconstructions, last_layer, *gradients, over_ranks=over_ranks
         )
-        if self.disc_weighting == "global":
-            induced = mean_over_ranks(induced)
-        nll_norm, adversarial_norm = induced.norm(dim=1)
-        ratio: Tensor = nll_norm / (adversarial_norm + 1e-4)
-        return self.disc_weight * ratio.clamp(0.0, MAX_ADAPTIVE_WEIGHT)
 
     def _seen(self, image: Tensor, cond: Tensor | None) -> Tensor:
         """What the discriminator looks at."""

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+MAX_RATIO = 1e4
+
 
 class KnownGradient(torch.autograd.Function):
     """A scalar whose gradients with respect to some tensors are known already.
@@ -58,6 +60,35 @@ def last_layer_gradient(reconstructions: Tensor, last_layer: Tensor, gradient: T
         reconstructions, last_layer, gradient * scale, retain_graph=True
     )
     return induced.float() / scale
+
+
+def ratio_at_last_layer(
+    reconstructions: Tensor,
+    last_layer: Tensor,
+    gradient: Tensor,
+    other: Tensor,
+    *,
+    over_ranks: bool,
+) -> Tensor:
+    """How much larger one gradient at the reconstructions is than another, a scalar.
+
+    Esser et al. (2021, eq. 7): measured by the norms of what they induce at the last layer.
+
+    Args:
+        reconstructions: [B, C, H, W], with their graph.
+        last_layer: the weight of the convolution that made them.
+        gradient: of the numerator, [B, C, H, W].
+        other: of the denominator, [B, C, H, W].
+        over_ranks: average what they induce over all ranks before the norms are taken.
+    """
+    induced = torch.stack(
+        [last_layer_gradient(reconstructions, last_layer, g).flatten() for g in (gradient, other)]
+    )
+    if over_ranks:
+        induced = mean_over_ranks(induced)
+    norm, other_norm = induced.norm(dim=1)
+    ratio: Tensor = norm / (other_norm + 1e-4)
+    return ratio.clamp(0.0, MAX_RATIO)
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:

@@ -55,7 +55,9 @@ class TrainingStep:
         state, micro_batches = self.state, self.config.training.accumulate_batches
         adversary = state.model.adversary
         discriminates = adversary is not None and adversary.discriminates(state.step)
-        before = [] if adversary is None else [x.clone() for x in adversary.buffers()]
+        before = []
+        if adversary is not None and discriminates:
+            before = [statistic.clone() for statistic in adversary.running_statistics()]
         means: dict[str, Tensor] = {}
         for micro in range(micro_batches):
             batch, last = next(batches), micro == micro_batches - 1
@@ -126,8 +128,9 @@ class TrainingStep:
                     means["train/logits_real"], means["train/logits_fake"]
                 )
             else:  # what a step that is left out has seen must not stay in running statistics
-                for buffer, value in zip(state.model.adversary.buffers(), before, strict=True):
-                    buffer.copy_(value)
+                statistics = state.model.adversary.running_statistics()
+                for statistic, value in zip(statistics, before, strict=True):
+                    statistic.copy_(value)
         state.step += 1
         state.images_seen += self.config.training.global_batch_size
         return figures

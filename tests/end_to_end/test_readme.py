@@ -47,7 +47,7 @@ def test_every_key_of_the_config_is_in_the_reference() -> None:
 
     from kl_vae.data import DataConfig
     from kl_vae.ddconfig import DDConfig
-    from kl_vae.losses import ELBO
+    from kl_vae.losses import ELBO, LPIPSWithDiscriminator
     from kl_vae.optimizer import OptimizerConfig
     from kl_vae.training.config import ModelParams, TrainingConfig
 
@@ -62,8 +62,9 @@ def test_every_key_of_the_config_is_in_the_reference() -> None:
                 rows = [r for r in reference.splitlines() if f"`{field.name}`" in r]
                 shown = re.findall(r"`([^`]*)`", " ".join(rows))
                 assert any(_same(value, text) for text in shown), f"{rows} do not say {value}"
-    for name in inspect.signature(ELBO).parameters:
-        assert name in named, name
+    for loss in (ELBO, LPIPSWithDiscriminator):
+        for name in inspect.signature(loss).parameters:
+            assert name in named, name
 
 
 def _same(value: str, text: str) -> bool:

@@ -428,7 +428,10 @@ def test_shipped_configs_are_found_by_name_and_are_whole() -> None:
     from kl_vae.training.config import RunConfig
 
     names = set(shipped_configs())
-    assert names == {*("kl-f4", "kl-f8", "kl-f16", "kl-f32", "example", "cifar10", "quickstart")}
+    assert names == {
+        *("kl-f4", "kl-f8", "kl-f16", "kl-f32", "example", "cifar10", "quickstart"),
+        *(f"kl-f{f}-published" for f in (4, 8, 16, 32)),
+    }
     for name in names:
         config = RunConfig.load(name)
         assert config.model.params.lossconfig is not None, "the default loss collapses"

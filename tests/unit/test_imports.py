@@ -25,10 +25,10 @@ FLOORS = (
         "orthogonalize",
         "equivariance",
     ),
-    ("encoder", "decoder", "muon"),
+    ("encoder", "decoder", "muon", "shapes"),
     ("losses", "formats", "data", "optimizer", "config"),
     ("model",),
-    ("inference", "training", "__init__"),
+    ("inference", "training", "benchmark", "__init__"),
     ("cli",),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -40,6 +40,7 @@ SIDEWAYS = {
     "parts": {"attention", "blocks", "ddconfig"},
     "middle": {"parts"},
     "training": {"inference"},
+    "benchmark": {"inference", "training"},
 }
 
 # these know less than their floor allows

@@ -1,0 +1,1 @@
+"""Measure on this machine what a choice costs: of a training step, of an optimiser."""
