@@ -62,7 +62,8 @@ class OptimizerCost:
                 *(f"| {k} | {s:.4g} | {s / steps['Adam']:.3f} |" for k, s in steps.items()),
                 "",
                 f"Computed is {self.images} x the median of one image + the median of the update; "
-                "no step of that size was run.",
+                "no step of that size was run. Where a batch is faster than its images one by one, "
+                "the update weighs more.",
                 f"The last row divides Muon's update by {SHARING_RANKS}, as if as many ranks shared"
                 " it evenly; the time of exchanging their results is not in it.",
                 "The loss is plain L1 in fp32: LPIPS, a discriminator and data loading, which cost "

@@ -96,23 +96,24 @@ class PublishedStep:
         rec_loss = rec_loss + loss.perceptual_weight * self.lpips(images, reconstructions)
         nll = (rec_loss / loss.logvar.exp() + loss.logvar).sum() / batch_size
         kl = posterior.kl().sum() / batch_size
-        g_loss = -loss.discriminator(reconstructions).mean()
+        g_loss: Tensor = -loss.discriminator(reconstructions).mean()
         weight = self._adaptive_weight(nll, g_loss)
-        return nll + loss.kl_weight * kl + weight * loss.disc_factor * g_loss
+        total: Tensor = nll + loss.kl_weight * kl + weight * loss.disc_factor * g_loss
+        return total
 
     def _adaptive_weight(self, nll: Tensor, g_loss: Tensor) -> Tensor:
         last_layer = self.model.get_last_layer()
         (nll_gradient,) = torch.autograd.grad(nll, last_layer, retain_graph=True)
         (g_gradient,) = torch.autograd.grad(g_loss, last_layer, retain_graph=True)
-        weight = nll_gradient.norm() / (g_gradient.norm() + 1e-4)
-        weight = weight.clamp(0.0, 1e4).detach()
-        return weight * self.loss.disc_weight
+        ratio = nll_gradient.norm() / (g_gradient.norm() + 1e-4)
+        weight: Tensor = self.loss.disc_weight * ratio.clamp(0.0, 1e4).detach()
+        return weight
 
     def _discriminator_loss(self, images: Tensor, noise: Tensor | None) -> Tensor:
         reconstructions, _ = self.model(images, noise=noise)
         real = self.loss.discriminator(images.detach())
         fake = self.loss.discriminator(reconstructions.detach())
-        hinge = 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+        hinge: Tensor = 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
         return self.loss.disc_factor * hinge
 
 

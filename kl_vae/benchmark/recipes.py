@@ -163,6 +163,7 @@ def compare(
         ValueError: as `train`.
     """
     perceptual = LPIPS("squeeze", linear=False, features=setting.features)
+    _validation_set(setting.run_config(entries[0], 0))  # or an error before anything is trained
     points: dict[Entry, list[list[Point]]] = {entry: [] for entry in entries}
     for seed in range(seeds):
         for entry in entries:

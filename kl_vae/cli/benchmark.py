@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from kl_vae.ddconfig import DDConfig
 
-HELP = "measure what a step and what an optimiser cost on this machine"
+HELP = "measure steps, optimisers and training recipes on this machine"
 
 
 class Benchmark(NamedTuple):
@@ -131,6 +131,60 @@ def _run_optimizer(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_recipes_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="of the config, as for train"
+    )
+    parser.add_argument(
+        "--recipe",
+        action="append",
+        required=True,
+        metavar="NAME:STEPS[:RATE]",
+        help="published, ours, mse or gan, optimisation steps, and a learning rate in place of "
+        "the recipe's; once for each entry",
+    )
+    parser.add_argument(
+        "--config",
+        default="quickstart",
+        metavar="FILE",
+        help="whose data and architecture are trained (default: quickstart)",
+    )
+    parser.add_argument(
+        "--perceptual-features",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="torchvision's SqueezeNet 1.1 weights, for the loss and the measure",
+    )
+    parser.add_argument(
+        "--seeds", type=positive, default=1, metavar="N", help="runs of each entry (default: 1)"
+    )
+    parser.add_argument("--device", default="auto", help="auto (default), cuda, cuda:N, mps or cpu")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="FOLDER", help="where the runs are kept"
+    )
+
+
+def _run_recipes(args: argparse.Namespace) -> int:
+    from kl_vae.benchmark.machine import describe_machine
+    from kl_vae.benchmark.recipes import Entry, Setting, compare, pictures, sooner, table
+    from kl_vae.device import choose_device
+    from kl_vae.inference.grid import save_png
+
+    entries = [Entry.parse(text) for text in args.recipe]
+    setting = Setting(
+        args.config, tuple(args.overrides), args.perceptual_features, args.out, args.device
+    )
+    points = compare(setting, entries, args.seeds)
+    print(table(points))
+    for entry in entries[1:]:
+        print(f"\n{sooner(points, entries[0], entry)}.")
+    save_png(args.out / "comparison.png", pictures(setting, entries, 4))
+    print(f"\nMeasured on {describe_machine(choose_device(args.device))}; seeds: {args.seeds}.")
+    print(f"{args.out / 'comparison.png'}: input | {' | '.join(e.name for e in entries)}.")
+    return 0
+
+
 BENCHMARKS = {
     "step": Benchmark(
         "one GAN step of ours against the published sequence of operations",
@@ -141,6 +195,11 @@ BENCHMARKS = {
         "what an update by Muon adds to a step, against Adam",
         _add_optimizer_arguments,
         _run_optimizer,
+    ),
+    "recipes": Benchmark(
+        "training recipes side by side: quality against steps and time",
+        _add_recipes_arguments,
+        _run_recipes,
     ),
 }
 
