@@ -21,7 +21,7 @@ class OptimizerConfig:
         name: adamw (Loshchilov & Hutter 2019), adam (Kingma & Ba 2015) as published, or muon
             (Jordan et al. 2024) for kernels and matrices with AdamW for the rest.
         learning_rate: at its peak, after the warm-up. Adam's kinds want about 1e-4 to 1e-3, muon
-            about 0.02.
+            0.01 to 0.02.
         adamw_learning_rate: with muon, that of norms, biases and scalars.
         betas: decay of the first and second moment.
         eps: added to the square root of the second moment. Some parameters change nothing (a bias

@@ -30,13 +30,14 @@ _OBJECTIVE = (
     "model.params.lossconfig.target=lpips_with_discriminator",
     "model.params.lossconfig.params={disc_start: 1000000000, kl_weight: 1.0e-6, "
     "learn_logvar: false, perceptual: squeeze, perceptual_linear: false, "
-    "perceptual_weight: 0.1, disc_norm: group, reduction: mean}",
+    "perceptual_weight: 0.1, disc_norm: group, disc_weight: 0.5, reduction: mean}",
 )
 _PERCEPTUAL = "model.params.lossconfig.params.perceptual_features"
 _OURS = (
     *_OBJECTIVE,
     "model.params.ddconfig.zero_init_residual=true",
-    "optimizer={name: muon, learning_rate: 0.02, warmup_steps: 20, schedule: cosine}",
+    "optimizer={name: muon, learning_rate: 0.02, adamw_learning_rate: 3.0e-3, warmup_steps: 20, "
+    "schedule: cosine}",
 )
 _PUBLISHED = (
     *_OBJECTIVE,
