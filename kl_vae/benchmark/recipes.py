@@ -32,17 +32,18 @@ _OBJECTIVE = (
     "learn_logvar: false, perceptual: squeeze, perceptual_linear: false, "
     "perceptual_weight: 0.1, disc_norm: group, disc_weight: 0.5, reduction: mean}",
 )
+_PLAIN_BLOCKS = "model.params.ddconfig.zero_init_residual=false"
 _PERCEPTUAL = "model.params.lossconfig.params.perceptual_features"
 _OURS = (
     *_OBJECTIVE,
-    "model.params.ddconfig.zero_init_residual=true",
+    _PLAIN_BLOCKS,
     "optimizer={name: muon, learning_rate: 0.02, adamw_learning_rate: 3.0e-3, warmup_steps: 20, "
     "schedule: cosine}",
 )
 _PUBLISHED = (
     *_OBJECTIVE,
     "model.params.lossconfig.params.reduction=sum",
-    "model.params.ddconfig.zero_init_residual=false",
+    _PLAIN_BLOCKS,
     "optimizer={name: adam, betas: [0.5, 0.9], eps: 1.0e-8, clip_grad_norm: null}",
 )
 
@@ -50,7 +51,7 @@ _PUBLISHED = (
 RECIPES: dict[str, tuple[str, ...]] = {
     # L1 + perceptual + KL as the first stages were published: Adam(0.5, 0.9) at a constant rate
     "published": _PUBLISHED,
-    # the same objective with Muon, zero-initialised residuals, warm-up and cosine
+    # the same objective with Muon, warm-up and cosine
     "ours": _OURS,
     "mse": (
         "model.params.lossconfig={target: elbo, params: {kl_weight: 1.0e-6}}",

@@ -46,7 +46,7 @@ def test_recipes_differ_in_what_they_say_they_do() -> None:
     published, ours = configs["published"], configs["ours"]
     assert (published.optimizer.name, published.optimizer.betas) == ("adam", (0.5, 0.9))
     assert published.optimizer.schedule == "constant"
-    assert ours.optimizer.name == "muon" and ours.model.params.ddconfig.zero_init_residual
+    assert ours.optimizer.name == "muon" and ours.optimizer.schedule == "cosine"
     losses = {name: config.model.params.lossconfig["params"] for name, config in configs.items()}  # type: ignore[index]
     assert losses["published"] == {**losses["ours"], "reduction": "sum"}  # one objective
     assert losses["ours"]["perceptual_features"] == "features.pth"
