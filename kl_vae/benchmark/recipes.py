@@ -57,13 +57,17 @@ RECIPES: dict[str, tuple[str, ...]] = {
         "model.params.lossconfig={target: elbo, params: {kl_weight: 1.0e-6}}",
         *_OURS[len(_OBJECTIVE) :],
     ),
+    # as mse, until the perceptual loss and then the discriminator join in
     "gan": (
         *_OURS,
+        "model.params.lossconfig.params.reconstruction=mse",
+        "model.params.lossconfig.params.perceptual_weight=0.02",
         "model.params.lossconfig.params.disc_num_layers=2",
         "discriminator_optimizer.learning_rate=5.0e-4",
     ),
 }
-GAN_START = 0.6  # of a run's steps
+# of the steps of a run of gan
+PERCEPTUAL_START, DISC_START = 0.5, 0.6
 
 
 @dataclass(frozen=True)
@@ -142,8 +146,9 @@ class Setting:
         if entry.recipe != "mse":
             recipe.append(f"{_PERCEPTUAL}={json.dumps(str(self.features))}")
         if entry.recipe == "gan":
-            start = round(GAN_START * entry.steps)
-            recipe.append(f"model.params.lossconfig.params.disc_start={start}")
+            for key, share in (("perceptual", PERCEPTUAL_START), ("disc", DISC_START)):
+                start = round(share * entry.steps)
+                recipe.append(f"model.params.lossconfig.params.{key}_start={start}")
         if entry.learning_rate is not None:
             recipe.append(f"optimizer.learning_rate={entry.learning_rate!r}")
         length = [

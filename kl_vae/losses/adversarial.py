@@ -71,6 +71,7 @@ class LPIPSWithDiscriminator(nn.Module):
         disc_weighting: adaptive from gradients that are averaged over the ranks ("global") or from
             each rank's own ("rank"), or "fixed".
         disc_warmup_steps: steps that D learns before it counts.
+        perceptual_start: optimisation steps before LPIPS is run in training.
         lecam_weight: of the LeCam regularisation of D (Tseng et al. 2021); 0: none.
         lecam_decay: of its moving averages of the logits.
         reconstruction: `l1` (as published) or `mse`.
@@ -108,6 +109,7 @@ class LPIPSWithDiscriminator(nn.Module):
         disc_norm: Literal["batch", "act", "group", "none"] = "batch",
         disc_weighting: Literal["global", "rank", "fixed"] = "global",
         disc_warmup_steps: int = 0,
+        perceptual_start: int = 0,
         lecam_weight: float = 0.0,
         lecam_decay: float = 0.999,
         reconstruction: Literal["l1", "mse"] = "l1",
@@ -129,6 +131,7 @@ class LPIPSWithDiscriminator(nn.Module):
             kl_weight = regularization_weights["kl_loss"]
         check_steps("disc_start", disc_start)
         check_steps("disc_warmup_steps", disc_warmup_steps)
+        check_steps("perceptual_start", perceptual_start)
         check_number("logvar_init", logvar_init, at_least=-math.inf)
         for key, number in (
             ("kl_weight", kl_weight),
@@ -163,6 +166,7 @@ class LPIPSWithDiscriminator(nn.Module):
         self.disc_loss = disc_loss
         self.disc_weighting = disc_weighting
         self.disc_warmup_steps = disc_warmup_steps
+        self.perceptual_start = perceptual_start
         self.lecam_weight = lecam_weight
         self.lecam_decay = lecam_decay
         self.reconstruction = reconstruction
@@ -209,8 +213,8 @@ class LPIPSWithDiscriminator(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the autoencoder's scalar to minimise, and what it is made of under `{split}/...`.
 
-        Without gradients, as in validation, the discriminator is not run, and the total has no
-        adversarial term: it means the same from the first step to the last.
+        Without gradients, as in validation, LPIPS is run from the first step on, the discriminator
+        is not, and the total has no adversarial term: it means the same from beginning to end.
 
         Args:
             inputs: images [B, C, H, W].
@@ -228,7 +232,8 @@ class LPIPSWithDiscriminator(nn.Module):
         x = inputs.float()
         x_hat = reconstructions.detach().float().requires_grad_(training)
         with torch.autocast(x.device.type, enabled=False):
-            nll, log = self._nll(x, x_hat)
+            perceives = not training or global_step >= self.perceptual_start
+            nll, log = self._nll(x, x_hat, perceives)
             kl_loss = posterior.kl().mean()
             kl_weight = self.kl_weight / (x[0].numel() if self.reduction == "mean" else 1)
         value = nll.detach()
@@ -302,13 +307,13 @@ class LPIPSWithDiscriminator(nn.Module):
                 "which is frozen or not given; set disc_weighting: fixed"
             )
 
-    def _nll(self, x: Tensor, x_hat: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _nll(self, x: Tensor, x_hat: Tensor, perceives: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """The negative log likelihood, a scalar, and its parts; all float32."""
         difference = x - x_hat
         error = difference.abs() if self.reconstruction == "l1" else difference.square()
         rec_loss = self.pixelloss_weight * error.mean()
         log = {}
-        if self.perceptual_loss is not None and self.perceptual_weight > 0:
+        if perceives and self.perceptual_loss is not None and self.perceptual_weight > 0:
             log["p_loss"] = self.perceptual_loss(x, x_hat).mean()
             rec_loss = rec_loss + self.perceptual_weight * log["p_loss"]
         nll = rec_loss / self.logvar.exp() + self.logvar

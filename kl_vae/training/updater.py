@@ -59,8 +59,9 @@ class Updater:
         """
         self.learning_rate = set_learning_rate(self.optimizer, step, total_steps, self.config)
         self.scaler.unscale_(self.optimizer)
-        bound = self.config.clip_grad_norm
-        norm = nn.utils.clip_grad_norm_(self.parameters, float("inf") if bound is None else bound)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.config.clip_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_grad_norm, norm)
         finite = not ranks.any(not norm.isfinite())
         if finite or self.scaler.is_enabled():  # the scaler leaves a step out by itself
             self.scaler.step(self.optimizer)

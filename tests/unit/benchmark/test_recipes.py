@@ -51,7 +51,8 @@ def test_recipes_differ_in_what_they_say_they_do() -> None:
     assert losses["published"] == {**losses["ours"], "reduction": "sum"}  # one objective
     assert losses["ours"]["perceptual_features"] == "features.pth"
     assert losses["mse"] == {"kl_weight": 1e-6}
-    assert losses["gan"]["disc_start"] == 36 and losses["ours"]["disc_start"] > 10**8
+    assert (losses["gan"]["perceptual_start"], losses["gan"]["disc_start"]) == (30, 36)
+    assert losses["ours"]["disc_start"] > 10**8
     assert setting.run_config(Entry("ours", 60, 0.5), 0).optimizer.learning_rate == 0.5
 
 

@@ -138,6 +138,19 @@ def test_warm_up_lets_the_discriminator_learn_before_it_counts(
     assert model.step(images, 12, "train").log["train/disc_factor"] == 0
 
 
+def test_lpips_can_join_in_later(tiny_ddconfig: dict[str, Any], images: Tensor) -> None:
+    model = with_loss(tiny_ddconfig, perceptual_start=5)
+    perceptual = loss_of(model).perceptual_loss
+    assert isinstance(perceptual, Perceptual)
+    before = model.step(images, 4, "train", noise=noise())
+    assert "train/p_loss" not in before.log and perceptual.forwards == [0, 0]
+    after = model.step(images, 5, "train", noise=noise())
+    difference = after.log["train/rec_loss"] - before.log["train/rec_loss"]
+    assert torch.allclose(difference, after.log["train/p_loss"], rtol=1e-4)
+    with torch.no_grad():  # validation means the same at any step
+        assert model.step(images, 4, "val").log.keys() == model.step(images, 5, "val").log.keys()
+
+
 @pytest.mark.parametrize("off", [{"disc_factor": 0.0}, {"disc_weight": 0.0}])
 def test_weight_zero_counts_never(off: dict[str, float]) -> None:
     loss = build(**off)
@@ -315,6 +328,7 @@ def test_the_published_spellings() -> None:
     [
         ({"disc_start": -1}, "disc_start=-1: a number of optimisation steps, 0 or more"),
         ({"disc_start": 1.5}, "disc_start=1.5: a number of optimisation steps"),
+        ({"perceptual_start": None}, "perceptual_start=None: a number of optimisation steps"),
         ({"disc_warmup_steps": "9"}, "disc_warmup_steps='9': a number of optimisation steps"),
         ({"kl_weight": "1e-6"}, r"kl_weight='1e-6': a finite number, 0 .*\(YAML: 1.0e-6, not"),
         ({"disc_weight": -0.5}, "disc_weight=-0.5: a finite number, 0 or more"),
