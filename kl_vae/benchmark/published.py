@@ -26,8 +26,9 @@ from kl_vae.training.step import TrainingStep, to_device
 class PublishedStep:
     """The operations of a step of Rombach et al. (2022) under Lightning, in their order.
 
-    Two phases, one an optimiser, each with a forward of the autoencoder. In each the parameters
-    that the other optimiser holds take no gradient, so that the second forward builds no graph. The
+    Two phases, one an optimiser, each with a forward of the autoencoder and of LPIPS: their loss
+    begins with both, whichever optimiser's turn it is. In each phase the parameters that the other
+    optimiser holds take no gradient, so that the second forward builds no graph. The
     adaptive weight is found by two backward passes to the last layer, and the backward of the total
     then goes through LPIPS and the discriminator once more. What their code copies to make tensors
     contiguous and what it logs is left out.
@@ -90,12 +91,8 @@ class PublishedStep:
         _update(self.discriminator_optimizer, total)
 
     def _autoencoder_loss(self, images: Tensor, noise: Tensor | None) -> Tensor:
-        loss, batch_size = self.loss, images.shape[0]
-        reconstructions, posterior = self.model(images, noise=noise)
-        rec_loss = loss.pixelloss_weight * (images - reconstructions).abs()  # [B, C, H, W]
-        rec_loss = rec_loss + loss.perceptual_weight * self.lpips(images, reconstructions)
-        nll = (rec_loss / loss.logvar.exp() + loss.logvar).sum() / batch_size
-        kl = posterior.kl().sum() / batch_size
+        loss = self.loss
+        reconstructions, nll, kl = self._likelihood(images, noise)
         g_loss: Tensor = -loss.discriminator(reconstructions).mean()
         weight = self._adaptive_weight(nll, g_loss)
         total: Tensor = nll + loss.kl_weight * kl + weight * loss.disc_factor * g_loss
@@ -109,8 +106,17 @@ class PublishedStep:
         weight: Tensor = self.loss.disc_weight * ratio.clamp(0.0, 1e4).detach()
         return weight
 
+    def _likelihood(self, images: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What their loss computes first, for either optimiser: [B, C, H, W] and two scalars."""
+        loss, batch_size = self.loss, images.shape[0]
+        reconstructions, posterior = self.model(images, noise=noise)
+        rec_loss = loss.pixelloss_weight * (images - reconstructions).abs()  # [B, C, H, W]
+        rec_loss = rec_loss + loss.perceptual_weight * self.lpips(images, reconstructions)
+        nll = (rec_loss / loss.logvar.exp() + loss.logvar).sum() / batch_size
+        return reconstructions, nll, posterior.kl().sum() / batch_size
+
     def _discriminator_loss(self, images: Tensor, noise: Tensor | None) -> Tensor:
-        reconstructions, _ = self.model(images, noise=noise)
+        reconstructions, *_ = self._likelihood(images, noise)
         real = self.loss.discriminator(images.detach())
         fake = self.loss.discriminator(reconstructions.detach())
         hinge: Tensor = 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
