@@ -175,12 +175,13 @@ def rehearse(
     blank = torch.zeros(1, model.config.in_channels, crop, crop, device=ranks.device)
     figures = {"val/psnr", "val/ssim"}
     with evaluating(model):
-        figures |= model.step(blank, 0, "val").log.keys()
+        smallest = None
+        if config.training.equivariance > 0:
+            smallest = Equivariance(0, config.training.equivariance_min_scale)
+        out = model.step(blank, 0, "val", equivariance=smallest)
+        figures |= out.log.keys()
         if model.adversary is not None:
-            if config.training.equivariance > 0:
-                smallest = Equivariance(0, config.training.equivariance_min_scale)
-                blank = smallest.of_images(blank, model.downsampling_factor)
-            model.adversary.discriminator_loss(blank, blank, 0)
+            model.adversary.discriminator_loss(out.target, out.reconstruction, 0)
             model.adversary.check_last_layer(model.get_last_layer())
     if config.training.ema_decay is not None:
         figures |= {key.replace("val/", "val_ema/") for key in figures}
