@@ -224,16 +224,14 @@ def sooner(points: dict[Entry, list[list[Point]]], slow: Entry, fast: Entry) -> 
 
 @torch.inference_mode()
 def pictures(setting: Setting, entries: Sequence[Entry], number: int) -> Tensor:
-    """Rows of input | one reconstruction an entry, of the first seed; uint8 [3, H, W]."""
+    """A row of inputs, then one of reconstructions for each entry's first seed; uint8 [3, H, W]."""
     models = [AutoEncoderKL.from_checkpoint(run_folder(setting, e, 0)) for e in entries]
     dataset = _validation_set(setting.run_config(entries[0], 0))
     chosen = range(0, len(dataset), max(1, len(dataset) // number))[:number]
-    cells = []
-    for i in chosen:
-        image = dataset[0, i, i].image[None]
-        shown = [image, *(model(image, sample_posterior=False)[0] for model in models)]
-        cells += [as_picture(as_saved(x[0]), models[0].to_rgb) for x in shown]
-    return image_grid(cells, 1 + len(models))
+    images = [dataset[0, i, i].image[None] for i in chosen]
+    shown = [*images, *(model(x, sample_posterior=False)[0] for model in models for x in images)]
+    cells = [as_picture(as_saved(x[0]), models[0].to_rgb) for x in shown]
+    return image_grid(cells, len(images))
 
 
 def _validation_set(config: RunConfig) -> ImageDataset:

@@ -179,9 +179,10 @@ def _run_recipes(args: argparse.Namespace) -> int:
     print(table(points))
     for entry in entries[1:]:
         print(f"\n{sooner(points, entries[0], entry)}.")
-    save_png(args.out / "comparison.png", pictures(setting, entries, 4))
+    save_png(args.out / "comparison.png", pictures(setting, entries, 8))
     print(f"\nMeasured on {describe_machine(choose_device(args.device))}; seeds: {args.seeds}.")
-    print(f"{args.out / 'comparison.png'}: input | {' | '.join(e.name for e in entries)}.")
+    rows = ", ".join(entry.name for entry in entries)
+    print(f"{args.out / 'comparison.png'}: a row of inputs, then of {rows}.")
     return 0
 
 

@@ -39,7 +39,7 @@ def test_every_recipe_trains_and_is_measured(command: list[str], capsys: Any) ->
     assert "last PSNR of published at 0.001 (" in printed
     assert "Measured on " in printed
     with Image.open("out/comparison.png") as picture:
-        assert picture.size[0] == 5 * 26 + 2  # input and four reconstructions of 24 pixels
+        assert picture.size[1] == 5 * 26 + 2  # inputs and four reconstructions of 24 pixels
     gan = Path("out/gan_3_seed1/metrics.jsonl").read_text().splitlines()
     assert any("train/d_weight" in json.loads(line) for line in gan)
 
