@@ -3,8 +3,8 @@
 import argparse
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of every command that uses a model."""
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that choose weights."""
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -12,14 +12,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="a run directory or a checkpoint file",
     )
     parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="config file or shipped config's name, for a checkpoint that does not hold its own",
-    )
-    parser.add_argument(
         "--no-ema",
         action="store_true",
         help="the weights as trained last, where a checkpoint has their moving average as well",
+    )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of every command that uses a model."""
+    add_checkpoint_arguments(parser)
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="config file or shipped config's name, for a checkpoint that does not hold its own",
     )
     parser.add_argument(
         "--out", required=True, metavar="FOLDER", help="where the pictures go; is created"

@@ -166,8 +166,9 @@ def _add_recipes_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_recipes(args: argparse.Namespace) -> int:
+    from kl_vae.benchmark.comparison import compare, pictures, sooner, table
     from kl_vae.benchmark.machine import describe_machine
-    from kl_vae.benchmark.recipes import Entry, Setting, compare, pictures, sooner, table
+    from kl_vae.benchmark.recipes import Entry, Setting
     from kl_vae.device import choose_device
     from kl_vae.inference.grid import save_png
 

@@ -2,23 +2,15 @@
 
 import argparse
 
+from kl_vae.cli.arguments import add_checkpoint_arguments
+
 HELP = "write a checkpoint's weights and architecture alone, without optimisers and losses"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="RUN_OR_FILE",
-        help="a run directory or a checkpoint file",
-    )
+    add_checkpoint_arguments(parser)
     parser.add_argument("--out", required=True, metavar="FILE", help="the file to write, .pt")
-    parser.add_argument(
-        "--no-ema",
-        action="store_true",
-        help="the weights as trained last, where the checkpoint has their moving average as well",
-    )
 
 
 def run(args: argparse.Namespace) -> int:
