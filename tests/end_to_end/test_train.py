@@ -167,6 +167,7 @@ def test_a_second_ctrl_c_ends_at_once(project: Path) -> None:
     while not Path("run/status.json").is_file():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
+    time.sleep(0.5)  # the step has begun
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
