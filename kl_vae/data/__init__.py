@@ -25,7 +25,7 @@ from kl_vae.data.transforms import (
     center_crop,
     random_crop,
     random_flip,
-    random_permutation,
+    random_recolor,
     resize_short_side,
 )
 
@@ -57,7 +57,7 @@ __all__ = [
     "pil_to_tensor",
     "random_crop",
     "random_flip",
-    "random_permutation",
+    "random_recolor",
     "read_image",
     "read_size",
     "resize_short_side",

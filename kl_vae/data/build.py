@@ -39,7 +39,7 @@ def build_datasets(
 
     def dataset(source: Source, training: bool) -> ImageDataset:
         return ImageDataset(
-            source, crop, config.resize, config.flip, seed, training, config.permute_channels
+            source, crop, config.resize, config.flip, seed, training, config.recolor
         )
 
     return dataset(training, True), None if validation is None else dataset(validation, False)

@@ -52,9 +52,9 @@ class DataConfig:
     A named data set is kept in `train.root`, brings its own validation images,
     and takes no patterns. `resize` is the length of the short side before
     cropping (None: as it is), `crop` that of a crop's sides (None: the model's
-    resolution), both in pixels. `permute_channels` recolours half of the
-    training crops by a permutation of their channels: to a small set of images
-    it adds the colours that they lack.
+    resolution), both in pixels. `recolor` blends half of the training crops with
+    a permutation of their channels: to a small set of images it adds the colours
+    that they lack.
     """
 
     name: DatasetName = "folder"
@@ -63,7 +63,7 @@ class DataConfig:
     resize: int | None = None
     crop: int | None = None
     flip: bool = True
-    permute_channels: bool = False
+    recolor: bool = False
     num_workers: int = 4
     max_pixels: int = MAX_PIXELS
 

@@ -16,7 +16,7 @@ from kl_vae.data.transforms import (
     center_crop,
     random_crop,
     random_flip,
-    random_permutation,
+    random_recolor,
     resize_short_side,
 )
 from kl_vae.randomness import generator_for
@@ -34,7 +34,7 @@ class ImageDataset(Dataset[Sample]):
     """Crops of a source's images, each a function of (seed, epoch, index) alone.
 
     In training a crop is cut out at random, with `flip` mirrored half of the
-    time and with `permute_channels` recoloured half of the time; otherwise it is
+    time and with `recolor` recoloured half of the time; otherwise it is
     the middle, and nothing is drawn. `resize` is the length that the short side
     is given first; None leaves images as they are.
     """
@@ -47,7 +47,7 @@ class ImageDataset(Dataset[Sample]):
         flip: bool,
         seed: int,
         training: bool,
-        permute_channels: bool = False,
+        recolor: bool = False,
     ) -> None:
         self.source = source
         self.crop = crop
@@ -55,7 +55,7 @@ class ImageDataset(Dataset[Sample]):
         self.flip = flip
         self.seed = seed
         self.training = training
-        self.permute_channels = permute_channels
+        self.recolor = recolor
 
     @property
     def fingerprint(self) -> str:
@@ -106,6 +106,6 @@ class ImageDataset(Dataset[Sample]):
         image = random_crop(image, self.crop, generator)
         if self.flip:
             image = random_flip(image, generator)
-        if self.permute_channels:
-            image = random_permutation(image, generator)
+        if self.recolor:
+            image = random_recolor(image, generator)
         return to_float(image)

@@ -60,15 +60,20 @@ def random_flip(image: Tensor, generator: Generator) -> Tensor:
     return image.flip(-1) if torch.rand((), generator=generator) < 0.5 else image
 
 
-def random_permutation(image: Tensor, generator: Generator) -> Tensor:
-    """Permute the channels with a probability of one half; of four the last, alpha, stays."""
+def random_recolor(image: Tensor, generator: Generator) -> Tensor:
+    """Blend the image with a permutation of its channels, with a probability of one half.
+
+    The share of the permutation is uniform in [0, 1]. Of four channels the last, alpha, stays.
+    """
     if torch.rand((), generator=generator) >= 0.5:
         return image
     channels = len(image)
     colors = 3 if channels == 4 else channels
     order = torch.arange(channels)
     order[:colors] = torch.randperm(colors, generator=generator)
-    return image[order]
+    share = torch.rand((), generator=generator)
+    blended = torch.lerp(image.float(), image[order].float(), share)
+    return blended if image.is_floating_point() else blended.round().to(image.dtype)
 
 
 def _check_fits(image: Tensor, size: int) -> None:

@@ -77,7 +77,7 @@ def test_a_gan_run_logs_what_it_does_and_saves_all_of_it(project: Path) -> None:
 def test_a_resumed_gan_run_equals_one_never_stopped_bit_for_bit(project: Path) -> None:
     arguments = [*GAN, "training.accumulate_batches=2", "training.equivariance=0.5"]
     arguments += ["training.equivariance_min_scale=0.75"]
-    arguments += ["data.permute_channels=true", "optimizer.name=muon"]
+    arguments += ["data.recolor=true", "optimizer.name=muon"]
     assert train("--run-dir", "whole", *arguments) == 0
     for steps in (2, 5, 6):  # before the discriminator and after
         assert train("--run-dir", "parts", *arguments, f"training.max_steps={steps}") == 0
