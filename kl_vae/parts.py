@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from kl_vae.attention import make_attention
-from kl_vae.blocks import BLOCKS, NORMALIZATION, Norm, Normalize
+from kl_vae.blocks import BLOCKS, NORM_GROUPS, NORMALIZATION, Norm, Normalize
 from kl_vae.ddconfig import DDConfig
 
 
@@ -20,7 +20,7 @@ class Parts:
 
     def __init__(self, config: DDConfig) -> None:
         self.norm: Norm = NORMALIZATION[config.norm_type]
-        if config.norm_type == "group":
+        if config.norm_type == "group" and config.norm_groups != NORM_GROUPS:
             self.norm = partial(Normalize, groups=config.norm_groups)
         self.block = partial(
             BLOCKS[config.block_type],

@@ -116,6 +116,8 @@ def test_a_shipped_config_is_found_by_name_and_describes_an_autoencoder(name: st
     assert find_config(name) == find_config(f"{name}.yaml") == shipped_configs()[name]
     params = load_model_params(name)
     params["ddconfig"] = DDConfig.from_dict(params["ddconfig"])
+    if "disc_start" in params["lossconfig"]["params"]:
+        params["lossconfig"]["params"]["perceptual_weight"] = 0.0  # VGG's weights are not at hand
     with torch.device("meta"):
         assert AutoEncoderKL(**params).loss is not None
 
