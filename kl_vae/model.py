@@ -201,7 +201,7 @@ class AutoEncoderKL(nn.Module):
         out = self.step(batch, batch_idx, "train")
         if self.adversary is None or not self.adversary.discriminates(batch_idx):
             return out.total
-        loss, _ = self.adversary.discriminator_loss(out.target, out.reconstruction, batch_idx)
+        loss, _ = self.adversary.discriminator_loss(out.target, out.reconstruction)
         return out.total + loss
 
     @torch.no_grad()

@@ -260,22 +260,18 @@ class LPIPSWithDiscriminator(nn.Module):
         self,
         inputs: Tensor,
         reconstructions: Tensor,
-        global_step: int,
         cond: Tensor | None = None,
         *,
         forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-        split: str = "train",
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the discriminator's scalar to minimise, and its log under `{split}/...`.
+        """Return the discriminator's scalar to minimise, and its log under `train/...`.
 
         Args:
             inputs: real images [B, C, H, W].
             reconstructions: the same shape; no gradient goes into them.
-            global_step: optimisation steps so far.
             cond: as in `forward`.
             forward: (real, fake) -> their logits, in training a `RealAndFake` of the discriminator
                 in DistributedDataParallel, whose one call a backward keeps the ranks together.
-            split: train or val.
         """
         run = forward or RealAndFake(self.discriminator)
         real, fake = run(self._seen(inputs, cond), self._seen(reconstructions.detach(), cond))
@@ -285,7 +281,7 @@ class LPIPSWithDiscriminator(nn.Module):
         if self.lecam_weight > 0:
             log["lecam"] = lecam(real, fake, self.logits_average[0], self.logits_average[1])
             loss = loss + self.lecam_weight * log["lecam"]
-        return loss, {f"{split}/{key}": figure.detach() for key, figure in log.items()}
+        return loss, {f"train/{key}": figure.detach() for key, figure in log.items()}
 
     def running_statistics(self) -> list[Tensor]:
         """What passes through the discriminator change beside gradients."""

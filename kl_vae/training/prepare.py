@@ -181,7 +181,7 @@ def rehearse(
         out = model.step(blank, 0, "val", equivariance=smallest)
         figures |= out.log.keys()
         if model.adversary is not None:
-            model.adversary.discriminator_loss(out.target, out.reconstruction, 0)
+            model.adversary.discriminator_loss(out.target, out.reconstruction)
             model.adversary.check_last_layer(model.get_last_layer())
     if config.training.ema_decay is not None:
         figures |= {key.replace("val/", "val_ema/") for key in figures}

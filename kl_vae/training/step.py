@@ -102,9 +102,7 @@ class TrainingStep:
         adversary, updater = self.state.model.adversary, self.state.discriminator_updater
         assert adversary is not None and updater is not None
         with autocast(self.ranks.device, self.config.training.precision):
-            loss, log = adversary.discriminator_loss(
-                real, fake, self.state.step, forward=self.discriminator
-            )
+            loss, log = adversary.discriminator_loss(real, fake, forward=self.discriminator)
         updater.backward(loss / self.config.training.accumulate_batches)
         return log
 

@@ -243,20 +243,20 @@ def test_the_discriminator_has_an_optimiser_of_its_own(tiny_ddconfig: dict[str, 
 def test_a_conditional_discriminator_sees_the_condition(images: Tensor) -> None:
     loss = build(disc_conditional=True, disc_in_channels=5)
     cond = torch.zeros(2, 2, 16, 16)
-    total, log = loss.discriminator_loss(images, images, 10, cond)
+    total, log = loss.discriminator_loss(images, images, cond)
     assert total.isfinite() and log["train/logits_real"].isfinite()
     posterior = DiagonalGaussianDistribution(torch.zeros(2, 6, 8, 8))
     last = torch.ones((), requires_grad=True)
     total, _ = loss(images, images * last, posterior, 10, last_layer=last, cond=cond)
     assert total.isfinite()
     with pytest.raises(ValueError, match=r"disc_conditional=True: needs cond .*set it to false"):
-        loss.discriminator_loss(images, images, 10)
+        loss.discriminator_loss(images, images)
 
 
 def test_lecam_holds_the_logits_to_their_averages(images: Tensor) -> None:
     loss = build(lecam_weight=2.0, lecam_decay=0.9)
-    plain, _ = build().discriminator_loss(images, -images, 10)
-    total, log = loss.discriminator_loss(images, -images, 10)
+    plain, _ = build().discriminator_loss(images, -images)
+    total, log = loss.discriminator_loss(images, -images)
     real, fake = RealAndFake(loss.discriminator)(images, -images)
     expected = real.relu().square().mean() + (-fake).relu().square().mean()  # averages are 0 yet
     assert torch.allclose(log["train/lecam"], expected)
