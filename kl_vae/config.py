@@ -57,7 +57,7 @@ def load_config(path_or_name: str | Path, overrides: Iterable[str] = ()) -> dict
         ValueError: no such file or name, not YAML, or an override that cannot be applied.
     """
     path = find_config(path_or_name)
-    config = parse_yaml(_read(path), str(path))
+    config = parse_file(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path}: holds no keys; see the config reference in README.md")
     _drop_what_others_wrote(config)
@@ -97,6 +97,11 @@ def shipped_configs() -> dict[str, Path]:
         if folder.is_dir():
             return {path.stem: path for path in folder.glob("*.yaml")}
     return {}
+
+
+def parse_file(path: Path) -> Any:
+    """Read a YAML file as `parse_yaml` does; ValueError also where it is over 1 MiB or no text."""
+    return parse_yaml(_read(path), str(path))
 
 
 def parse_yaml(text: str, source: str) -> Any:

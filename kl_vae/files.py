@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+
+_TEMPORARY = re.compile(r"\.\d+\.tmp")
 
 
 def write_atomically(
@@ -40,6 +43,16 @@ def write_atomically(
             os.fsync(descriptor)  # the rename itself
         finally:
             os.close(descriptor)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what `write_atomically` left in a folder where its process was killed.
+
+    To be called where no other process writes into the folder.
+    """
+    for path in folder.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def write_text_atomically(path: Path, text: str) -> None:

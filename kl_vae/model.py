@@ -22,9 +22,10 @@ from kl_vae.decoder import Decoder
 from kl_vae.distribution import DiagonalGaussianDistribution
 from kl_vae.encoder import Encoder
 from kl_vae.equivariance import Equivariance
-from kl_vae.formats.checkpoint import choose_checkpoint, model_params_of
+from kl_vae.formats.checkpoint import model_params_of
 from kl_vae.formats.matching import match
-from kl_vae.formats.weights import read_file, state_dict_of
+from kl_vae.formats.run_checkpoints import read_chosen
+from kl_vae.formats.weights import state_dict_of
 from kl_vae.losses import Loss, LPIPSWithDiscriminator, build_loss, default_loss
 from kl_vae.optimizer import DiscriminatorOptimizerConfig, OptimizerConfig, build_optimizer
 from kl_vae.randomness import generator_for
@@ -263,8 +264,7 @@ class AutoEncoderKL(nn.Module):
         Raises:
             ValueError: no checkpoint there, no params known, or weights that do not fit them.
         """
-        path = choose_checkpoint(Path(path))
-        content = read_file(path)
+        path, content = read_chosen(Path(path))
         if params is None:
             params = model_params_of(content, str(path))
         if "ddconfig" not in params or "embed_dim" not in params:
@@ -290,8 +290,8 @@ class AutoEncoderKL(nn.Module):
             ValueError: missing, unexpected or differently shaped tensors that `ignore_keys` does
                 not name. The model is then left as it was.
         """
-        path = choose_checkpoint(Path(path))
-        tensors = state_dict_of(read_file(path), str(path))
+        path, content = read_chosen(Path(path))
+        tensors = state_dict_of(content, str(path))
         self.load_weights(tensors, ignore_keys, source=str(path))
 
     def load_weights(

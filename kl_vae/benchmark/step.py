@@ -24,6 +24,7 @@ from kl_vae.losses.lpips import LPIPS
 from kl_vae.model import AutoEncoderKL
 from kl_vae.optimizer import DiscriminatorOptimizerConfig, OptimizerConfig
 from kl_vae.randomness import generator_for
+from kl_vae.training.bad_images import BadImages
 from kl_vae.training.config import ModelConfig, ModelParams, RunConfig, TrainingConfig
 from kl_vae.training.distributed import Ranks
 from kl_vae.training.prepare import build_model, build_state, wrap
@@ -119,7 +120,7 @@ def compare_steps(
     published = PublishedStep.beside(ours)
     generator = generator_for("benchmark", size)
     images = torch.rand(batch_size, ddconfig.in_channels, size, size, generator=generator)
-    batch = Batch(2.0 * images - 1.0, torch.arange(batch_size), ("",) * batch_size)
+    batch = Batch(2.0 * images - 1.0, torch.arange(batch_size), ("-",) * batch_size, ())
     # that of our first step
     noise = latent_noise(ours.state.model, batch, "posterior", ours.config.training.seed, 0)
 
@@ -192,7 +193,8 @@ def build_step(
         ranks = Ranks(0, 1, device)
         model = build_model(config, ranks, resuming=False)
     state = build_state(config, model, {}, "")
-    return TrainingStep(state, *wrap(model, ranks), config, ranks, total_steps=1)
+    bad_images = BadImages(None, ranks, number=batch_size, max_fraction=0.0)
+    return TrainingStep(state, *wrap(model, ranks), config, ranks, 1, bad_images)
 
 
 def write_random_vgg(path: Path) -> Path:

@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from pathlib import Path
 
-    from kl_vae.formats.checkpoint import export_checkpoint
+    from kl_vae.formats.export import export_checkpoint
 
     out = Path(args.out)
     which = export_checkpoint(Path(args.checkpoint), out, ema=not args.no_ema)

@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from kl_vae.errors import RunError
+
 COMMANDS = ("train", "reconstruct", "sample", "export", "benchmark")
 
 
@@ -20,7 +22,8 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
         command: which command; None: the first of `argv` says.
 
     Returns:
-        The exit code: 0, or 2 for a mistake that the message on stderr names, or the command's own.
+        The exit code: 0, 1 for a run that could not go on, 2 for a mistake, each named by the
+        message on stderr, or the command's own.
     """
     if command is None:
         parser = argparse.ArgumentParser(prog="kl-vae", description="A KL autoencoder for images.")
@@ -46,13 +49,13 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
         for module_name in args.modules:
             _import(module_name)
         return run_command(name, args)
-    except ValueError as error:
+    except (ValueError, RunError) as error:
         if args.traceback:
             raise
         where = f"kl-vae {name}" + (f" [rank {rank}]" if rank else "")
         lines = str(error).splitlines() or [type(error).__name__]
         sys.stderr.writelines(f"{where}: error: {line}\n" for line in lines)
-        return 2
+        return 1 if isinstance(error, RunError) else 2
     except KeyboardInterrupt:
         sys.stderr.write(f"kl-vae {name}: interrupted\n")
         return 130

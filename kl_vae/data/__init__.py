@@ -2,7 +2,7 @@
 
 from kl_vae.data.build import build_datasets
 from kl_vae.data.config import DataConfig, SourceConfig, ValidationConfig
-from kl_vae.data.dataset import ImageDataset, Sample
+from kl_vae.data.dataset import BadImage, ImageDataset, Sample
 from kl_vae.data.folder import list_images, resolve_root, select
 from kl_vae.data.images import (
     ARRAY_EXTENSIONS,
@@ -15,7 +15,7 @@ from kl_vae.data.images import (
     to_float,
     to_uint8,
 )
-from kl_vae.data.loader import Batch, collate, training_loader, validation_loader
+from kl_vae.data.loader import STOP_SIGNALS, Batch, batch_loader, collate
 from kl_vae.data.named import NAMED, NamedSource
 from kl_vae.data.pil_modes import pil_to_tensor
 from kl_vae.data.sampler import Key, StepSampler, permutation, validation_batches
@@ -34,6 +34,8 @@ __all__ = [
     "IMAGE_EXTENSIONS",
     "MAX_PIXELS",
     "NAMED",
+    "STOP_SIGNALS",
+    "BadImage",
     "Batch",
     "DataConfig",
     "FolderSource",
@@ -46,6 +48,7 @@ __all__ = [
     "SourceConfig",
     "StepSampler",
     "ValidationConfig",
+    "batch_loader",
     "build_datasets",
     "center_crop",
     "collate",
@@ -66,7 +69,5 @@ __all__ = [
     "split",
     "to_float",
     "to_uint8",
-    "training_loader",
     "validation_batches",
-    "validation_loader",
 ]

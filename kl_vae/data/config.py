@@ -54,7 +54,7 @@ class DataConfig:
     cropping (None: as it is), `crop` that of a crop's sides (None: the model's
     resolution), both in pixels. `recolor` blends half of the training crops with
     a permutation of their channels: to a small set of images it adds the colours
-    that they lack.
+    that they lack. Of a run's files at most `max_bad_fraction` may be unusable.
     """
 
     name: DatasetName = "folder"
@@ -66,6 +66,7 @@ class DataConfig:
     recolor: bool = False
     num_workers: int = 4
     max_pixels: int = MAX_PIXELS
+    max_bad_fraction: float = 0.01
 
     def __post_init__(self) -> None:
         """Check each value, and those that depend on each other."""
@@ -77,6 +78,8 @@ class DataConfig:
                 raise ValueError(f"{key}={value}: must be at least 1")
         if self.num_workers < 0:
             raise ValueError(f"num_workers={self.num_workers}: must be 0 or more")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction={self.max_bad_fraction}: must be 0 to 1")
         if self.resize is not None and self.crop is not None:
             check_crop_fits(self.resize, self.crop)
         if self.name != "folder" and self._has_folder_keys():

@@ -21,13 +21,24 @@ from kl_vae.data.transforms import (
 )
 from kl_vae.randomness import generator_for
 
+# images that are tried in place of a bad one; where a few in a hundred are bad, one or two do
+MAX_REPLACEMENTS = 100
+
+
+class BadImage(NamedTuple):
+    """A file that could not be used, and why."""
+
+    name: str
+    reason: str
+
 
 class Sample(NamedTuple):
-    """One image, or zeros and the reason why there is none."""
+    """One image, or zeros where there is none, and the files that could not be used for it."""
 
     image: Tensor  # [C,crop,crop], float32 in [-1, 1]
     position: int  # in the global batch (training) or in the validation set
-    error: str  # empty where the image was read
+    name: str  # of the file that the image is from; empty: there is no image
+    bad: tuple[BadImage, ...]
 
 
 class ImageDataset(Dataset[Sample]):
@@ -36,7 +47,8 @@ class ImageDataset(Dataset[Sample]):
     In training a crop is cut out at random, with `flip` mirrored half of the
     time and with `recolor` recoloured half of the time; otherwise it is
     the middle, and nothing is drawn. `resize` is the length that the short side
-    is given first; None leaves images as they are.
+    is given first; None leaves images as they are. In training another image,
+    drawn from (seed, epoch, index) as well, takes the place of a bad one.
     """
 
     def __init__(
@@ -69,33 +81,43 @@ class ImageDataset(Dataset[Sample]):
     def __getitem__(self, key: Key) -> Sample:
         """Return the sample of (epoch, index, position); a file's error is in it, never raised."""
         epoch, index, position = key
-        try:
-            return Sample(self._prepare(self.source.read(index), epoch, index), position, "")
-        except ImageError as error:
-            message = str(error)
-        except ValueError as error:  # of the transforms, which know no names
-            message = f"{self.source.name(index)}: {error}"
+        chosen, bad = index, list[BadImage]()
+        for attempt in range(1 + MAX_REPLACEMENTS * self.training):
+            if attempt:
+                chosen = self._replacement(epoch, index, attempt)
+            name = self.source.name(chosen)
+            try:
+                image = self._prepare(self.source.read(chosen), epoch, index)
+                return Sample(image, position, name, tuple(bad))
+            except ValueError as error:  # ImageError, or one of the transforms, which know no names
+                bad.append(BadImage(name, str(error).removeprefix(f"{name}: ")))
         blank = torch.zeros(self.source.channels, self.crop, self.crop)
-        return Sample(blank, position, message)
+        return Sample(blank, position, "", tuple(bad))
 
     def check_sizes(self) -> None:
         """Read every header, where images are not resized: no run ends at a small one.
 
+        Files without a readable header are left to `__getitem__`.
+
         Raises:
-            ValueError: the first image that is smaller than the crop, or unreadable.
+            ValueError: the first image that is smaller than the crop.
         """
         if self.resize is not None:
             return
         for index in range(len(self)):
             try:
                 height, width = self.source.size(index)
-            except ImageError as error:
-                raise ValueError(f"{error}; leave it out with data.train.exclude") from error
+            except ImageError:
+                continue
             if min(height, width) < self.crop:
                 raise ValueError(
                     f"{self.source.name(index)} is {width} x {height}, smaller than the crop of "
                     f"{self.crop}: set data.resize, or lower data.crop"
                 )
+
+    def _replacement(self, epoch: int, index: int, attempt: int) -> int:
+        generator = generator_for("replacement", self.seed, epoch, index, attempt)
+        return int(torch.randint(len(self), (), generator=generator))
 
     def _prepare(self, image: Tensor, epoch: int, index: int) -> Tensor:
         if self.resize is not None:

@@ -13,18 +13,30 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from kl_vae.data.dataset import ImageDataset, Sample
+from kl_vae.data.dataset import BadImage, ImageDataset, Sample
 from kl_vae.data.sampler import Key, StepSampler
 
 logger = logging.getLogger(__name__)
+
+# ask the main process to end a run, and nobody else
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 
 
 class Batch(NamedTuple):
     """Samples of one rank, in the order of the sampler."""
 
-    images: Tensor  # [B,C,H,W], float32 in [-1, 1]; zeros where there is an error
+    images: Tensor  # [B,C,H,W], float32 in [-1, 1]; zeros where there is no image
     positions: Tensor  # [B], int64: in the global batch, or in the validation set
-    errors: tuple[str, ...]  # B texts, empty where the image was read
+    names: tuple[str, ...]  # of the B files; empty where there is no image
+    bad: tuple[BadImage, ...]  # files that could not be used
+
+    def usable(self) -> "Batch":
+        """Return the batch without the samples that have no image."""
+        kept = [i for i, name in enumerate(self.names) if name]
+        if len(kept) == len(self.names):
+            return self
+        names = tuple(self.names[i] for i in kept)
+        return Batch(self.images[kept], self.positions[kept], names, self.bad)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -32,34 +44,33 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return Batch(
         images=torch.stack([sample.image for sample in samples]),
         positions=torch.tensor([sample.position for sample in samples]),
-        errors=tuple(sample.error for sample in samples),
+        names=tuple(sample.name for sample in samples),
+        bad=tuple(image for sample in samples for image in sample.bad),
     )
 
 
-def training_loader(
-    dataset: ImageDataset, sampler: StepSampler, num_workers: int, pin_memory: bool
-) -> DataLoader[Sample]:
-    """Return the loader of a whole run: one iterator gives `Batch` after `Batch`."""
-    return _loader(dataset, sampler, num_workers, pin_memory)
-
-
-def validation_loader(
-    dataset: ImageDataset, batches: list[list[Key]], num_workers: int, pin_memory: bool
-) -> DataLoader[Sample]:
-    """Return the loader of one pass over a rank's `validation_batches`; it gives `Batch`."""
-    return _loader(dataset, batches, num_workers, pin_memory)
-
-
-def _loader(
+def batch_loader(
     dataset: ImageDataset,
     batches: StepSampler | list[list[Key]],
     num_workers: int,
     pin_memory: bool,
+    timeout_seconds: int,
 ) -> DataLoader[Sample]:
+    """Return a loader that gives a `Batch` for each list of keys.
+
+    Args:
+        dataset: of the images.
+        batches: a `StepSampler`, or a rank's `validation_batches`.
+        num_workers: processes that decode; 0: this one.
+        pin_memory: of the batches, where they go to a GPU.
+        timeout_seconds: for a batch of the workers; later it is a RuntimeError.
+    """
+    num_workers = _workers_that_fit(num_workers)
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        num_workers=_workers_that_fit(num_workers),
+        num_workers=num_workers,
+        timeout=timeout_seconds if num_workers else 0,
         collate_fn=collate,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else the workers' seeds come from the global one
@@ -79,5 +90,6 @@ def _workers_that_fit(num_workers: int) -> int:
 def _leave_signals_to_main_process(_worker: int) -> None:
     # Ctrl-C and torchrun's SIGTERM reach the whole process group: a worker that
     # ended of them would fail the main process while it writes its last checkpoint
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in STOP_SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -49,9 +49,15 @@ class TrainingConfig:
         channels_last: memory layout of the convolutions; faster on CPUs and tensor cores.
         validate_every_steps: steps between validations; null: at the end of each epoch.
         save_every_steps: steps between checkpoints (each validation writes one as well).
-        keep_checkpoints: how many of the newest are kept, besides the best.
+        keep_checkpoints: how many of the newest are kept, besides the best; at least 2.
         log_every_steps: steps between lines of metrics.jsonl.
         sample_images: pictures in the grid of each validation.
+        max_skipped_steps: in a row, without a finite loss or gradient, that end the run.
+        check_ranks_every_steps: steps between checks that all ranks hold the same parameters; null:
+            never.
+        timeout_seconds: of waiting for another rank, or for a data worker.
+        deterministic: use only kernels whose results do not vary from run to run, which some of a
+            GPU's do; slower.
         ema_decay: of the moving average of the weights, which is validated and saved as well; null:
             there is none.
         freeze: patterns of parameters that are not trained, such as encoder.*.
@@ -72,6 +78,10 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     log_every_steps: int = 10
     sample_images: int = 8
+    max_skipped_steps: int = 10
+    check_ranks_every_steps: int | None = 100
+    timeout_seconds: int = 600
+    deterministic: bool = False
     ema_decay: float | None = None
     freeze: tuple[str, ...] = ()
     equivariance: float = 0.0
@@ -82,6 +92,8 @@ class TrainingConfig:
         for key, value in dataclasses.asdict(self).items():
             if key != "seed" and type(value) is int and value < 1:
                 errors.append(f"{key}={value}: must be at least 1")
+        if self.keep_checkpoints == 1:
+            errors.append("keep_checkpoints=1: at least 2, for when the newest is damaged")
         if (self.epochs is None) == (self.max_steps is None):
             errors.append(
                 f"max_steps={self.max_steps}: set either epochs={self.epochs} or max_steps, "

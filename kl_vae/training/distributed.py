@@ -12,10 +12,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from kl_vae.device import choose_device
-
-TIMEOUT = timedelta(minutes=10)  # of any collective operation
+from kl_vae.errors import RunError
+from kl_vae.training.failures import explain
+from kl_vae.training.roll_call import RollCall
 
 Result = TypeVar("Result")
 
@@ -27,6 +30,7 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    roll_call: RollCall | None = None  # among several
 
     @property
     def is_first(self) -> bool:
@@ -52,13 +56,24 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so."""
-        return bool(self.sum(torch.tensor(int(flag))).item())
+        return self.any_of(flag)[0]
+
+    def any_of(self, *flags: bool) -> list[bool]:
+        """Of each flag whether any rank says so."""
+        return self.sum(torch.tensor(flags).int()).bool().tolist()
+
+    def gather(self, value: Result) -> list[Result]:
+        """The value of each rank: plain values, in the order of the ranks, on all of them."""
+        values: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def on_first(self, work: Callable[[], Result]) -> Result:
         """Do `work` on rank 0 and give its result to all; what fails there fails on all ranks.
 
         Raises:
-            ValueError: `work` raised one on rank 0; any other error is a RuntimeError elsewhere.
+            ValueError: `work` raised one on rank 0; any other error is a RunError elsewhere.
         """
         if self.world_size == 1:
             return work()
@@ -74,31 +89,64 @@ class Ranks:
         if failure is not None:
             raise failure
         if outcome[1] is not None:
-            raise ValueError(outcome[1]) if outcome[2] else RuntimeError(f"rank 0: {outcome[1]}")
+            raise ValueError(outcome[1]) if outcome[2] else RunError(f"rank 0: {outcome[1]}")
         result: Result = outcome[0]
         return result
 
 
 @contextmanager
-def connect(device_name: str) -> Iterator[Ranks]:
+def connect(device_name: str, timeout_seconds: int = 600) -> Iterator[Ranks]:
     """Join the processes that torchrun started, or be the only one.
+
+    Within the context an error is put into words that say what to do, and where a rank ends with
+    one, or is lost, the errors of the others name it.
+
+    Args:
+        device_name: see `choose_device`.
+        timeout_seconds: for the ranks to meet, and of any collective operation.
 
     Raises:
         ValueError: the device is not there.
+        RunError: a rank was lost, a data worker ended, memory or disk do not suffice.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world_size == 1:
-        yield Ranks(0, 1, device)
-        return
+    ranks = Ranks(0, 1, device) if world_size == 1 else _join(device, timeout_seconds)
+    try:
+        yield ranks
+    except Exception as error:
+        failure = explain(error, ranks.roll_call)
+        if failure is error:
+            raise
+        raise failure from error
+    finally:
+        if world_size > 1:
+            _part()
+
+
+def _join(device: torch.device, timeout_seconds: int) -> Ranks:
     # CPU tensors (figures, flags) go by gloo also where gradients go by nccl
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    timeout = timedelta(seconds=timeout_seconds)
     try:
-        yield Ranks(dist.get_rank(), world_size, device)
-    finally:
-        # DDP lies in reference cycles; freed after its process group it can deadlock (torch 2.6)
-        gc.collect()
-        dist.destroy_process_group()
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        group_store = PrefixStore(f"group/{attempt}", store)
+        dist.init_process_group(
+            backend, store=group_store, rank=rank, world_size=world_size, timeout=timeout
+        )
+    except dist.DistError as error:
+        raise RunError(
+            f"the ranks did not meet within training.timeout_seconds={timeout_seconds} "
+            f"({' '.join(str(error).split())}): start all of them, with one MASTER_ADDR"
+        ) from error
+    roll_call = RollCall(PrefixStore(f"roll_call/{attempt}", store), rank, world_size)
+    return Ranks(rank, world_size, device, roll_call)
+
+
+def _part() -> None:
+    # DDP lies in reference cycles; freed after its process group it can deadlock (torch 2.6)
+    gc.collect()
+    dist.destroy_process_group()

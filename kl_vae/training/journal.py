@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from kl_vae.files import write_text_atomically
 from kl_vae.inference.grid import save_png
 from kl_vae.training.figures import Figures
+from kl_vae.training.line_file import LineFile
 from kl_vae.training.run_directory import METRICS, SAMPLES
 from kl_vae.training.state import TrainingState
 
@@ -28,14 +29,18 @@ SECONDS_BETWEEN_LINES = 10.0  # of the log, where there is no terminal for a bar
 
 
 class Journal:
-    """The record of a run, kept by rank 0 alone."""
+    """The record of a run, kept by rank 0 alone.
+
+    What cannot be written does not end the run: lines of metrics.jsonl are written later, pictures
+    and TensorBoard's events are left out, each with a line in the log.
+    """
 
     def __init__(self, run: Path, state: TrainingState, total_steps: int) -> None:
         self._run = run
         self._state = state
         self._total_steps = total_steps
-        _drop_later_lines(run / METRICS, state.step)
-        self._metrics = open(run / METRICS, "a", encoding="utf-8")
+        _drop_later_lines(run / METRICS, state.step, state.validated_step)
+        self._metrics = LineFile(run / METRICS)
         self._tensorboard = _tensorboard(run / "tensorboard", state.step)
         self._bar = tqdm(
             total=total_steps,
@@ -76,9 +81,11 @@ class Journal:
         """Record the figures of a validation, and its pictures [3, H, W] uint8 in samples/."""
         self._write(figures)
         for name, picture in pictures.items():
-            save_png(self._run / SAMPLES / f"{name}_{self._state.step:08d}.png", picture)
-            if self._tensorboard is not None:
-                self._tensorboard.add_image(name, picture, self._state.step)
+            try:
+                save_png(self._run / SAMPLES / f"{name}_{self._state.step:08d}.png", picture)
+            except ValueError as error:
+                logger.warning("a picture is left out: %s", error)
+            self._tell_tensorboard("add_image", name, picture)
         shown = ", ".join(
             f"{key.removeprefix('val/')} {x:.4g}"
             for key, x in figures.items()
@@ -93,18 +100,26 @@ class Journal:
         self._redirect.close()
         self._metrics.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with suppress(Exception):
+                self._tensorboard.close()
 
     def _write(self, figures: Figures) -> None:
         line = {
             key: [_json(x) for x in value] if isinstance(value, list) else _json(value)
             for key, value in figures.items()
         }
-        self._metrics.write(json.dumps({"step": self._state.step, **line}) + "\n")
-        self._metrics.flush()
-        if self._tensorboard is not None:
-            for key, value in _scalars(figures).items():
-                self._tensorboard.add_scalar(key, value, self._state.step)
+        self._metrics.append(json.dumps({"step": self._state.step, **line}))
+        for key, value in _scalars(figures).items():
+            self._tell_tensorboard("add_scalar", key, value)
+
+    def _tell_tensorboard(self, method: str, key: str, value: float | Tensor) -> None:
+        if self._tensorboard is None:
+            return
+        try:
+            getattr(self._tensorboard, method)(key, value, self._state.step)
+        except Exception as error:  # whatever ended its writing thread
+            logger.warning("TensorBoard's events cannot be written, and end here: %s", error)
+            self._tensorboard = None
 
 
 def _json(number: float) -> float | str:
@@ -123,14 +138,16 @@ def _scalars(figures: Figures) -> dict[str, float]:
     return scalars
 
 
-def _drop_later_lines(path: Path, step: int) -> None:
-    """Remove the lines of steps that will be taken again, and one that was cut short."""
+def _drop_later_lines(path: Path, step: int, validated_step: int) -> None:
+    """Remove the lines of what will be done again, and one that was cut short."""
     if not path.is_file():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            content = json.loads(line)
+            last = validated_step if "val/psnr" in content else step
+            if content["step"] <= last:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from kl_vae.data import StepSampler, training_loader, validation_batches, validation_loader
-from kl_vae.formats.checkpoint import newest_checkpoint
+import torch
+
+from kl_vae.data import StepSampler, batch_loader, validation_batches
+from kl_vae.formats.run_checkpoints import newest_checkpoint
+from kl_vae.training.agreement import check_agreement
+from kl_vae.training.bad_images import BadImages
+from kl_vae.training.checkpoints import Checkpoints
 from kl_vae.training.config import RunConfig
 from kl_vae.training.distributed import Ranks, connect
+from kl_vae.training.failures import explain
 from kl_vae.training.figures import as_figures, scalar
+from kl_vae.training.global_batch import divide_batch
 from kl_vae.training.journal import Journal
 from kl_vae.training.pictures import draw_pictures
 from kl_vae.training.prepare import (
@@ -19,11 +31,16 @@ from kl_vae.training.prepare import (
     build_model,
     build_state,
     describe,
-    micro_batch_size,
     rehearse,
     wrap,
 )
-from kl_vae.training.run_directory import check_run, prepare_run, write_status
+from kl_vae.training.run_directory import (
+    check_run,
+    prepare_run,
+    say_how_it_ended,
+    write_status,
+)
+from kl_vae.training.run_lock import RunLock
 from kl_vae.training.signals import StopRequest, stop_on_signals
 from kl_vae.training.state import TrainingState
 from kl_vae.training.step import TrainingStep
@@ -36,7 +53,7 @@ def train(config: RunConfig, run: Path, device: str = "auto") -> TrainingState:
     """Train as `config` says, in the directory `run`, or resume what it holds.
 
     Under torchrun each process calls this. Nothing is written before everything that can be checked
-    has been.
+    has been. docs/faults.md says what becomes of a run when something goes wrong.
 
     Args:
         config: of the run.
@@ -48,41 +65,82 @@ def train(config: RunConfig, run: Path, device: str = "auto") -> TrainingState:
 
     Raises:
         ValueError: something that the user can mend; the text says how.
-        RuntimeError: too many steps in a row without a finite gradient.
+        RunError: the run cannot go on; the text says why.
     """
-    with connect(device) as ranks, stop_on_signals() as stop:
+    if config.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+        torch.use_deterministic_algorithms(True)
+    timeout_seconds = config.training.timeout_seconds
+    with connect(device, timeout_seconds) as ranks, stop_on_signals() as stop, RunLock(run) as lock:
         # a function of its own, so that DDP is gone before its process group (see `connect`)
-        return _train(config, run, ranks, stop)
+        with _no_worker_left():
+            return _train(config, run, ranks, stop, lock)
 
 
-def _train(config: RunConfig, run: Path, ranks: Ranks, stop: StopRequest) -> TrainingState:
+@contextmanager
+def _no_worker_left() -> Iterator[None]:
+    """Kill the data workers where an error ends the run.
+
+    The exit of a process ends its children with SIGTERM, which they ignore, and waits for them.
+    """
+    before = multiprocessing.active_children()
+    try:
+        yield
+    except Exception:
+        # torch's handler raises another error for a worker that is killed
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for process in multiprocessing.active_children():
+            if process not in before:
+                process.kill()
+                process.join(5.0)
+        signal.signal(signal.SIGCHLD, handler)
+        raise
+
+
+def _train(
+    config: RunConfig, run: Path, ranks: Ranks, stop: StopRequest, lock: RunLock
+) -> TrainingState:
     training, plain = config.training, dataclasses.asdict(config)
 
     # what the run is made of
     ranks.on_first(lambda: check_run(run, plain))
     train_set, val_set = build_data(config, ranks)
-    batch_size = micro_batch_size(config, ranks)
     steps_per_epoch = len(train_set) // training.global_batch_size
     total_steps = training.max_steps or (training.epochs or 0) * steps_per_epoch
     validate_every_steps = training.validate_every_steps or steps_per_epoch
     found = ranks.on_first(lambda: newest_checkpoint(run))
+    path, content = found or (None, {})
+    accumulate, batches = divide_batch(training, ranks.world_size, content.get("batches"))
+    training = dataclasses.replace(training, accumulate_batches=accumulate)
+    config = dataclasses.replace(config, training=training)
     model = build_model(config, ranks, resuming=found is not None)
     rehearse(model, config, train_set.crop, val_set is not None, ranks)
-    state = build_state(config, model, plain, train_set.fingerprint)
+    val_fingerprint = "" if val_set is None else val_set.fingerprint
+    state = build_state(config, model, plain, train_set.fingerprint, val_fingerprint)
+    state.batches = batches
 
     # where it stands
     if found is not None:
-        state.restore(found[1], source=str(found[0]))
+        state.restore(content, source=str(path))
+        del found, content  # as large as the state itself
+    ranks.on_first(lock.acquire)
     ranks.on_first(lambda: prepare_run(run, plain))
     if ranks.is_first:
+        say_how_it_ended(run)
         describe(state, config, ranks, run, train_set, val_set, total_steps)
-    if state.step >= total_steps:
+    if state.step >= total_steps and (val_set is None or state.validated_step == state.step):
         logger.info("nothing to do: all %d steps are taken", state.step)
         return state
 
     # what a step needs
     autoencoder, discriminator = wrap(model, ranks)
-    take_step = TrainingStep(state, autoencoder, discriminator, config, ranks, total_steps)
+    bad_images = BadImages(
+        run, ranks, len(train_set) + len(val_set or ()), config.data.max_bad_fraction
+    )
+    take_step = TrainingStep(
+        state, autoencoder, discriminator, config, ranks, total_steps, bad_images
+    )
+    batch_size = training.global_batch_size // (ranks.world_size * accumulate)
     sampler = StepSampler(
         len(train_set),
         training.global_batch_size,
@@ -93,64 +151,94 @@ def _train(config: RunConfig, run: Path, ranks: Ranks, stop: StopRequest) -> Tra
         start_step=state.step,
         total_steps=total_steps,
     )
-    workers, pin_memory = config.data.num_workers, ranks.device.type == "cuda"
-    batches = iter(training_loader(train_set, sampler, workers, pin_memory))
+    load = partial(
+        batch_loader,
+        num_workers=config.data.num_workers,
+        pin_memory=ranks.device.type == "cuda",
+        timeout_seconds=training.timeout_seconds,
+    )
+    train_batches = iter(load(train_set, sampler))
     val_size = 0 if val_set is None else len(val_set)
     val_batches = validation_batches(val_size, batch_size, ranks.rank, ranks.world_size)
     averaged = None if state.average is None else state.average.model
+    checkpoints = Checkpoints(run, state, training.keep_checkpoints, resumed=path)
     journal = Journal(run, state, total_steps) if ranks.is_first else None
     status = partial(write_status, run, total_steps=total_steps)
     ranks.on_first(lambda: status("running", state.step))
 
     model.train()
+    saved = True  # nothing has been done yet
     try:
-        while state.step < total_steps and not ranks.any(stop.signal is not None):
-            figures = take_step(batches)
+        while True:
+            # after a step, or where a signal has cut the validation after it short
             done = state.step == total_steps
+            milestone = state.step > 0 and (done or state.step % validate_every_steps == 0)
+            stopping = False
+            if val_set is not None and milestone and state.validated_step < state.step:
+                batches_of_val = load(val_set, val_batches)
+                val_figures = validate(
+                    *(model, batches_of_val, state.step, config, ranks, bad_images, averaged),
+                    stop=lambda: stop.signal is not None,
+                )
+                stopping = val_figures is None
+                if val_figures is not None:
+                    state.validated_step = state.step
+                    saved = False
+                    if model.monitor is not None:
+                        state.note_best(model.monitor, scalar(val_figures, model.monitor))
+                    pictures = ranks.on_first(
+                        lambda: draw_pictures(averaged or model, val_set, training.sample_images)
+                    )
+                    if journal is not None:
+                        journal.write_validation(val_figures, pictures)
 
-            if state.step % training.log_every_steps == 0 or done:
+            stopping = stopping or ranks.any(stop.signal is not None)
+            ending = done or stopping or bad_images.too_many
+            if not saved and (ending or milestone or state.step % training.save_every_steps == 0):
+                check_agreement(model, ranks, state.step)
+                ranks.on_first(partial(checkpoints.save, final=ending))
+                ranks.on_first(lambda: status("running", state.step))
+                saved = True
+            if bad_images.too_many:
+                raise bad_images.error()
+            if ending:
+                break
+
+            figures = take_step(train_batches)
+            saved = False
+            every = training.check_ranks_every_steps
+            if every is not None and state.step % every == 0:
+                check_agreement(model, ranks, state.step)
+            if state.step % training.log_every_steps == 0 or state.step == total_steps:
                 means = as_figures(ranks.mean(figures))
                 means["epoch"] = state.step / steps_per_epoch
-                means["skipped_steps"] = sum(updater.skipped for updater in state.updaters)
+                means["skipped_steps"] = state.skips.total
+                means["skipped_by_scaler"] = state.skips.by_scaler
                 if journal is not None:
                     journal.write_step(means)
             if journal is not None:
                 journal.advance()
-
-            validating = done or state.step % validate_every_steps == 0
-            if val_set is not None and validating:
-                loader = validation_loader(val_set, val_batches, workers, pin_memory)
-                val_figures = validate(model, loader, state.step, config, ranks, averaged)
-                if model.monitor is not None:
-                    state.note_best(model.monitor, scalar(val_figures, model.monitor))
-                pictures = ranks.on_first(
-                    lambda: draw_pictures(averaged or model, val_set, training.sample_images)
-                )
-                if journal is not None:
-                    journal.write_validation(val_figures, pictures)
-
-            if validating or state.step % training.save_every_steps == 0:
-                ranks.on_first(lambda: state.save(run, training.keep_checkpoints))
-                ranks.on_first(lambda: status("running", state.step))
-        if state.step < total_steps:
-            ranks.on_first(lambda: state.save(run, training.keep_checkpoints))
-    except BaseException as error:
+    except Exception as error:
+        failure = explain(error, ranks.roll_call)
         if ranks.is_first:
-            status("failed", state.step, reason=f"{type(error).__name__}: {error}")
-        raise
+            status("failed", state.step, reason=f"{type(failure).__name__}: {failure}")
+        if failure is error:
+            raise
+        raise failure from error
     finally:
         if journal is not None:
             journal.close()
 
     # how it ended
-    stopped = state.step < total_steps
-    if ranks.is_first and stopped:
-        status("stopped", state.step, reason=stop.signal)
+    if not stopping:
+        ranks.on_first(lambda: status("finished", state.step))
+        logger.info("finished all %d steps; results in %s", total_steps, run)
+        return state
+    signal = next((name for name in ranks.gather(stop.signal) if name is not None), None)
+    ranks.on_first(lambda: status("stopped", state.step, reason=signal))
+    if ranks.is_first:
         logger.info(
             "stopped by %s at step %d of %d, saved in %s; the same command resumes",
-            *(stop.signal, state.step, total_steps, run),
+            *(signal, state.step, total_steps, run),
         )
-    elif ranks.is_first:
-        status("finished", state.step)
-        logger.info("finished all %d steps; results in %s", total_steps, run)
     return state

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from itertools import islice
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,8 @@ from kl_vae.inference.sample import sample_prior
 from kl_vae.model import AutoEncoderKL
 from kl_vae.training.figures import evaluating
 
+logger = logging.getLogger(__name__)
+
 COLUMNS = 4
 
 
@@ -20,7 +25,8 @@ def draw_pictures(model: AutoEncoderKL, val_set: ImageDataset, number: int) -> d
     """Return pictures [3, H, W] uint8 by name.
 
     `reconstructions`: the first images of the validation set, as input | reconstruction of the mode
-    | difference. `prior`: decodes of N(0, I), of the same latents each time.
+    | difference. `prior`: decodes of N(0, I), of the same latents each time; left out where they
+    are not finite.
     """
     device = model.get_last_layer().device
 
@@ -28,13 +34,17 @@ def draw_pictures(model: AutoEncoderKL, val_set: ImageDataset, number: int) -> d
         return as_picture(as_saved(image.float().cpu()), lambda x: model.to_rgb(x.to(device)).cpu())
 
     with evaluating(model):
-        images = [val_set[0, i, i].image for i in range(min(number, len(val_set)))]
+        samples = (val_set[0, i, i] for i in range(len(val_set)))
+        images = [sample.image for sample in islice((x for x in samples if x.name), number)]
         reconstructions = [model(x[None].to(device), sample_posterior=False)[0][0] for x in images]
-        prior = list(sample_prior(model, number, val_set.crop, batch_size=1))
-    pictures = {
-        "reconstructions": comparison_grid(
-            [picture(x) for x in images], [picture(x) for x in reconstructions]
-        ),
-        "prior": image_grid([picture(x) for x in prior], COLUMNS),
-    }
-    return pictures
+        pictures = {
+            "reconstructions": comparison_grid(
+                [picture(x) for x in images], [picture(x) for x in reconstructions]
+            )
+        }
+        try:
+            prior = list(sample_prior(model, number, val_set.crop, batch_size=1))
+        except ValueError as error:  # far from the posterior a decoder may do anything
+            logger.warning("no picture of the prior: %s", error)
+            return pictures
+    return {**pictures, "prior": image_grid([picture(x) for x in prior], COLUMNS)}

@@ -66,23 +66,6 @@ def build_data(config: RunConfig, ranks: Ranks) -> tuple[ImageDataset, ImageData
     return train_set, val_set
 
 
-def micro_batch_size(config: RunConfig, ranks: Ranks) -> int:
-    """Images that a rank passes through the model at once.
-
-    Raises:
-        ValueError: the global batch cannot be divided so.
-    """
-    training = config.training
-    parts = ranks.world_size * training.accumulate_batches
-    if training.global_batch_size % parts:
-        raise ValueError(
-            f"training.global_batch_size={training.global_batch_size}: cannot be divided among "
-            f"{ranks.world_size} ranks x {training.accumulate_batches} accumulated batches; "
-            f"use a multiple of {parts}"
-        )
-    return training.global_batch_size // parts
-
-
 def build_model(config: RunConfig, ranks: Ranks, resuming: bool) -> AutoEncoderKL:
     """Build the model on the device, initialised by the seed or, unless resuming, by `ckpt_path`.
 
@@ -113,21 +96,32 @@ def build_model(config: RunConfig, ranks: Ranks, resuming: bool) -> AutoEncoderK
 
 
 def build_state(
-    config: RunConfig, model: AutoEncoderKL, plain: dict[str, Any], data_fingerprint: str
+    config: RunConfig,
+    model: AutoEncoderKL,
+    plain: dict[str, Any],
+    data_fingerprint: str,
+    validation_fingerprint: str = "",
 ) -> TrainingState:
     """Build what updates the model's parameters, and with it all that a checkpoint holds."""
     precision, decay = config.training.precision, config.training.ema_decay
-    updater = Updater.build(model.own_parameters(), config.optimizer, precision, "optimizer")
+    updater = Updater.build(model.own_parameters(), config.optimizer, precision)
     discriminator_updater = None
     if model.adversary is not None:
         discriminator_updater = Updater.build(
             list(model.adversary.discriminator.parameters()),
             config.discriminator_optimizer,
             precision,
-            "discriminator_optimizer",
         )
     average = None if decay is None else WeightAverage(model, decay)
-    return TrainingState(model, updater, plain, data_fingerprint, discriminator_updater, average)
+    return TrainingState(
+        model,
+        updater,
+        plain,
+        data_fingerprint,
+        validation_fingerprint,
+        discriminator_updater,
+        average,
+    )
 
 
 def wrap(model: AutoEncoderKL, ranks: Ranks) -> tuple[nn.Module, nn.Module | None]:
@@ -203,6 +197,7 @@ def describe(
 ) -> None:
     """Say the size of the model, what it trains on, where, how precisely, and where it writes."""
     model, training = state.model, config.training
+    images = training.global_batch_size // (ranks.world_size * training.accumulate_batches)
     side, f = train_set.crop, model.downsampling_factor
     count = sum(p.numel() for p in model.without_loss().parameters())
     trained = sum(p.numel() for p in model.without_loss().parameters() if p.requires_grad)
@@ -219,7 +214,7 @@ def describe(
         f"from {config.data.train.root}",
         f"devices    {ranks.world_size} x {device}, {training.precision}",
         f"batch      {training.global_batch_size} images a step = {ranks.world_size} (ranks) x "
-        f"{training.accumulate_batches} (accumulated) x {micro_batch_size(config, ranks)}",
+        f"{training.accumulate_batches} (accumulated) x {images}",
         f"length     {total_steps} steps, {state.step} of them taken",
         f"results    {run}",
     ):

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from kl_vae.data import STOP_SIGNALS
+
 logger = logging.getLogger(__name__)
 
 
@@ -25,11 +27,11 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn SIGINT, SIGTERM and SIGUSR1 into a StopRequest while the run goes on."""
+    """Turn SIGINT, SIGTERM, SIGUSR1 and SIGHUP into a StopRequest while the run goes on."""
     request = StopRequest()
-    numbers = [
-        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
-    ]
+    numbers = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        numbers.remove(signal.SIGHUP)  # as nohup wants it
     before = {number: signal.signal(number, request.receive) for number in numbers}
     try:
         yield request

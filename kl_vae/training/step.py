@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -15,10 +15,14 @@ from kl_vae.device import autocast
 from kl_vae.equivariance import Equivariance
 from kl_vae.model import AutoEncoderKL, StepOutput
 from kl_vae.randomness import generator_for
+from kl_vae.training.bad_images import BadImages
 from kl_vae.training.config import RunConfig
 from kl_vae.training.distributed import Ranks
 from kl_vae.training.figures import latent_moments
+from kl_vae.training.finiteness import Seen, which_to_take
 from kl_vae.training.state import TrainingState
+
+_LOSSES = ("train/total_loss", "train/disc_loss")
 
 
 @dataclass
@@ -32,6 +36,7 @@ class TrainingStep:
         config: of the run.
         ranks: that step together.
         total_steps: of the run.
+        bad_images: those met so far.
     """
 
     state: TrainingState
@@ -40,6 +45,7 @@ class TrainingStep:
     config: RunConfig
     ranks: Ranks
     total_steps: int
+    bad_images: BadImages
 
     def __call__(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
         """Take a step's micro-batches and update the parameters.
@@ -49,8 +55,8 @@ class TrainingStep:
             and the latents, psnr (dB), norms of gradients (before clipping) and learning rates.
 
         Raises:
-            ValueError: an image that cannot be used.
-            RuntimeError: too many steps in a row without a finite gradient.
+            RunError: too many steps in a row without finite numbers, or no image in place of a bad
+                one.
         """
         state, micro_batches = self.state, self.config.training.accumulate_batches
         adversary = state.model.adversary
@@ -59,6 +65,7 @@ class TrainingStep:
         if adversary is not None and discriminates:
             before = [statistic.clone() for statistic in adversary.running_statistics()]
         means: dict[str, Tensor] = {}
+        seen: list[Seen] = []
         for micro in range(micro_batches):
             batch, last = next(batches), micro == micro_batches - 1
             with nullcontext() if last else _no_sync(self.autoencoder):
@@ -67,14 +74,14 @@ class TrainingStep:
                 with nullcontext() if last else _no_sync(self.discriminator):
                     figures |= self._discriminator_pass(out.target, out.reconstruction.detach())
             del out  # and with it the graph
+            losses = [value for key, value in figures.items() if key in _LOSSES]
+            seen.append(Seen(sum(losses, torch.tensor(0.0)), batch.names, batch.bad))
             for key, value in figures.items():
                 means[key] = means.get(key, 0.0) + value / micro_batches
-        return {**means, **self._update(discriminates, before, means)}
+        return {**means, **self._update(discriminates, before, means, seen)}
 
     def _autoencoder_pass(self, batch: Batch, micro: int) -> tuple[StepOutput, dict[str, Tensor]]:
         """Add the gradient of a micro-batch; return the pass and what was measured on it."""
-        if any(batch.errors):
-            raise ValueError(f"{first_error(batch)}; mend it, or name it in data.train.exclude")
         training, device, step = self.config.training, self.ranks.device, self.state.step
         # dropout too is a function of the step, so that nothing need be kept of it to resume
         dropout = generator_for("dropout", training.seed, step, self.ranks.rank, micro)
@@ -107,14 +114,22 @@ class TrainingStep:
         return log
 
     def _update(
-        self, discriminates: bool, before: list[Tensor], means: Mapping[str, Tensor]
+        self,
+        discriminates: bool,
+        before: list[Tensor],
+        means: Mapping[str, Tensor],
+        seen: Sequence[Seen],
     ) -> dict[str, Tensor]:
         """Update all that learns in this step; return norms of gradients and learning rates."""
         state, figures = self.state, {}
-        taken = []
-        for updater in state.updaters[: 1 + discriminates]:
-            norm, finite = updater.update(self.ranks, state.step, self.total_steps)
-            taken.append(finite)
+        updaters = state.updaters[: 1 + discriminates]
+        norms = [updater.unscale() for updater in updaters]
+        taken = which_to_take(
+            *(updaters, norms, seen, self.ranks, state.skips, self.bad_images, state.step),
+            max_skipped_steps=self.config.training.max_skipped_steps,
+        )
+        for updater, norm, take in zip(updaters, norms, taken, strict=True):
+            updater.update(norm, take, state.step, self.total_steps)
             prefix = "train/" if updater is state.updater else "train/disc_"
             figures[f"{prefix}grad_norm"] = norm
             figures[f"{prefix}learning_rate"] = torch.tensor(updater.learning_rate)
@@ -157,8 +172,3 @@ def to_device(images: Tensor, device: torch.device, channels_last: bool) -> Tens
     """Move a batch [B, C, H, W] to the device, in the memory layout of the model."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return images.to(device, non_blocking=True).contiguous(memory_format=layout)
-
-
-def first_error(batch: Batch) -> str:
-    """What is wrong with the first image of a batch that could not be read."""
-    return next(error for error in batch.errors if error)

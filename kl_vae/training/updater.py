@@ -9,10 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from kl_vae.optimizer import OptimizerConfig, build_optimizer, set_learning_rate
-from kl_vae.training.distributed import Ranks
-
-# the run is lost, not unlucky, when this many steps in a row give no finite gradient
-MAX_SKIPPED_STEPS = 10
 
 
 @dataclass
@@ -22,72 +18,63 @@ class Updater:
     Attributes:
         parameters: all that are updated.
         config: of the optimiser.
-        section: of the config file, for errors.
         learning_rate: of the last step.
-        skipped: steps left out for want of a finite gradient.
     """
 
     parameters: list[nn.Parameter]
     config: OptimizerConfig
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    section: str
     learning_rate: float = 0.0
-    skipped: int = 0
-    _skipped_in_a_row: int = 0
 
     @classmethod
     def build(
-        cls, parameters: list[nn.Parameter], config: OptimizerConfig, precision: str, section: str
+        cls, parameters: list[nn.Parameter], config: OptimizerConfig, precision: str
     ) -> Updater:
         """Build the optimiser and the scaler over `parameters`."""
         scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=precision == "fp16")
-        return cls(parameters, config, build_optimizer(parameters, config), scaler, section)
+        return cls(parameters, config, build_optimizer(parameters, config), scaler)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a scalar, scaled."""
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
-    def update(self, ranks: Ranks, step: int, total_steps: int) -> tuple[Tensor, bool]:
-        """Unscale, clip and step; without a finite gradient on any rank all leave the step out.
+    def unscale(self) -> Tensor:
+        """Undo the scaling of the gradient; return its norm, a scalar, not finite where it is not.
 
-        Returns:
-            The gradient's norm before clipping, a scalar, and whether the step was taken.
+        Once a step, and before `update`.
+        """
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        return nn.utils.get_total_norm(gradients).detach()
 
-        Raises:
-            RuntimeError: too many steps in a row without a finite gradient.
+    @property
+    def scale_may_be_too_large(self) -> bool:
+        """Whether a gradient that is not finite may be so for the scale's sake alone."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() > 1.0
+
+    def update(self, norm: Tensor, take: bool, step: int, total_steps: int) -> None:
+        """Clip and step, or leave the step out.
+
+        Args:
+            norm: what `unscale` gave.
+            take: the step, whose gradient is finite then.
+            step: for the learning rate.
+            total_steps: of the run.
         """
         self.learning_rate = set_learning_rate(self.optimizer, step, total_steps, self.config)
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        if self.config.clip_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_grad_norm, norm)
-        finite = not ranks.any(not norm.isfinite())
-        if finite or self.scaler.is_enabled():  # the scaler leaves a step out by itself
+        if take:
+            if self.config.clip_grad_norm is not None:
+                nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_grad_norm, norm)
             self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.scaler.update()  # where the gradient was not finite the scale is halved
         self.optimizer.zero_grad(set_to_none=True)
-        self.skipped += not finite
-        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
-        if self._skipped_in_a_row >= MAX_SKIPPED_STEPS:
-            raise RuntimeError(
-                f"{MAX_SKIPPED_STEPS} steps in a row had no finite gradient; lower "
-                f"{self.section}.learning_rate, or set training.precision to bf16 or fp32"
-            )
-        return norm.detach(), finite
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step depends on: tensors and plain values."""
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "skipped": self.skipped,
-            "skipped_in_a_row": self._skipped_in_a_row,
-        }
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, content: dict[str, Any]) -> None:
         """Take up what `state_dict` gave."""
         self.optimizer.load_state_dict(content["optimizer"])
         self.scaler.load_state_dict(content["scaler"])
-        self.skipped = content["skipped"]
-        self._skipped_in_a_row = content["skipped_in_a_row"]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from kl_vae.data import Batch
+from kl_vae.data import BadImage, Batch
 from kl_vae.device import autocast
+from kl_vae.errors import RunError
 from kl_vae.inference.metrics import psnr, ssim
 from kl_vae.model import AutoEncoderKL
+from kl_vae.training.bad_images import BadImages
 from kl_vae.training.config import RunConfig
 from kl_vae.training.distributed import Ranks
 from kl_vae.training.figures import Figures, as_figures, evaluating, latent_moments
-from kl_vae.training.step import first_error, latent_noise, to_device
+from kl_vae.training.step import latent_noise, to_device
 
 
 @torch.no_grad()
@@ -24,12 +26,15 @@ def validate(
     step: int,
     config: RunConfig,
     ranks: Ranks,
+    bad_images: BadImages,
     average: AutoEncoderKL | None = None,
-) -> Figures:
+    stop: Callable[[], bool] = lambda: False,
+) -> Figures | None:
     """Mean figures over the validation set: "val/..." of the loss, psnr (dB), ssim and latents.
 
     Each image counts once: no rank pads its share, and a rank may have none. Sums are float64.
-    The posterior is sampled with noise that depends on the image's place in the set alone.
+    The posterior is sampled with noise that depends on the image's place in the set alone. Images
+    that cannot be used are left out.
 
     Args:
         model: the bare module.
@@ -37,16 +42,34 @@ def validate(
         step: optimisation steps so far.
         config: of the run.
         ranks: over which the sums go.
+        bad_images: those met so far.
         average: the model with averaged weights, whose figures are "val_ema/...".
+        stop: whether this rank has been asked to end.
+
+    Returns:
+        The figures, or None where a rank was asked to end before they were complete.
 
     Raises:
-        ValueError: an image that cannot be used.
+        RunError: no image can be used.
     """
     sums: dict[str, Tensor] = {}
     count = 0
-    for batch in batches:
-        if any(batch.errors):
-            raise ValueError(f"{first_error(batch)}; mend it, or leave it out of validation")
+    bad: list[BadImage] = []
+    share = iter(batches)
+    # all ranks together: one has a batch more than another, or none
+    while True:
+        batch = next(share, None)
+        stopping, unfinished = ranks.any_of(stop(), batch is not None)
+        if stopping:
+            return None
+        if not unfinished:
+            break
+        if batch is None:
+            continue
+        bad += batch.bad
+        batch = batch.usable()
+        if not batch.names:
+            continue
         noise = latent_noise(model, batch, "validation", config.training.seed)
         images = to_device(batch.images, ranks.device, config.training.channels_last)
         noise = noise.to(ranks.device)
@@ -58,8 +81,12 @@ def validate(
         for key, value in figures.items():
             sums[key] = sums.get(key, 0.0) + value.cpu().double() * len(images)
         count += len(images)
-    # a rank without images does not know the figures: rank 0 always has some
-    names = ranks.on_first(lambda: {name: list(total.shape) for name, total in sums.items()})
+    bad_images.note(bad)
+    # a rank without images does not know the figures
+    shapes = ranks.gather({name: list(total.shape) for name, total in sums.items()})
+    names = next((of_rank for of_rank in shapes if of_rank), None)
+    if names is None:
+        raise RunError("no validation image can be used; look at bad_images.txt")
     totals = {name: sums.get(name, torch.zeros(shape).double()) for name, shape in names.items()}
     number = ranks.sum(torch.tensor(count))
     return as_figures({name: ranks.sum(total) / number for name, total in totals.items()})

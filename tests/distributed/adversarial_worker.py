@@ -12,9 +12,11 @@ from torch import nn
 
 from kl_vae import AutoEncoderKL
 from kl_vae.data import Batch
+from kl_vae.training.bad_images import BadImages
 from kl_vae.training.config import RunConfig
 from kl_vae.training.distributed import Ranks, connect
-from kl_vae.training.prepare import build_model, build_state, micro_batch_size, wrap
+from kl_vae.training.global_batch import divide_batch
+from kl_vae.training.prepare import build_model, build_state, wrap
 from kl_vae.training.step import TrainingStep
 
 STEPS, GLOBAL = 5, 8
@@ -47,12 +49,13 @@ everything = nn.functional.interpolate(small, (24, 24), mode="bicubic").clamp(-1
 
 def batches(ranks: Ranks) -> Iterator[Batch]:
     """This rank's share of the same images in each step, in order."""
-    size = micro_batch_size(config, ranks)
+    _, plan = divide_batch(config.training, ranks.world_size)
+    size = plan["micro_batch_size"]
     while True:
         for start in range(ranks.rank * size, GLOBAL, size * ranks.world_size):
-            yield Batch(
-                everything[start : start + size], torch.arange(start, start + size), ("",) * size
-            )
+            positions = torch.arange(start, start + size)
+            names = tuple(f"{i}.png" for i in range(start, start + size))
+            yield Batch(everything[start : start + size], positions, names, ())
 
 
 def inflate(module: nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
@@ -63,7 +66,8 @@ def inflate(module: nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
 with connect("cpu") as ranks:
     model: AutoEncoderKL = build_model(config, ranks, resuming=False)
     state = build_state(config, model, {}, "")
-    take_step = TrainingStep(state, *wrap(model, ranks), config, ranks, STEPS)
+    bad_images = BadImages(None, ranks, GLOBAL, max_fraction=0.0)
+    take_step = TrainingStep(state, *wrap(model, ranks), config, ranks, STEPS, bad_images)
     figures = []
     source = batches(ranks)
     for step in range(STEPS):
@@ -75,7 +79,7 @@ with connect("cpu") as ranks:
         figures.append({key: value.tolist() for key, value in means.items()})
     content = {
         "figures": figures,
-        "skipped": [updater.skipped for updater in state.updaters],
+        "skips": state.skips.state_dict(),
         "scales": [updater.scaler.get_scale() for updater in state.updaters],
         "model": model.state_dict(),
         "ema": state.average and state.average.state_dict(),

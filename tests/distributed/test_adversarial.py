@@ -84,8 +84,9 @@ def test_an_overflow_on_one_rank_is_skipped_on_both_and_leaves_no_nan() -> None:
     ranks = steps("fp16", ranks=2, precision="fp16", broken_rank=1)
     assert largest_difference(ranks[0]["model"], ranks[1]["model"]) == 0.0
     for rank in ranks:
-        assert rank["skipped"][0] >= 1 and rank["skipped"][1] >= 1
-        assert rank["skipped"] == ranks[0]["skipped"] and rank["scales"] == ranks[0]["scales"]
+        # the loss itself was not finite: that is not the scaler's doing
+        assert rank["skips"]["total"] == 1
+        assert rank["skips"] == ranks[0]["skips"] and rank["scales"] == ranks[0]["scales"]
         assert rank["scales"][0] < 2.0**16  # the scale is lowered
         for state in (rank["model"], rank["ema"]):
             assert all(x.isfinite().all() for x in state.values())

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from kl_vae import AutoEncoderKL
-from kl_vae.data import FolderSource, ImageDataset, validation_batches, validation_loader
+from kl_vae.data import FolderSource, ImageDataset, batch_loader, validation_batches
+from kl_vae.training.bad_images import BadImages
 from kl_vae.training.config import RunConfig
 from kl_vae.training.distributed import connect
 from kl_vae.training.validate import validate
@@ -22,7 +23,8 @@ with connect("cpu") as ranks:
         paths = [f"{i:03d}.png" for i in range(number)]
         dataset = ImageDataset(FolderSource(Path("images"), paths, 3), 16, 18, False, 0, False)
         batches = validation_batches(number, 2, ranks.rank, ranks.world_size)
-        loader = validation_loader(dataset, batches, num_workers=0, pin_memory=False)
-        figures[number] = validate(model, loader, 0, config, ranks)
+        loader = batch_loader(dataset, batches, num_workers=0, pin_memory=False, timeout_seconds=60)
+        bad_images = BadImages(None, ranks, number, max_fraction=0.0)
+        figures[number] = validate(model, loader, 0, config, ranks, bad_images)
     if ranks.is_first:
         Path(sys.argv[1]).write_text(json.dumps(figures))

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from kl_vae import AutoEncoderKL
-from kl_vae.formats.checkpoint import BEST, checkpoint_path, write_checkpoint
+from kl_vae.formats.checkpoint import write_checkpoint
+from kl_vae.formats.run_checkpoints import BEST, checkpoint_path
 
 Config = dict[str, Any]
 
@@ -178,14 +179,34 @@ def test_a_checkpoint_without_a_config_needs_params(
 
 
 def test_from_checkpoint_refuses_weights_that_do_not_match_their_sha256(
-    tiny_ddconfig: Config, tiny_model: AutoEncoderKL, tmp_path: Path
+    tiny_ddconfig: Config,
+    tiny_model: AutoEncoderKL,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     path = write_run(tmp_path, 1, tiny_model, tiny_ddconfig)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match="does not match its sha256, it is damaged"):
+        AutoEncoderKL.from_checkpoint(path)
+    with pytest.raises(ValueError, match="none of its checkpoints can be read; copy them from a"):
         AutoEncoderKL.from_checkpoint(tmp_path)
+    assert "passing over a checkpoint" in caplog.text
+
+
+def test_of_a_run_with_a_damaged_checkpoint_another_is_loaded_loudly(
+    tiny_ddconfig: Config,
+    tiny_model: AutoEncoderKL,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    write_run(tmp_path, 1, tiny_model, tiny_ddconfig)
+    damaged = write_run(tmp_path, 2, tiny_model, tiny_ddconfig)
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    (tmp_path / "checkpoints" / BEST).write_text(f'{{"checkpoint": "{damaged.name}"}}')
+    assert same_weights(AutoEncoderKL.from_checkpoint(tmp_path), tiny_model)
+    assert "step_00000002.pt: does not match its sha256" in caplog.text
 
 
 def test_a_directory_without_checkpoints_is_no_run(tmp_path: Path) -> None:

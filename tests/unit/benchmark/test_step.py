@@ -46,7 +46,7 @@ def ours(ddconfig: DDConfig) -> TrainingStep:
 
 def batch() -> Batch:
     images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
-    return Batch(2.0 * images - 1.0, torch.arange(2), ("", ""))
+    return Batch(2.0 * images - 1.0, torch.arange(2), ("a", "b"), ())
 
 
 def test_both_steps_give_the_same_gradients(ours: TrainingStep) -> None:

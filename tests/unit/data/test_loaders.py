@@ -10,18 +10,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from kl_vae.data import (
+    STOP_SIGNALS,
+    BadImage,
     Batch,
     FolderSource,
     ImageDataset,
+    Key,
     Sample,
     StepSampler,
+    batch_loader,
     collate,
     list_images,
-    training_loader,
     validation_batches,
-    validation_loader,
 )
 
 # Python 3.12 warns of every fork in a process with threads
@@ -42,20 +45,35 @@ def dataset(root: Path, training: bool = True) -> ImageDataset:
     return ImageDataset(source, 16, None, flip=True, seed=0, training=training)
 
 
+def loader_of(
+    data: ImageDataset, batches: StepSampler | list[list[Key]], num_workers: int
+) -> "DataLoader[Sample]":
+    return batch_loader(data, batches, num_workers, pin_memory=False, timeout_seconds=60)
+
+
 def batches(root: Path, num_workers: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
     data = dataset(root)
     sampler = StepSampler(len(data), 4, 2, rank, ranks, seed=0, start_step=1, total_steps=6)
-    return iter(training_loader(data, sampler, num_workers, pin_memory=False))
+    return iter(loader_of(data, sampler, num_workers))
 
 
 def test_collate() -> None:
-    samples = [Sample(torch.full((3, 2, 2), float(i)), 10 + i, "bad" * i) for i in range(2)]
+    bad = BadImage("b.png", "truncated")
+    samples = [
+        Sample(torch.full((3, 2, 2), float(i)), 10 + i, f"{i}.png" * i, (bad,) * (1 - i))
+        for i in range(2)
+    ]
     batch = collate(samples)
     assert batch.images.shape == (2, 3, 2, 2)
     assert batch.images[1].unique().tolist() == [1]
     assert batch.positions.dtype == torch.int64
     assert batch.positions.tolist() == [10, 11]
-    assert batch.errors == ("", "bad")
+    assert batch.names == ("", "1.png")
+    assert batch.bad == (bad,)
+    usable = batch.usable()
+    assert usable.names == ("1.png",) and usable.positions.tolist() == [11]
+    assert usable.images.shape == (1, 3, 2, 2) and usable.bad == batch.bad
+    assert usable.usable() is usable
 
 
 def test_workers_change_nothing(root: Path) -> None:
@@ -65,7 +83,8 @@ def test_workers_change_nothing(root: Path) -> None:
         assert isinstance(other, Batch)
         assert torch.equal(one.images, other.images)
         assert torch.equal(one.positions, other.positions)
-        assert other.errors == ("", "")
+        assert other.names == one.names and all(other.names)
+        assert other.bad == ()
 
 
 def test_loading_leaves_the_global_generator_alone(root: Path) -> None:
@@ -84,39 +103,41 @@ def test_ranks_change_nothing(root: Path) -> None:
 def test_a_damaged_file_does_not_end_a_worker(root: Path) -> None:
     for path in root.iterdir():
         path.write_bytes(b"damaged")
-    assert all("not an image" in error for batch in batches(root, 1) for error in batch.errors)
+    for batch in batches(root, 1):
+        assert batch.names == ("", "") and len(batch.bad) > 2
+        assert all("not an image" in bad.reason for bad in batch.bad)
 
 
 def test_validation_loader(root: Path) -> None:
     data = dataset(root, training=False)
-    loader = validation_loader(data, validation_batches(12, 5, 0, 1), 0, pin_memory=False)
+    loader = loader_of(data, validation_batches(12, 5, 0, 1), 0)
     positions = [batch.positions.tolist() for batch in loader]
     assert positions == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]]
-    assert list(validation_loader(data, [], 1, pin_memory=False)) == []
+    assert list(loader_of(data, [], 1)) == []
 
 
 class Probe(ImageDataset):
     """Tells what its process does with signals, and how many threads it uses."""
 
     def __getitem__(self, key: tuple[int, int, int]) -> Sample:
-        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-        ignored = [handler == signal.SIG_IGN for handler in handlers]
-        return Sample(torch.zeros(1), key[2], f"{os.getpid()} {ignored} {torch.get_num_threads()}")
+        handlers = [signal.getsignal(getattr(signal, name)) for name in STOP_SIGNALS]
+        ignored = all(handler == signal.SIG_IGN for handler in handlers)
+        told = f"{os.getpid()} {ignored} {torch.get_num_threads()}"
+        return Sample(torch.zeros(1), key[2], told, ())
 
 
 def test_workers_leave_signals_to_the_main_process(root: Path) -> None:
     probe = Probe(FolderSource(root, ["a.png"], 3), 16, None, flip=True, seed=0, training=True)
-    loader = validation_loader(probe, [[(0, 0, 0)]], 1, pin_memory=False)
-    (batch,) = loader
-    pid, rest = batch.errors[0].split(" ", 1)
+    (batch,) = loader_of(probe, [[(0, 0, 0)]], 1)
+    pid, rest = batch.names[0].split(" ", 1)
     assert int(pid) != os.getpid()
-    assert rest == "[True, True] 1"
+    assert rest == "True 1"
     assert signal.getsignal(signal.SIGINT) != signal.SIG_IGN
 
 
 def test_no_more_workers_than_cores(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     cores = len(os.sched_getaffinity(0))
     with caplog.at_level(logging.INFO):
-        loader = validation_loader(dataset(root), [], cores + 3, pin_memory=False)
+        loader = loader_of(dataset(root), [], cores + 3)
     assert loader.num_workers == cores
     assert f"num_workers={cores + 3}: {cores}, since there are no more cores" in caplog.text

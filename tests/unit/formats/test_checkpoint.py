@@ -2,20 +2,19 @@
 
 import hashlib
 import logging
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 
-from kl_vae.formats.checkpoint import (
+from kl_vae.formats.checkpoint import read_checkpoint, remove_checkpoint, write_checkpoint
+from kl_vae.formats.run_checkpoints import (
     BEST,
     best_checkpoint,
     checkpoint_path,
     list_checkpoints,
     newest_checkpoint,
-    read_checkpoint,
-    remove_checkpoint,
-    write_checkpoint,
 )
 
 
@@ -49,6 +48,31 @@ def test_content_that_cannot_be_saved_leaves_no_file(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+def test_a_full_disk_is_an_oserror_and_leaves_what_was_there(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.save makes a RuntimeError of it, which does not say why."""
+    path = checkpoint_path(run, 300)
+    before = {file: (run / "checkpoints" / file).read_bytes() for file in names(path.parent)}
+    room = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, room[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_checkpoint(path, {"x": torch.randn(1 << 16)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, room)
+    assert {file: (path.parent / file).read_bytes() for file in names(path.parent)} == before
+
+
+def test_a_file_that_cannot_be_read_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> str:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("kl_vae.formats.checkpoint._digest", fail)
+    with pytest.raises(ValueError, match=r"300.pt: cannot be read \(Input/output error\)"):
+        read_checkpoint(checkpoint_path(run, 300))
+
+
 def test_damage_is_named_by_its_sha256(run: Path) -> None:
     path = checkpoint_path(run, 300)
     content = bytearray(path.read_bytes())
@@ -73,6 +97,10 @@ def test_another_programs_file_is_not_ours(tmp_path: Path) -> None:
 def test_checkpoints_are_listed_newest_first(run: Path) -> None:
     assert list_checkpoints(run) == [checkpoint_path(run, step) for step in (300, 20, 1)]
     assert list_checkpoints(run / "elsewhere") == []
+    for name in ("step_best.pt", "step_00000301.pt.sha256", ".123.tmp", "step_123456789.pt"):
+        (run / "checkpoints" / name).touch()
+    steps = (123456789, 300, 20, 1)
+    assert list_checkpoints(run) == [checkpoint_path(run, step) for step in steps]
 
 
 def test_the_newest_that_can_be_read_is_taken_and_the_rest_are_named(
@@ -95,8 +123,15 @@ def test_the_newest_that_can_be_read_is_taken_and_the_rest_are_named(
     assert "step_00000020.pt: does not match its sha256" in caplog.messages[1]
 
 
-def test_a_run_without_a_readable_checkpoint_has_no_newest(tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_has_no_newest(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None
+
+
+def test_a_run_without_a_checkpoint_that_can_be_read_is_refused(run: Path) -> None:
+    for path in list_checkpoints(run):
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="none of its checkpoints can be read; copy them from a b"):
+        newest_checkpoint(run)
 
 
 def test_the_best_is_the_one_that_the_run_names(run: Path) -> None:

@@ -1,48 +1,23 @@
-"""What checkpoints of a run are kept."""
+"""What a checkpoint of a run holds, and from which a run goes on."""
+
+from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from kl_vae import AutoEncoderKL
-from kl_vae.formats.checkpoint import best_checkpoint, list_checkpoints
+from kl_vae.formats.checkpoint import read_checkpoint, write_checkpoint
 from kl_vae.optimizer import OptimizerConfig
 from kl_vae.training.state import TrainingState
 from kl_vae.training.updater import Updater
 
 
-def build(ddconfig: dict[str, object]) -> TrainingState:
+def build(ddconfig: dict[str, object], fingerprint: str = "a") -> TrainingState:
     model = AutoEncoderKL(ddconfig, 4)
-    updater = Updater.build(model.own_parameters(), OptimizerConfig(), "fp32", "optimizer")
-    return TrainingState(model, updater, {}, "")
-
-
-def test_the_newest_and_the_best_are_kept(tmp_path: Path, tiny_ddconfig: dict[str, object]) -> None:
-    state = build(tiny_ddconfig)
-    for step, value in enumerate((3.0, 1.0, 2.0, 2.5, 1.5), start=1):
-        state.step = step
-        state.note_best("val/rec_loss", value)
-        state.save(tmp_path, keep=2)
-    kept = [path.name for path in list_checkpoints(tmp_path)]
-    assert kept == ["step_00000005.pt", "step_00000004.pt", "step_00000002.pt"]
-    best = best_checkpoint(tmp_path)
-    assert best is not None and best.name == "step_00000002.pt"
-    digests = sorted(path.name for path in (tmp_path / "checkpoints").glob("*.sha256"))
-    assert digests == sorted(f"{name}.sha256" for name in kept)
-
-
-def test_what_names_the_best_is_written_again_when_it_was_lost(
-    tmp_path: Path, tiny_ddconfig: dict[str, object]
-) -> None:
-    state = build(tiny_ddconfig)
-    state.step = 1
-    state.note_best("val/rec_loss", 1.0)
-    state.save(tmp_path, keep=1)
-    (tmp_path / "checkpoints" / "best.json").unlink()
-    state.step = 2
-    state.save(tmp_path, keep=1)
-    best = best_checkpoint(tmp_path)
-    assert best is not None and best.name == "step_00000001.pt"
+    updater = Updater.build(model.own_parameters(), OptimizerConfig(), "fp32")
+    return TrainingState(model, updater, {}, fingerprint, validation_fingerprint="v")
 
 
 def test_of_psnr_and_ssim_the_highest_is_best(tiny_ddconfig: dict[str, object]) -> None:
@@ -58,7 +33,58 @@ def test_nothing_but_tensors_and_plain_values_is_saved(
     tmp_path: Path, tiny_ddconfig: dict[str, object]
 ) -> None:
     state = build(tiny_ddconfig)
-    state.save(tmp_path, keep=1)
-    content = torch.load(list_checkpoints(tmp_path)[0], weights_only=True)
+    write_checkpoint(tmp_path / "a.pt", state.content())
+    content = torch.load(tmp_path / "a.pt", weights_only=True)
     assert content["model"].keys() == state.model.state_dict().keys()
     assert {"updaters", "ema", "config", "data_fingerprint", "versions"} <= content.keys()
+
+
+def test_what_was_saved_is_taken_up(tmp_path: Path, tiny_ddconfig: dict[str, object]) -> None:
+    state = build(tiny_ddconfig)
+    state.step, state.images_seen, state.validated_step = 5, 40, 4
+    state.skips.total, state.skips.by_scaler = 2, 3
+    state.best = {"monitor": "val/psnr", "value": 1.0, "step": 4}
+    write_checkpoint(tmp_path / "a.pt", state.content())
+    other = build(tiny_ddconfig)
+    other.restore(read_checkpoint(tmp_path / "a.pt"), source="a.pt")
+    for key in ("step", "images_seen", "validated_step", "skips", "best"):
+        assert getattr(other, key) == getattr(state, key)
+    for key, x in state.model.state_dict().items():
+        assert torch.equal(other.model.state_dict()[key], x)
+
+
+def test_other_images_are_refused(tiny_ddconfig: dict[str, object]) -> None:
+    content = build(tiny_ddconfig, "a").content()
+    with pytest.raises(ValueError, match="x.pt: the training images are not those it was made on"):
+        build(tiny_ddconfig, "b").restore(content, source="x.pt")
+
+
+def test_a_checkpoint_of_another_version_is_refused_naming_what_it_lacks(
+    tiny_ddconfig: dict[str, object],
+) -> None:
+    content = build(tiny_ddconfig).content()
+    del content["skips"], content["batches"]
+    with pytest.raises(ValueError, match=r"x.pt: has no batches, skips, .*model.params.ckpt_path"):
+        build(tiny_ddconfig).restore(content, source="x.pt")
+
+
+def test_other_software_and_other_validation_images_are_named(
+    tiny_ddconfig: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    content = build(tiny_ddconfig).content()
+    content["versions"] = {**content["versions"], "torch": "2.0", "device": "H100"}
+    content["validation_fingerprint"] = "w"
+    content["best"] = {"monitor": "val/psnr", "value": 1.0, "step": 0}
+    state = build(tiny_ddconfig)
+    state.restore(content, source="x.pt")
+    assert f"resuming with torch {torch.__version__}, before it was 2.0: the last" in caplog.text
+    assert "resuming with device cpu, before it was H100" in caplog.text
+    assert "the validation images are not those of before" in caplog.text
+    assert state.best == {}
+
+
+def test_the_same_software_is_not_named(
+    tiny_ddconfig: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    build(tiny_ddconfig).restore(build(tiny_ddconfig).content(), source="x.pt")
+    assert caplog.text == ""

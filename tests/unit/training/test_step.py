@@ -9,19 +9,21 @@ import pytest
 import torch
 
 from kl_vae import AutoEncoderKL
-from kl_vae.data import Batch
+from kl_vae.data import BadImage, Batch
+from kl_vae.errors import RunError
+from kl_vae.training.bad_images import BadImages
 from kl_vae.training.config import RunConfig
 from kl_vae.training.distributed import Ranks
 from kl_vae.training.prepare import build_state, wrap
 from kl_vae.training.step import TrainingStep, latent_noise
-from kl_vae.training.updater import MAX_SKIPPED_STEPS
 
 Loss = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 def batches(value: float = 0.5) -> Iterator[Batch]:
     while True:
-        yield Batch(torch.full((8, 3, 16, 16), value), torch.arange(8), ("",) * 8)
+        names = tuple(f"images/{i}.png" for i in range(8))
+        yield Batch(torch.full((8, 3, 16, 16), value), torch.arange(8), names, ())
 
 
 def build(loss: Loss | None = None, *overrides: str) -> TrainingStep:
@@ -31,7 +33,8 @@ def build(loss: Loss | None = None, *overrides: str) -> TrainingStep:
     model = AutoEncoderKL(params.ddconfig, params.embed_dim, loss or params.lossconfig)
     state = build_state(config, model, {}, "")
     ranks = Ranks(0, 1, torch.device("cpu"))
-    return TrainingStep(state, *wrap(model, ranks), config, ranks, 100)
+    bad_images = BadImages(None, ranks, 1000, 0.01)
+    return TrainingStep(state, *wrap(model, ranks), config, ranks, 100, bad_images)
 
 
 def weights(step: TrainingStep) -> list[torch.Tensor]:
@@ -67,26 +70,87 @@ def test_psnr_is_the_mean_over_images_in_db(project: Path) -> None:
     assert torch.allclose(take_step(batches())["train/psnr"], expected, atol=1e-4)
 
 
-def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(project: Path) -> None:
-    take_step = build(broken_loss(float("nan")))
+def test_a_step_without_a_finite_loss_changes_nothing_and_is_counted_with_its_files(
+    project: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    take_step = build(broken_loss(float("nan")), "training.max_skipped_steps=3")
     before = weights(take_step)
-    for _ in range(MAX_SKIPPED_STEPS - 1):
+    for _ in range(2):
         figures = take_step(batches())
     assert torch.isnan(figures["train/total_loss"])  # not hidden
-    assert take_step.state.updater.skipped == MAX_SKIPPED_STEPS - 1
+    assert take_step.state.skips.state_dict() == {"total": 2, "in_a_row": 2, "by_scaler": 0}
+    assert take_step.state.step == 2
     assert all(torch.equal(a, b) for a, b in zip(before, weights(take_step), strict=True))
-    with pytest.raises(RuntimeError, match="10 steps in a row had no finite gradient; lower opt"):
+    assert (
+        "step 1 is left out: the loss on rank 0 is not finite (2 so far, 2 in a row); its images:"
+        in caplog.text
+    )
+    assert f"rank 0: {', '.join(f'images/{i}.png' for i in range(8))}" in caplog.text
+    with pytest.raises(RunError, match="3 steps in a row had no finite loss or gradient: lower"):
         take_step(batches())
 
 
-def test_an_overflow_in_fp16_lowers_the_scale_and_training_goes_on(project: Path) -> None:
-    take_step = build(broken_loss(1e30), "training.precision=fp16")
-    scale = take_step.state.updater.scaler.get_scale()
+def test_of_accumulated_batches_only_the_broken_ones_are_named(
+    project: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def loss(inputs, reconstructions, posterior, global_step, last_layer, split):  # type: ignore[no-untyped-def]
+        total = (reconstructions - inputs / (inputs - 7.0)).square().mean()
+        return total, {f"{split}/total_loss": total.detach()}
+
+    take_step = build(loss, "training.accumulate_batches=2")
+    fine, broken = (
+        Batch(torch.full((4, 3, 16, 16), value), torch.arange(4), (f"{name}.png",) * 4, ())
+        for value, name in ((0.5, "fine"), (7.0, "broken"))
+    )
+    take_step(iter([fine, broken]))
+    assert "broken.png" in caplog.text and "fine.png" not in caplog.text
+
+
+def test_a_gradient_that_is_not_finite_alone_leaves_the_step_out(
+    project: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def loss(inputs, reconstructions, posterior, global_step, last_layer, split):  # type: ignore[no-untyped-def]
+        total = (
+            (reconstructions - reconstructions.detach()).sum().abs().sqrt()
+        )  # slope of sqrt at 0
+        return total, {f"{split}/total_loss": total.detach()}
+
+    take_step = build(loss)
     before = weights(take_step)
-    take_step(batches())
-    assert take_step.state.updater.skipped == 1
-    assert take_step.state.updater.scaler.get_scale() < scale
+    figures = take_step(batches())
+    assert figures["train/total_loss"] == 0.0 and not figures["train/grad_norm"].isfinite()
+    assert "the gradient is not finite (1 so far, 1 in a row)" in caplog.text
     assert all(torch.equal(a, b) for a, b in zip(before, weights(take_step), strict=True))
+
+
+def test_an_overflow_in_fp16_lowers_the_scale_and_is_counted_apart(project: Path) -> None:
+    take_step = build(broken_loss(1e30), "training.precision=fp16", "training.max_skipped_steps=2")
+    scaler = take_step.state.updater.scaler
+    scaler.load_state_dict({**scaler.state_dict(), "scale": 8.0})
+    before = weights(take_step)
+    one = Batch(torch.zeros(1, 3, 16, 16), torch.arange(1), ("a.png",), ())
+    for step in range(4):  # more than would end the run, were they its fault
+        assert scaler.get_scale() == 2.0 ** (3 - step)
+        assert take_step.state.skips.by_scaler == step
+        assert take_step.state.skips.total == 0
+        take_step(iter([one]))
+    # at a scale of 1 it is no longer the scale
+    assert take_step.state.skips.state_dict() == {"total": 1, "in_a_row": 1, "by_scaler": 3}
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(take_step), strict=True))
+
+
+def test_bad_images_met_are_noted(project: Path, caplog: pytest.LogCaptureFixture) -> None:
+    take_step = build()
+    batch = next(batches())._replace(bad=(BadImage("images/x.png", "truncated"),))
+    take_step(iter([batch]))
+    assert "an image cannot be used: images/x.png: truncated" in caplog.text
+    assert not take_step.bad_images.too_many
+
+
+def test_without_an_image_in_place_of_a_bad_one_the_run_ends(project: Path) -> None:
+    blank = Batch(torch.zeros(2, 3, 16, 16), torch.arange(2), ("a.png", ""), ())
+    with pytest.raises(RunError, match="no image can be read in place of a bad one; look at data"):
+        build()(iter([blank]))
 
 
 def test_gradients_are_clipped_to_the_bound(project: Path) -> None:
@@ -107,14 +171,8 @@ def test_the_noise_of_a_sample_depends_on_its_position_alone(project: Path) -> N
     model = build().state.model
     batch = next(batches())
     whole = latent_noise(model, batch, "posterior", 0, 3)
-    part = Batch(batch.images[:2], torch.tensor([5, 1]), ("", ""))
+    part = Batch(batch.images[:2], torch.tensor([5, 1]), ("", ""), ())
     assert torch.equal(latent_noise(model, part, "posterior", 0, 3), whole[[5, 1]])
     assert not torch.equal(latent_noise(model, batch, "posterior", 0, 4), whole)
     assert whole.shape == (8, 4, 8, 8)
     assert abs(whole.mean()) < 0.1 and abs(whole.std() - 1) < 0.1
-
-
-def test_an_unreadable_image_is_named_with_the_mend(project: Path) -> None:
-    bad = Batch(torch.zeros(2, 3, 16, 16), torch.arange(2), ("", "images/a.png: truncated"))
-    with pytest.raises(ValueError, match=r"images/a.png: truncated; mend it, or name it in data"):
-        build()(iter([bad]))
