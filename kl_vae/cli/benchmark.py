@@ -131,6 +131,35 @@ def _run_optimizer(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_safety_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_model_arguments(parser, size=128)
+    parser.add_argument(
+        "--batch-size",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="images a step and rank (default: 1)",
+    )
+
+
+def _run_safety(args: argparse.Namespace) -> int:
+    from kl_vae.benchmark.safety import measure_safety
+    from kl_vae.training.distributed import connect
+
+    ddconfig, embed_dim, _ = _prepare(args)
+    with connect(args.device) as ranks:
+        sizes = {"size": args.size, "batch_size": args.batch_size, "repeats": args.repeats}
+        result = measure_safety(ddconfig, embed_dim, ranks, **sizes)
+    if ranks.is_first:
+        figures = {**dataclasses.asdict(result), "total": result.total}
+        heading = (
+            f"What the guards of a run cost, {args.config}: {args.batch_size} x {args.size} x "
+            f"{args.size} images a rank, {args.repeats} of each by turns"
+        )
+        _report(args, heading, result.markdown(), ranks.device, figures)
+    return 0
+
+
 def _add_recipes_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key.path=value", help="of the config, as for train"
@@ -197,6 +226,11 @@ BENCHMARKS = {
         "what an update by Muon adds to a step, against Adam",
         _add_optimizer_arguments,
         _run_optimizer,
+    ),
+    "safety": Benchmark(
+        "what it costs a healthy run to be ready for faults",
+        _add_safety_arguments,
+        _run_safety,
     ),
     "recipes": Benchmark(
         "training recipes side by side: quality against steps and time",

@@ -61,7 +61,7 @@ def test_optimizers(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert figures.items() >= {"benchmark": "optimizer", "images": 3, "size": 32}.items()
 
 
-@pytest.mark.parametrize("benchmark", ["step", "optimizer"])
+@pytest.mark.parametrize("benchmark", ["step", "optimizer", "safety"])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -108,3 +108,18 @@ def test_a_benchmark_has_to_be_named(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         main(["benchmark", "speed"])
     assert "invalid choice: 'speed' (choose from " in capsys.readouterr().err
+
+
+def test_guards(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--config tiny.yaml --size 64 --repeats 1 --device cpu --out s.json"
+    assert main(["benchmark", "safety", *arguments.split()]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("What the guards of a run cost, tiny.yaml: 1 x 64 x 64 images a rank")
+    table = rows(printed)
+    for row in ("losses and gradients finite on all ranks", "a signal on any rank"):
+        assert float(table[row][0]) > 0.0 and table[row][2] == "1"
+    assert table["the same parameters on all ranks"][2] == "100"
+    figures = json.loads((project / "s.json").read_text())
+    assert figures["ranks"] == 1 and figures["step"]["median"] > 0.0
+    assert table["all"][-1].endswith(f"{figures['total']:.4%}")
+    assert not list(project.glob("tmp*"))  # what was saved is gone
