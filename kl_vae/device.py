@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -36,6 +38,22 @@ def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     if kind in ("auto", "cpu"):
         return torch.device("cpu")
     raise ValueError(f"device {name}: not available here; choose cpu, or leave it out")
+
+
+@contextmanager
+def deterministic(enabled: bool) -> Iterator[None]:
+    """Allow only kernels whose results do not vary from run to run, where `enabled`.
+
+    An operation that has none such is then a RuntimeError that names it.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    if enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:

@@ -51,7 +51,7 @@ def best_checkpoint(run: Path) -> Path | None:
     """The checkpoint with the best monitored figure; None where a run has named none."""
     try:
         name = json.loads((run / FOLDER / BEST).read_text())["checkpoint"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     path = run / FOLDER / Path(str(name)).name
     return path if path.is_file() else None

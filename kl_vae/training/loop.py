@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import multiprocessing
-import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from kl_vae.data import StepSampler, batch_loader, validation_batches
+from kl_vae.device import deterministic
 from kl_vae.formats.run_checkpoints import newest_checkpoint
 from kl_vae.training.agreement import check_agreement
 from kl_vae.training.bad_images import BadImages
@@ -41,7 +35,7 @@ from kl_vae.training.run_directory import (
     write_status,
 )
 from kl_vae.training.run_lock import RunLock
-from kl_vae.training.signals import StopRequest, stop_on_signals
+from kl_vae.training.signals import StopRequest, no_worker_left, stop_on_signals
 from kl_vae.training.state import TrainingState
 from kl_vae.training.step import TrainingStep
 from kl_vae.training.validate import validate
@@ -67,34 +61,15 @@ def train(config: RunConfig, run: Path, device: str = "auto") -> TrainingState:
         ValueError: something that the user can mend; the text says how.
         RunError: the run cannot go on; the text says why.
     """
-    if config.training.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
-        torch.use_deterministic_algorithms(True)
-    timeout_seconds = config.training.timeout_seconds
-    with connect(device, timeout_seconds) as ranks, stop_on_signals() as stop, RunLock(run) as lock:
+    with (
+        deterministic(config.training.deterministic),
+        connect(device, config.training.timeout_seconds) as ranks,
+        stop_on_signals() as stop,
+        RunLock(run) as lock,
+    ):
         # a function of its own, so that DDP is gone before its process group (see `connect`)
-        with _no_worker_left():
+        with no_worker_left():
             return _train(config, run, ranks, stop, lock)
-
-
-@contextmanager
-def _no_worker_left() -> Iterator[None]:
-    """Kill the data workers where an error ends the run.
-
-    The exit of a process ends its children with SIGTERM, which they ignore, and waits for them.
-    """
-    before = multiprocessing.active_children()
-    try:
-        yield
-    except Exception:
-        # torch's handler raises another error for a worker that is killed
-        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for process in multiprocessing.active_children():
-            if process not in before:
-                process.kill()
-                process.join(5.0)
-        signal.signal(signal.SIGCHLD, handler)
-        raise
 
 
 def _train(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Thread
 
 from torch.distributed.distributed_c10d import Store
 
@@ -23,6 +25,7 @@ class RollCall:
     rank: int
     world_size: int
     _left: bool = False
+    _store_hangs: bool = False
 
     def leave(self, reason: str) -> None:
         """Say why this rank ends; what it says first counts."""
@@ -47,6 +50,8 @@ class RollCall:
             reason = self._reason(rank, max(0.1, deadline - time.monotonic()))
             if reason is None:
                 silent.append(str(rank))
+                if self._store_hangs:
+                    break  # of the others nobody can tell
             elif reason != _LOST_ANOTHER:
                 return f"rank {rank} failed: {reason}"
         if not silent:
@@ -58,9 +63,18 @@ class RollCall:
         )
 
     def _reason(self, rank: int, seconds: float) -> str | None:
-        key = f"ended/{rank}"
-        try:
-            self.store.wait([key], timedelta(seconds=seconds))
-            return str(self.store.get(key).decode())
-        except RuntimeError:  # nothing came, or the store is gone with the rank that holds it
-            return None
+        answers: list[str] = []
+
+        def ask() -> None:
+            key = f"ended/{rank}"
+            # an error: nothing came, or the store is gone with the rank that holds it
+            with suppress(RuntimeError):
+                self.store.wait([key], timedelta(seconds=seconds))
+                answers.append(self.store.get(key).decode())
+
+        # where the machine of the store hangs a call never comes back, whatever its time-out
+        thread = Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(seconds + 1.0)
+        self._store_hangs = thread.is_alive()
+        return answers[0] if answers else None

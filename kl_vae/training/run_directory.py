@@ -96,7 +96,7 @@ def prepare_run(run: Path, config: dict[str, Any]) -> None:
 def say_how_it_ended(run: Path) -> None:
     """Log how the last part of a run ended, where it did not end as it should."""
     status: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         status = dict(json.loads((run / STATUS).read_text()))
     if status.get("state") == "running":
         logger.warning(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,3 +39,25 @@ def stop_on_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def no_worker_left() -> Iterator[None]:
+    """Kill the data workers where an error ends the run.
+
+    A process that exits sends SIGTERM to its children and waits for them, and these ignore it.
+    """
+    before = multiprocessing.active_children()
+    try:
+        yield
+    except Exception:
+        numbers = [signal.SIGCHLD] if hasattr(signal, "SIGCHLD") else []
+        # torch's handler raises one more error for each that is killed
+        handlers = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+        for process in multiprocessing.active_children():
+            if process not in before:
+                process.kill()
+                process.join(5.0)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        raise

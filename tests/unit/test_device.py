@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kl_vae.device import autocast, choose_device
+from kl_vae.device import autocast, choose_device, deterministic
 
 
 def test_the_cpu_is_always_there() -> None:
@@ -28,3 +28,13 @@ def test_autocast_casts_in_half_precision_only() -> None:
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         with autocast(torch.device("cpu"), precision):
             assert (x @ x).dtype == dtype
+
+
+def test_deterministic_holds_within_and_is_undone() -> None:
+    assert not torch.are_deterministic_algorithms_enabled()
+    with deterministic(False):
+        assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(KeyError), deterministic(True):
+        assert torch.are_deterministic_algorithms_enabled()
+        raise KeyError
+    assert not torch.are_deterministic_algorithms_enabled()

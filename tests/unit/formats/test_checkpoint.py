@@ -139,7 +139,7 @@ def test_the_best_is_the_one_that_the_run_names(run: Path) -> None:
     assert best_checkpoint(run) is None
     best.write_text('{"checkpoint": "step_00000020.pt"}')
     assert best_checkpoint(run) == checkpoint_path(run, 20)
-    for text in ("{", "[]", "{}", '{"checkpoint": "step_00000021.pt"}'):
+    for text in ("[" * 100_000, "{", "[]", "{}", '{"checkpoint": "step_00000021.pt"}'):
         best.write_text(text)
         assert best_checkpoint(run) is None
     (run / "step_0.pt").touch()

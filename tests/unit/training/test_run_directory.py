@@ -81,8 +81,9 @@ def test_how_the_last_part_ended_is_said(run: Path, caplog: pytest.LogCaptureFix
     write_status(run, "failed", 7, 9, reason="RunError: rank 1 failed: boom")
     say_how_it_ended(run)
     assert caplog.messages[1] == "the last part of this run failed: RunError: rank 1 failed: boom"
-    (run / "status.json").write_text("{")
-    say_how_it_ended(run)
+    for text in ("{", "5", "[" * 100_000):
+        (run / "status.json").write_text(text)
+        say_how_it_ended(run)
     assert len(caplog.messages) == 2
 
 

@@ -1,0 +1,99 @@
+"""No file that somebody else made is executed: what the source may call, and what it refuses."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kl_vae
+from kl_vae.cli.main import main
+from kl_vae.formats.checkpoint import write_checkpoint
+
+SOURCES = sorted(Path(kl_vae.__file__).parent.rglob("*.py"))
+
+# what runs code that lies in a file; a few places import, and only what the user has named
+EXECUTES = {"eval", "exec", "__import__", "pickle.load", "pickle.loads", "np.load", "os.system"}
+IMPORTS = {
+    "__init__.py": "the package's own modules, by name",
+    "losses/build.py": "lossconfig.target of a config that the user passed",
+    "cli/main.py": "commands, and --import",
+}
+
+
+def calls(path: Path) -> list[tuple[str, ast.Call]]:
+    """Each call in a file, with the dotted name of what is called."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    return [(ast.unparse(node.func), node) for node in nodes]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: "/".join(path.parts[-2:]))
+def test_nothing_unpickles_or_executes(path: Path) -> None:
+    for name, call in calls(path):
+        assert name not in EXECUTES, f"{path}:{call.lineno}: {name}"
+        options = {option.arg: ast.unparse(option.value) for option in call.keywords}
+        if name == "torch.load":
+            assert options["weights_only"] == "True", f"{path}:{call.lineno}"
+        if name == "yaml.load":
+            assert options["Loader"] == "_StrictLoader", f"{path}:{call.lineno}"
+        if name.endswith("import_module"):
+            relative = path.relative_to(Path(kl_vae.__file__).parent).as_posix()
+            assert relative in IMPORTS, f"{path}:{call.lineno}"
+
+
+def test_the_search_finds_what_it_looks_for(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("import torch\nx = torch.load('f', weights_only=False)\n")
+    (tmp_path / "b.py").write_text("eval('1')\n")
+    for name in ("a.py", "b.py"):
+        with pytest.raises(AssertionError):
+            test_nothing_unpickles_or_executes(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("attn_type", "attn_type='my_evil.Class': unknown; choose one of"),
+        ("norm_type", "norm_type='my_evil.Class': unknown; choose one of"),
+        ("block_type", "block_type='my_evil.Class': unknown; choose one of"),
+        ("lossconfig", None),
+    ],
+)
+def test_what_a_checkpoint_names_is_never_imported(
+    key: str,
+    text: str | None,
+    tiny_model: kl_vae.AutoEncoderKL,
+    tiny_ddconfig: dict[str, Any],
+    project: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (project / "my_evil.py").write_text("open('executed', 'w')\nclass Class: pass\n")
+    monkeypatch.syspath_prepend(project)
+    params: dict[str, Any] = {"ddconfig": tiny_ddconfig, "embed_dim": 3}
+    named = {"target": "my_evil.Class"} if key == "lossconfig" else "my_evil.Class"
+    (params if key == "lossconfig" else params["ddconfig"])[key] = named
+    content = {"model": tiny_model.state_dict(), "config": {"model": {"params": params}}}
+    write_checkpoint(project / "a.pt", content)
+    code = main(["reconstruct", "--checkpoint", "a.pt", "--images", "images", "--out", "out"])
+    assert not (project / "executed").exists()
+    if text is None:
+        assert code == 0
+    else:
+        assert code == 2 and text in capsys.readouterr().err
+
+
+def test_a_tensor_that_claims_more_than_its_storage_is_refused(tmp_path: Path) -> None:
+    from kl_vae.formats.weights import read_file
+
+    path = tmp_path / "a.pt"
+    torch.save({"x": torch.zeros(4)}, path)
+    content = path.read_bytes()
+    # the pickled size (4,) becomes (127,)
+    size, claimed = b"K\x04\x85", b"K\x7f\x85"
+    assert content.count(size) == 1
+    path.write_bytes(content.replace(size, claimed))
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+        read_file(path)
