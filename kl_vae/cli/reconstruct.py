@@ -36,6 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--exclude", nargs="+", default=(), metavar="PATTERN", help="leave these files out"
     )
     parser.add_argument(
+        "--max-pixels",
+        type=positive,
+        default=178_956_970,  # kl_vae.data.MAX_PIXELS, without its imports
+        metavar="N",
+        help="skip images with more pixels, before they are decoded (default: %(default)s)",
+    )
+    parser.add_argument(
         "--mode",
         choices=("mode", "sample"),
         default="mode",
@@ -67,7 +74,9 @@ def run(args: argparse.Namespace) -> int:
     from kl_vae.inference.report import METRICS, RESERVED, Report
     from kl_vae.inference.sources import list_sources
 
-    config = ReconstructConfig(args.resize, args.crop, args.mode, args.seed, args.precision)
+    config = ReconstructConfig(
+        args.resize, args.crop, args.mode, args.seed, args.precision, args.max_pixels
+    )
     out = resolve_root(args.out)
     device = choose_device(args.device)
     model = load_model(args.checkpoint, args.config, device, ema=not args.no_ema)
@@ -76,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
     check_output_folder(out, folders)
     suffix = image_suffix(channels)
     outputs = plan_outputs([source.relative for source in sources], suffix, RESERVED)
-    check_outputs(out, outputs, [source.path for source in sources], earlier=METRICS)
+    inputs = [source.path for source in sources]
+    check_outputs(out, [*outputs, *RESERVED], inputs, earlier=METRICS)
 
     report = Report(out, model.to_rgb, args.grid_size)
     pairs = list(zip(sources, outputs, strict=True))

@@ -44,15 +44,17 @@ def list_images(
     """List the image files under `root`: relative POSIX paths, sorted by their bytes.
 
     Linked folders are followed, each folder once; hidden files and folders are
-    left out. Where `channels` is 1, 3 or 4 the images are image files, and `.npy`
-    files as well only if a pattern of `include` ends in `.npy`; for other numbers
-    of channels they are `.npy` files. `include` and `exclude` are as in `select`.
+    left out. What is no folder counts as a file, a named pipe or a link that leads
+    nowhere as well: who reads it says what is wrong. Where `channels` is 1, 3 or 4
+    the images are image files, and `.npy` files as well only if a pattern of
+    `include` ends in `.npy`; for other numbers of channels they are `.npy` files.
+    `include` and `exclude` are as in `select`.
 
     Raises:
         ValueError: there is no such folder, a folder cannot be read, or there is no image.
     """
-    if not root.is_dir():
-        problem = "not a folder" if root.exists() else "no such folder"
+    if not os.path.isdir(root):  # root.is_dir() raises where a parent may not be read
+        problem = "not a folder" if os.path.exists(root) else "no such folder"
         raise ValueError(f"{problem}: {display_name(root)}; give an existing folder of images")
     of_arrays = any(pattern.lower().endswith(ARRAY_EXTENSIONS) for pattern in include)
     extensions: tuple[str, ...] = IMAGE_EXTENSIONS if channels in MODE_BY_CHANNELS else ()
@@ -90,7 +92,7 @@ def name_bytes(path: str) -> bytes:
 
 
 def _list_files(root: Path) -> list[str]:
-    """List every file that is not hidden, as relative POSIX paths in no particular order."""
+    """List what is neither a folder nor hidden, as relative POSIX paths in no particular order."""
     files: list[str] = []
     visited: set[tuple[int, int]] = set()  # links may lead back
     pending = deque([""])
@@ -112,7 +114,7 @@ def _list_files(root: Path) -> list[str]:
                     if os.path.isdir(entry) if linked else entry.is_dir():
                         # links last, so that a real folder is listed by its own name
                         (pending.append if linked else pending.appendleft)(f"{path}/")
-                    elif os.path.isfile(entry) if linked else entry.is_file():
+                    else:
                         files.append(path)
         except OSError as error:
             raise ValueError(

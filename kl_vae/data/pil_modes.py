@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from kl_vae.data.tiles import tiles
+
 # what shows through transparency: white, as on a page
 BACKGROUND = 255
 MODE_BY_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -18,6 +20,7 @@ def pil_to_tensor(image: Image.Image, channels: int) -> Tensor:
 
     Grey is ITU-R 601 luminance. Transparency is composited on white, or kept
     where `channels` is 4. 16-bit greys are scaled to 8 bits by their value.
+    Beside the image and the result this takes memory for one tile.
 
     Raises:
         ValueError: `channels` is not 1, 3 or 4, or float pixels have no known range.
@@ -27,8 +30,20 @@ def pil_to_tensor(image: Image.Image, channels: int) -> Tensor:
             f"an image file gives 1, 3 or 4 channels, not {channels}: "
             f"save [height, width, {channels}] arrays as .npy"
         )
-    if image.mode.startswith(("I", "F")):
-        image = _deep_grey_to_8_bits(image)
+    white = _white(image) if image.mode.startswith(("I", "F")) else None
+    converted = torch.empty(channels, image.height, image.width, dtype=torch.uint8)
+    for rows, columns in tiles(image.height, image.width):
+        tile = image.crop((columns.start, rows.start, columns.stop, rows.stop))
+        if white is not None:
+            tile = _deep_grey_to_8_bits(tile, white)
+        pixels = np.array(_in_mode_of(channels, tile))  # [h,w] or [h,w,C]
+        if channels > 1:
+            pixels = pixels.transpose(2, 0, 1)
+        converted[:, rows, columns] = torch.from_numpy(pixels)
+    return converted
+
+
+def _in_mode_of(channels: int, image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if channels != 4:
@@ -37,25 +52,32 @@ def pil_to_tensor(image: Image.Image, channels: int) -> Tensor:
             image = opaque
     elif image.mode not in ("1", "L", "RGB"):
         image = image.convert("RGB")  # the one mode to which every colour space converts
-    pixels = np.array(image.convert(MODE_BY_CHANNELS[channels]))  # [H,W] or [H,W,C]
-    height, width = pixels.shape[:2]
-    return torch.from_numpy(pixels).view(height, width, channels).permute(2, 0, 1).contiguous()
+    return image.convert(MODE_BY_CHANNELS[channels])
 
 
-def _deep_grey_to_8_bits(image: Image.Image) -> Image.Image:
-    """Map I;16*, I (16 bits by value) and F (0..1 or 0..255) to L, or to LA with transparency."""
-    values = np.array(image)  # [H,W]
-    low, high = values.min(), values.max()
-    if image.mode == "F":
-        if not (low >= 0 and high <= 255):  # NaN fails as well
-            raise ValueError(
-                f"float pixels are from {low:g} to {high:g}: save them in 0..1 or 0..255"
-            )
-        grey = np.rint(values * 255 if high <= 1 else values)
-    else:
+def _white(image: Image.Image) -> int:
+    """Return the value that stands for white in I;16* and I (16 bits) and F (0..1 or 0..255)."""
+    ranges = []
+    for rows, columns in tiles(image.height, image.width):
+        values = np.array(image.crop((columns.start, rows.start, columns.stop, rows.stop)))
+        ranges.append((values.min(), values.max()))
+    low, high = np.min(ranges), np.max(ranges)
+    if image.mode != "F":
         if low < 0 or high > 65535:
             raise ValueError(f"integer pixels are from {low} to {high}: save them in 0..65535")
+        return 65535
+    if not (low >= 0 and high <= 255):  # NaN fails as well
+        raise ValueError(f"float pixels are from {low:g} to {high:g}: save them in 0..1 or 0..255")
+    return 1 if high <= 1 else 255
+
+
+def _deep_grey_to_8_bits(image: Image.Image, white: int) -> Image.Image:
+    """Map greys from 0 to `white` to L, or to LA with transparency."""
+    values = np.array(image)  # [H,W]
+    if white == 65535:
         grey = (values.astype(np.int32) + 128) // 257  # 65535 = 255 * 257
+    else:
+        grey = np.rint(values * (255 / white))
     grey_image = Image.fromarray(grey.astype(np.uint8))
     transparent = image.info.get("transparency")  # the one value that stands for "nothing here"
     if transparent is not None:

@@ -1,6 +1,7 @@
 """Hold out a part of a folder's images, by each file's own name."""
 
 import os
+import stat
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -29,9 +30,19 @@ def split(paths: Sequence[str], fraction: float) -> tuple[list[str], list[str]]:
 
 
 def fingerprint(root: Path, paths: Sequence[str]) -> str:
-    """Return 32 hex digits of the relative paths, their order, and the sizes of the files."""
+    """Return 32 hex digits of the relative paths, their order, and the sizes of the files.
+
+    The size of what is gone, a link that leads nowhere, or no regular file counts as -1.
+    """
     digest = blake2b(digest_size=16)
     for path in paths:
-        size = os.stat(os.path.join(root, path)).st_size
-        digest.update(b"%s\0%d\n" % (name_bytes(path), size))
+        digest.update(b"%s\0%d\n" % (name_bytes(path), _size(os.path.join(root, path))))
     return digest.hexdigest()
+
+
+def _size(path: str) -> int:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1
+    return status.st_size if stat.S_ISREG(status.st_mode) else -1

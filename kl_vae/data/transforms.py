@@ -35,7 +35,7 @@ def resize_short_side(image: Tensor, size: int) -> Tensor:
         image, [new_height, new_width], interpolation=InterpolationMode.BICUBIC, antialias=True
     )
     # bicubic overshoots at edges; torchvision clamps uint8 alone
-    return resized.clamp(0, 1) if resized.is_floating_point() else resized
+    return resized.clamp_(0, 1) if resized.is_floating_point() else resized
 
 
 def random_crop(image: Tensor, size: int, generator: Generator) -> Tensor:

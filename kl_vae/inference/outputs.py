@@ -2,12 +2,14 @@
 
 import os
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
 
 from kl_vae.data import display_name
 from kl_vae.files import write_atomically
+
+MAX_NAME_BYTES = 255  # of nearly every file system
 
 
 def plan_outputs(
@@ -18,6 +20,7 @@ def plan_outputs(
     The input's tree is kept and its suffix replaced: `a/b.jpg` becomes `a/b.png`. Where an earlier
     input, a folder or a reserved name has that, `a/b.jpg.png`, then `a/b.jpg.2.png` is taken. Names
     that differ in case or Unicode normalisation alone are one file on some systems, and so here.
+    Names that would be too long lose their last letters.
 
     Raises:
         ValueError: a folder has a reserved name.
@@ -33,11 +36,7 @@ def plan_outputs(
     taken.update(map(_folded, folders))
     outputs = []
     for path in relative_paths:
-        candidates = chain(
-            (os.path.splitext(path)[0] + suffix, path + suffix),
-            (f"{path}.{n}{suffix}" for n in count(2)),
-        )
-        output = next(name for name in candidates if _folded(name) not in taken)
+        output = next(name for name in _candidates(path, suffix) if _folded(name) not in taken)
         taken.add(_folded(output))
         outputs.append(output)
     return outputs
@@ -124,6 +123,15 @@ def replace_file(path: Path, content: bytes) -> None:
             f"cannot write {display_name(path)} ({error.strerror}); "
             "make room and permission for it, or give another folder"
         ) from error
+
+
+def _candidates(path: str, suffix: str) -> Iterator[str]:
+    folder, name = os.path.split(path)
+    first = [(os.path.splitext(name)[0], suffix), (name, suffix)]
+    for stem, ending in chain(first, ((name, f".{n}{suffix}") for n in count(2))):
+        while len(os.fsencode(stem + ending)) > MAX_NAME_BYTES:
+            stem = stem[:-1]
+        yield os.path.join(folder, stem + ending)
 
 
 def _folders(path: str) -> list[str]:

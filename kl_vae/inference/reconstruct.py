@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kl_vae.data import (
+    MAX_PIXELS,
     ImageError,
     center_crop,
     display_name,
@@ -36,6 +37,7 @@ class ReconstructConfig:
         mode: decode the posterior's mode, or a sample of it.
         seed: of the samples; each also depends on its image's name.
         precision: fp32, bf16 or fp16.
+        max_pixels: larger images are refused before they are decoded.
     """
 
     resize: int | None = None
@@ -43,12 +45,15 @@ class ReconstructConfig:
     mode: Literal["mode", "sample"] = "mode"
     seed: int = 0
     precision: str = "fp32"
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         for key in ("resize", "crop"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"{key}={value}: give at least 1 pixel, or None")
+        if self.max_pixels < 1:
+            raise ValueError(f"max_pixels={self.max_pixels}: give at least 1")
         if self.mode not in ("mode", "sample"):
             raise ValueError(f"mode={self.mode!r}: give mode or sample")
         if self.precision not in PRECISIONS:
@@ -127,7 +132,7 @@ def reconstruct_file(
     Raises:
         ImageError: the file cannot be read or reconstructed.
     """
-    image = read_image(path, model.config.in_channels)
+    image = read_image(path, model.config.in_channels, config.max_pixels)
     try:
         x = to_float(_resized_and_cropped(image, config))
         sampled = config.mode == "sample"

@@ -40,7 +40,7 @@ def list_sources(
     sources: list[ImageSource] = []
     folders = []
     for root in map(resolve_root, roots):
-        if os.path.isfile(root):
+        if os.path.lexists(root) and not os.path.isdir(root):  # a bad file is reported later
             sources.append(ImageSource(root.parent, root.name))
             continue
         sources += [

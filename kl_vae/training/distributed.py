@@ -114,15 +114,18 @@ def connect(device_name: str, timeout_seconds: int = 600) -> Iterator[Ranks]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     ranks = Ranks(0, 1, device) if world_size == 1 else _join(device, timeout_seconds)
+    parts = world_size > 1
     try:
         yield ranks
     except Exception as error:
+        if device.type == "cuda":
+            parts = False  # nccl would wait for ranks that may be gone
         failure = explain(error, ranks.roll_call)
         if failure is error:
             raise
         raise failure from error
     finally:
-        if world_size > 1:
+        if parts:
             _part()
 
 

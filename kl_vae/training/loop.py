@@ -148,14 +148,14 @@ def _train(
             # after a step, or where a signal has cut the validation after it short
             done = state.step == total_steps
             milestone = state.step > 0 and (done or state.step % validate_every_steps == 0)
-            stopping = False
+            cut_short = False
             if val_set is not None and milestone and state.validated_step < state.step:
                 batches_of_val = load(val_set, val_batches)
                 val_figures = validate(
                     *(model, batches_of_val, state.step, config, ranks, bad_images, averaged),
                     stop=lambda: stop.signal is not None,
                 )
-                stopping = val_figures is None
+                cut_short = val_figures is None
                 if val_figures is not None:
                     state.validated_step = state.step
                     saved = False
@@ -167,7 +167,7 @@ def _train(
                     if journal is not None:
                         journal.write_validation(val_figures, pictures)
 
-            stopping = stopping or ranks.any(stop.signal is not None)
+            stopping = cut_short or (not done and ranks.any(stop.signal is not None))
             ending = done or stopping or bad_images.too_many
             if not saved and (ending or milestone or state.step % training.save_every_steps == 0):
                 check_agreement(model, ranks, state.step)

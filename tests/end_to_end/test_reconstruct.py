@@ -220,10 +220,23 @@ def test_a_model_with_a_context_is_refused(tmp_path, model, images, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--resize", "--max-pixels"])
 @pytest.mark.parametrize("value", ["0", "-3", "many", "1.5"])
-def test_sizes_are_positive(model, capsys, value):
-    command = ["reconstruct", *model, "--images", "images", "--out", "out", f"--resize={value}"]
+def test_sizes_are_positive(model, capsys, option, value):
+    command = ["reconstruct", *model, "--images", "images", "--out", "out", f"{option}={value}"]
     with pytest.raises(SystemExit, match="2"):
         main(command)
-    message = f"argument --resize: {value!r}: give an integer of at least 1"
+    message = f"argument {option}: {value!r}: give an integer of at least 1"
     assert message in capsys.readouterr().err
+
+
+def test_what_is_no_file_is_skipped_as_bad_files_are(tmp_path, model, images, capsys):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    names = [f"{tmp_path}/{name}" for name in ("pipe.png", "loop.png", "images/a.png")]
+    out = tmp_path / "out"
+    assert main(["reconstruct", *model, "--images", *names, "--out", str(out)]) == 1
+    assert [row["path"] for row in read_rows(out)] == names[2:]
+    errors = capsys.readouterr().err
+    assert f"skipped {names[0]}: not a regular file" in errors
+    assert f"skipped {names[1]}: Too many levels of symbolic links" in errors

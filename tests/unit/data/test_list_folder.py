@@ -1,13 +1,14 @@
 """Listing a folder: what is found, in which order, and what is said where nothing is."""
 
 import os
+import socket
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from kl_vae.data import list_images, read_image, resolve_root, select
+from kl_vae.data import ImageError, list_images, read_image, resolve_root, select
 
 
 def make(root: Path, *paths: str) -> None:
@@ -55,13 +56,33 @@ def test_links_are_followed_and_never_loop(tmp_path: Path) -> None:
     (root / "self.png").symlink_to(root / "self.png")
     (root / "gone.png").symlink_to(root / "nothing.png")
     (root / "file.png").symlink_to(tmp_path / "elsewhere" / "b.png")
-    assert list_images(root, 3) == ["file.png", "m/a.png", "other/b.png", "other/deep/c.png"]
+    listed = ["file.png", "gone.png", "m/a.png", "other/b.png", "other/deep/c.png", "self.png"]
+    assert list_images(root, 3) == listed
 
 
-def test_folders_and_pipes_with_an_image_name_are_no_images(tmp_path: Path) -> None:
-    make(tmp_path, "folder.png/a.png")
+def test_what_is_no_folder_is_listed_for_its_reader_to_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a socket's path has few characters
+    make(tmp_path, "folder.png/a.png", ".hidden.png")
     os.mkfifo(tmp_path / "pipe.png")
-    assert list_images(tmp_path, 3) == ["folder.png/a.png"]
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket.png")
+        paths = list_images(tmp_path, 3)
+    assert paths == ["folder.png/a.png", "pipe.png", "socket.png"]
+    for path in paths[1:]:
+        with pytest.raises(ImageError, match=f"{path}: not a regular file"):
+            read_image(tmp_path / path, 3)
+
+
+def test_links_that_lead_nowhere_are_reported_when_they_are_read(tmp_path: Path) -> None:
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing.png")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    assert list_images(tmp_path, 3) == ["gone.png", "loop.png"]
+    with pytest.raises(ImageError, match="gone.png: No such file or directory"):
+        read_image(tmp_path / "gone.png", 3)
+    with pytest.raises(ImageError, match="loop.png: Too many levels of symbolic links"):
+        read_image(tmp_path / "loop.png", 3)
 
 
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:

@@ -96,3 +96,36 @@ def test_pickles_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "c.npy", GREY)
     (tmp_path / "c.npy").write_bytes((tmp_path / "c.npy").read_bytes()[:-1])
     refusal(tmp_path / "c.npy", 1)
+
+
+def test_what_a_reason_quotes_is_printable(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", GREY)
+    content = (tmp_path / "a.npy").read_bytes().replace(b"|u1", b"\x1b,m")
+    (tmp_path / "a.npy").write_bytes(content)
+    text = refusal(tmp_path / "a.npy", 1)
+    assert text.isprintable()
+    assert "x1b,m" in text
+
+
+# --- images of several tiles
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<u2", ">f4"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_large_arrays_keep_every_value(tmp_path: Path, dtype: str, order: str) -> None:
+    values = np.random.default_rng(0).random((520, 1030, 2))
+    array = (values * {"u1": 255, "<u2": 65535, ">f4": 1}[dtype]).astype(dtype, order=order)
+    np.save(tmp_path / "a.npy", array)
+    image = read_image(tmp_path / "a.npy", 2).permute(1, 2, 0)
+    scale = np.float32(65535 if dtype == "<u2" else 1)
+    np.testing.assert_array_equal(image, array if dtype == "u1" else array / scale)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"), [(np.nan, "holds NaN or infinity"), (1.5, "values are from 0 to 1.5")]
+)
+def test_one_wrong_value_far_inside(tmp_path: Path, value: float, reason: str) -> None:
+    array = np.zeros((600, 600))
+    array[-1, -1] = value
+    np.save(tmp_path / "a.npy", array)
+    assert reason in refusal(tmp_path / "a.npy", 1)

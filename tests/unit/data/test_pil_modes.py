@@ -152,3 +152,29 @@ def test_deep_pixels_of_unknown_range(
     with pytest.raises(ImageError) as caught:
         read_image(tmp_path / "a.tif", 1)
     assert str(caught.value) == f"{tmp_path}/a.tif: {reason}"
+
+
+# --- images of several tiles
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3), ("RGBA", 4)])
+@pytest.mark.parametrize("size", [(1100, 530), (1, 1100), (513, 512)])
+def test_large_images_keep_every_pixel(mode: str, channels: int, size: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], channels), np.uint8)
+    image = pil_to_tensor(Image.fromarray(pixels.squeeze(2) if channels == 1 else pixels), channels)
+    np.testing.assert_array_equal(image.permute(1, 2, 0), pixels)
+
+
+@pytest.mark.parametrize(("brightest", "grey"), [(1.0, 128), (255.0, 1)])
+def test_the_range_of_floats_is_that_of_the_whole_image(brightest: float, grey: int) -> None:
+    values = np.full((600, 600), 0.502, np.float32)
+    values[-1, -1] = brightest
+    image = pil_to_tensor(Image.fromarray(values), 1)
+    assert (image[0, 0, 0], image[0, -1, -1]) == (grey, 255)
+
+
+def test_a_range_that_is_wrong_in_one_place() -> None:
+    values = np.zeros((600, 600), np.float32)
+    values[-1, 0] = np.nan
+    with pytest.raises(ValueError, match="float pixels are from nan to nan"):
+        pil_to_tensor(Image.fromarray(values), 1)

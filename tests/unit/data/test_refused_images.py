@@ -1,8 +1,6 @@
 """Files that cannot be used as images, and what is said of them."""
 
 import os
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +8,7 @@ import pytest
 from PIL import Image
 
 from kl_vae.data import ImageError, display_name, read_image, read_size
+from tests.bad_files import bombs, png, zeros
 
 GREY = np.array([[0, 40, 80], [120, 160, 200]], np.uint8)
 
@@ -99,18 +98,33 @@ def test_flipped_bytes_never_raise_anything_else(tmp_path: Path, suffix: str) ->
                 assert str(error).startswith(f"{path}: ")
 
 
-def png_of_size(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        (
+            "tile.tif",
+            "tiles of 16384 x 16384 pixels are more than max_pixels=178956970: "
+            "raise max_pixels, or leave the file out",
+        ),
+        ("tile_of_no_size.tif", "the size of its tiles is no number: the file is damaged"),
+        (
+            "strips.tif",
+            "300000 tiles or strips are more than 262144: save it with larger ones",
+        ),
+        (
+            "frame.gif.png",
+            "more pixels than Pillow reads of a TIFF, WebP or GIF, whatever max_pixels is: "
+            "make it smaller, save it as PNG, or leave the file out",
+        ),
+    ],
+)
+def test_bombs(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / name).write_bytes(bombs()[name])
+    assert refusal(tmp_path / name) == f"{tmp_path}/{name}: {reason}"
 
 
 def test_too_many_pixels_are_refused_before_decoding(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(png_of_size(20_000, 30_000))
+    (tmp_path / "a.png").write_bytes(png(20_000, 30_000, zeros(30_000 * 20_001)))
     assert refusal(tmp_path / "a.png") == (
         f"{tmp_path}/a.png: 20000 x 30000 pixels are more than max_pixels=178956970: "
         "raise max_pixels, or leave the file out"
@@ -119,7 +133,7 @@ def test_too_many_pixels_are_refused_before_decoding(tmp_path: Path) -> None:
 
 
 def test_an_image_without_pixels(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(png_of_size(0, 4))
+    (tmp_path / "a.png").write_bytes(png(0, 4, zeros(4)))
     assert refusal(tmp_path / "a.png").startswith(f"{tmp_path}/a.png: ")
 
 

@@ -1,5 +1,6 @@
 """Holding out by name, and the fingerprint."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,15 @@ def test_fingerprint_depends_on_names_sizes_and_order(tmp_path: Path) -> None:
     others.add(fingerprint(tmp_path, ["a", "b"]))
     assert len(others) == 5
     assert first not in others
+
+
+def test_fingerprint_of_files_that_have_no_size(tmp_path: Path) -> None:
+    odd, empty = tmp_path / "odd", tmp_path / "empty"
+    (odd / "folder").mkdir(parents=True)
+    empty.mkdir()
+    os.mkfifo(odd / "pipe")
+    (odd / "loop").symlink_to(odd / "loop")
+    for name in ("folder", "pipe", "loop", "gone"):
+        (empty / name).touch()
+        assert fingerprint(odd, [name]) == fingerprint(tmp_path / "nowhere", [name])
+        assert fingerprint(odd, [name]) != fingerprint(empty, [name])

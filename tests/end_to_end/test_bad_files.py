@@ -1,0 +1,252 @@
+"""Commands over a folder of bad files: nothing crashes, hangs or is left unsaid."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import unicodedata
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import kl_vae.data
+from kl_vae import AutoEncoderKL
+from kl_vae.cli.main import main
+from kl_vae.data import display_name, read_image
+from kl_vae.formats.checkpoint import read_checkpoint
+from kl_vae.inference.reconstruct import ReconstructConfig
+from tests.bad_files import MAX_PIXELS, BadFiles, picture, valid_images, write_bad_files
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="other systems refuse names that are not UTF-8"
+)
+
+MB = 2**20
+STEMS = {name.rpartition(".")[0] for name in valid_images()}  # of the files that are damaged
+FORMS = ("NFC", "NFD")
+DDCONFIG = dict(
+    ch=32,
+    ch_mult=[1, 1],
+    num_res_blocks=1,
+    attn_resolutions=[],
+    in_channels=3,
+    out_ch=3,
+    resolution=16,
+    z_channels=2,
+    attn_type="none",  # of 1 x 50000 pixels attention takes all the memory there is
+)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> list[str]:
+    """The arguments that name random weights, f = 2, and their config."""
+    torch.manual_seed(0)
+    torch.save(AutoEncoderKL(DDCONFIG, embed_dim=2).state_dict(), tmp_path / "model.pt")
+    config = {"model": {"params": {"ddconfig": DDCONFIG, "embed_dim": 2}}}
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(config))
+    return ["--checkpoint", f"{tmp_path}/model.pt", "--config", f"{tmp_path}/model.yaml"]
+
+
+def run(command: list[str], seconds: float) -> tuple[int, str, int]:
+    """Run a command, which is killed when its time is up: exit code, stderr, memory in bytes."""
+    with tempfile.TemporaryFile() as errors:
+        child = subprocess.Popen(command, stderr=errors)
+        timer = threading.Timer(seconds, os.kill, (child.pid, signal.SIGKILL))
+        timer.start()
+        _, status, usage = os.wait4(child.pid, 0)
+        timer.cancel()
+        child.returncode = os.waitstatus_to_exitcode(status)
+        errors.seek(0)
+        said = errors.read().decode(errors="replace")
+    return child.returncode, said, usage.ru_maxrss * 1024
+
+
+# --- the files themselves
+
+
+def test_the_files_are_many_and_the_same_every_time(tmp_path: Path) -> None:
+    first, again, other = (write_bad_files(tmp_path / str(i), seed=i // 2) for i in range(3))
+    assert first == again
+    assert len(set(first.bad)) >= 300
+    assert sum(name.split("_")[0] in STEMS for name in first.bad) >= 220
+    contents = [(tmp_path / str(i) / "rgb_truncated0.png").read_bytes() for i in range(3)]
+    assert contents[0] == contents[1] != contents[2]
+    assert first.good == other.good
+
+
+def test_what_is_damaged_was_an_image(tmp_path: Path) -> None:
+    for name, content in valid_images().items():
+        (tmp_path / name).write_bytes(content)
+        assert read_image(tmp_path / name, 3).shape[0] == 3
+
+
+# --- reconstruct
+
+
+def test_reconstruct_reports_every_bad_file_and_reads_every_other(
+    tmp_path: Path, model: list[str]
+) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    files = write_bad_files(images)
+    command = [sys.executable, "-m", "kl_vae.cli", "reconstruct", *model, "--device", "cpu"]
+    command += ["--max-pixels", str(MAX_PIXELS), "--include", "*", "*.npy", "--images"]
+    largest = str(images / "thin.png")
+    status, said, usual = run([*command, largest, "--out", f"{tmp_path}/one"], seconds=60)
+    assert status == 0, said
+    status, said, peak = run([*command, str(images), "--out", str(out)], seconds=120)
+    assert status == 1, said
+    assert "Traceback" not in said
+    assert peak - usual < 100 * MB  # that of the libraries and the model is in both
+
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    reasons = {entry["path"]: entry["reason"] for entry in summary["skipped"]}
+    assert set(reasons) == {display_name(images / name) for name in files.bad}
+    assert len(summary["skipped"]) == summary["number_skipped"] == len(files.bad)
+    assert all(reason.strip() and reason.isprintable() for reason in reasons.values())
+    assert all(f"skipped {path}: {reason}" in said for path, reason in reasons.items())
+
+    with (out / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["path"] for row in rows} == {display_name(images / name) for name in files.good}
+    pictures = {display_name(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    outputs = {row["output"] for row in rows}
+    assert pictures == outputs | {"metrics.csv", "summary.json", "comparison.png"}
+    assert len(outputs) == summary["number"] == len(files.good)
+
+
+def test_max_pixels(tmp_path: Path, model: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    picture().save(tmp_path / "a.png")  # 24 x 20
+    command = ["reconstruct", *model, "--images", f"{tmp_path}/a.png", "--out", f"{tmp_path}/out"]
+    assert main([*command, "--max-pixels", "480"]) == 0
+    assert main([*command, "--max-pixels", "479"]) == 1
+    message = "24 x 20 pixels are more than max_pixels=479: raise max_pixels, or leave the file out"
+    assert f"skipped {tmp_path}/a.png: {message}" in capsys.readouterr().err
+    assert main(command) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["max_pixels"] == kl_vae.data.MAX_PIXELS
+    with pytest.raises(ValueError, match="max_pixels=0: give at least 1"):
+        ReconstructConfig(max_pixels=0)
+
+
+# --- where outputs go
+
+
+def test_inputs_that_share_an_output_get_one_each(tmp_path: Path, model: list[str]) -> None:
+    names = ["a.png", "a.jpg", "A.PNG", *(unicodedata.normalize(f, "é.webp") for f in FORMS)]
+    names += ["n" * 251 + suffix for suffix in (".jpg", ".png", ".bmp")]
+    (tmp_path / "images").mkdir()
+    for i, name in enumerate(names):
+        Image.new("RGB", (4 + i, 4)).save(tmp_path / "images" / name)
+    out = tmp_path / "out"
+    command = ["reconstruct", *model, "--images", f"{tmp_path}/images", "--out", str(out)]
+    assert main(command) == 0
+    pictures = {path.name for path in out.iterdir()} - {"comparison.png", "metrics.csv"}
+    pictures -= {"summary.json"}
+    assert len({unicodedata.normalize("NFC", name).casefold() for name in pictures}) == len(names)
+    widths = []
+    for name in pictures:
+        with Image.open(out / name) as written:
+            widths.append(written.width)
+    assert sorted(widths) == [4 + i for i in range(len(names))]
+
+
+def test_nothing_is_written_outside_of_the_output_folder(
+    tmp_path: Path, model: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("images/sub", "elsewhere", "out"):
+        (tmp_path / folder).mkdir(parents=True)
+    picture().save(tmp_path / "images" / "sub" / "a.png")
+    (tmp_path / "out" / "sub").symlink_to(tmp_path / "elsewhere")
+    command = ["reconstruct", *model, "--images", f"{tmp_path}/images", "--out", f"{tmp_path}/out"]
+    assert main(command) == 2
+    message = "out/sub/a.png leads out of the output folder; give an empty folder"
+    assert message in capsys.readouterr().err
+    assert os.listdir(tmp_path / "elsewhere") == []
+    assert os.listdir(tmp_path / "out") == ["sub"]
+
+
+@pytest.mark.parametrize("name", ["a.png", "comparison.png"])
+def test_an_input_is_not_overwritten(
+    tmp_path: Path, model: list[str], capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    path = tmp_path / "out" / name
+    path.parent.mkdir()
+    picture().save(path)
+    before = path.read_bytes()
+    (path.parent / "metrics.csv").touch()  # an earlier run's outputs may be replaced
+    assert main(["reconstruct", *model, "--images", str(path), "--out", str(path.parent)]) == 2
+    assert f"{path} is an image that would be overwritten" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+# --- train
+
+
+@pytest.fixture
+def folder_of_both(tmp_path: Path) -> tuple[list[str], Path, BadFiles]:
+    """The arguments of a run over one epoch of bad files and 200 good ones, and these."""
+    files = write_bad_files(tmp_path / "images")
+    for number in range(200):
+        picture().save(tmp_path / "images" / f"good_{number}.png")
+    images = len(files.bad) + len(files.good) + 200
+    config = {
+        "model": {"params": {"ddconfig": DDCONFIG, "embed_dim": 2}},
+        "data": {
+            "train": {"root": str(tmp_path / "images"), "include": ["*", "*.npy"]},
+            "validation": {"fraction": 0.2},
+            **{"resize": 18, "crop": 16, "num_workers": 2, "max_pixels": MAX_PIXELS},
+        },
+        # all of an epoch, but for a rest of less than a batch
+        "training": {"global_batch_size": 4, "epochs": 1, "check_ranks_every_steps": None},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "kl_vae.cli", "train", f"{tmp_path}/run.yaml"]
+    command += ["--device", "cpu", "--run-dir", f"{tmp_path}/run"]
+    assert images > 500
+    return command, tmp_path, files
+
+
+def test_training_reports_every_bad_file_and_takes_every_other(
+    folder_of_both: tuple[list[str], Path, BadFiles],
+) -> None:
+    command, folder, files = folder_of_both
+    code, said, peak = run([*command, "data.max_bad_fraction=1.0"], 120)
+    assert code == 0, said
+    assert "Traceback" not in said
+    assert peak < 2048 * MB
+
+    listed = (folder / "run" / "bad_images.txt").read_text(encoding="utf-8").splitlines()
+    reasons = dict(line.split("\t") for line in listed)
+    assert len(reasons) == len(listed)  # each once
+    bad = {display_name(folder / "images" / name) for name in files.bad}
+    assert set(reasons) <= bad | {display_name(folder / "images" / "thin.png")}
+    assert len(bad - set(reasons)) < 4  # the rest of the epoch
+    assert all(reason.strip() and reason.isprintable() for reason in reasons.values())
+    for name, reason in reasons.items():
+        assert f"an image cannot be used: {name}: {reason}" in said
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines]
+    assert all(isinstance(line.get("train/psnr", 0.0), float) for line in steps)
+
+
+def test_training_ends_where_too_many_files_are_bad(
+    folder_of_both: tuple[list[str], Path, BadFiles],
+) -> None:
+    command, folder, _ = folder_of_both
+    code, said, _ = run(command, 60)
+    assert code == 1, said
+    last = said.splitlines()[-1]
+    text = r"\d+ of \d+ images cannot be used, more than data.max_bad_fraction=0.01 \("
+    assert re.match(rf"kl-vae train: error: {text}", last), last
+    status = json.loads((folder / "run" / "status.json").read_text())
+    assert status["state"] == "failed" and status["step"] >= 1
+    path = folder / "run" / "checkpoints" / f"step_{status['step']:08d}.pt"
+    assert read_checkpoint(path)["step"] == status["step"]  # nothing of it is lost

@@ -1,0 +1,119 @@
+"""How much memory reading one file takes, against what `read_image` says."""
+
+import json
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from kl_vae.data.readers import MAX_TILES
+from tests.bad_files import bombs, png, tiff, zeros
+
+MB = 2**20
+DTYPES = ("u1", "<u2", ">f4", "<f8")
+# each file is read by a child of one process, which has imported everything already
+SCRIPT = """
+import json, os, sys
+import torch
+from PIL import Image
+from kl_vae.data import ImageError, read_image
+
+torch.set_num_threads(1)
+Image.init()
+
+def peak(read):
+    child = os.fork()
+    if child == 0:
+        try:
+            read()
+        except ImageError:
+            pass
+        finally:
+            os._exit(0)
+    status, usage = os.wait4(child, 0)[1:]
+    assert status == 0
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+files, channels, max_pixels = json.loads(sys.stdin.read())
+nothing = peak(lambda: None)
+taken = {file: peak(lambda: read_image(file, channels, max_pixels)) - nothing for file in files}
+print(json.dumps(taken))
+"""
+
+
+def memory(files: list[Path], channels: int, max_pixels: int) -> dict[str, int]:
+    """Bytes that reading each file takes at its peak, by the file's name."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        input=json.dumps([[str(file) for file in files], channels, max_pixels]),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return {Path(file).name: number for file, number in json.loads(done.stdout).items()}
+
+
+def write(folder: Path, files: dict[str, bytes]) -> list[Path]:
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return [folder / name for name in files]
+
+
+def test_small_files_take_little(tmp_path: Path) -> None:
+    comments = b"\xff\xfe\0\2" * 250_000
+    image = Image.new("RGB", (8, 8))
+    image.save(tmp_path / "a.jpg")
+    image.save(tmp_path / "a.png")
+    jpeg, plain = ((tmp_path / name).read_bytes() for name in ("a.jpg", "a.png"))
+    text = b"zTXta\0\0" + zeros(2**20 - 1)
+    text = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    lists = {
+        "comments.jpg": jpeg[:2] + comments + jpeg[2:],
+        "texts.png": plain[:33] + 500 * text + plain[33:],
+        "allowed_strips.tif": tiff({273: [200] * MAX_TILES, 278: 1}),
+    }
+    files = bombs()
+    taken = memory(write(tmp_path, files | lists), 3, 1_000_000)
+    for name, content in files.items():
+        assert taken[name] < 10 * MB + 2 * len(content), name
+    for name, content in lists.items():
+        assert taken[name] < 100 * MB + 50 * len(content), name
+
+
+def test_bytes_a_pixel(tmp_path: Path) -> None:
+    width, height = 2500, 2000
+    pixels = width * height
+    grey = Image.new("L", (width, height), 77)
+    deep = png(pixels, 1, zeros(1 + 8 * pixels), bits=16, color=6)
+    files = write(tmp_path, {"row.png": deep, "column.png": png(1, pixels, zeros(2 * pixels))})
+
+    def save(name: str, image: Image.Image, **options: object) -> None:
+        image.save(tmp_path / name, **options)
+        files.append(tmp_path / name)
+
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    colors = Image.merge("RGBA", [grey] * 4)
+    save("turned.webp", colors, lossless=True, method=0, quality=0, exif=turned)
+    save("turned.jpg", Image.merge("CMYK", [grey] * 4), progressive=True, exif=turned)
+    save("turned.tif", colors, compression="tiff_adobe_deflate", tiffinfo={274: 6, 278: height})
+    save("palette.gif", grey.convert("P"), transparency=3)
+    save("transparent.png", colors, compress_level=1)
+    save("floats.tif", grey.convert("F"))
+    save("deep.png", Image.fromarray(np.full((height, width), 9, np.uint16)), transparency=9)
+    for name, taken in memory(files, 4, pixels).items():
+        assert taken < 24 * pixels + 10 * MB, (name, taken / pixels)
+
+
+def test_arrays_take_their_size_and_4_bytes_a_value(tmp_path: Path) -> None:
+    arrays = {f"{i}.npy": np.zeros((1500, 2000, 3), dtype) for i, dtype in enumerate(DTYPES)}
+    for name, array in arrays.items():
+        np.save(tmp_path / name, array)
+    for name, taken in memory([tmp_path / name for name in arrays], 3, 3_000_000).items():
+        assert taken < arrays[name].nbytes + 4 * arrays[name].size + 40 * MB, name
