@@ -3,10 +3,13 @@
 Shapes: B batch, C channels, H and W height and width.
 """
 
+import ctypes
 import logging
 import os
 import signal
+import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +20,8 @@ from kl_vae.data.dataset import BadImage, ImageDataset, Sample
 from kl_vae.data.sampler import Key, StepSampler
 
 logger = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when its parent ends
 
 # ask the main process to end a run, and nobody else
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
@@ -71,10 +76,12 @@ def batch_loader(
         batch_sampler=batches,
         num_workers=num_workers,
         timeout=timeout_seconds if num_workers else 0,
+        # not from a fork server, whose end they would wait for instead of this process's
+        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         collate_fn=collate,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else the workers' seeds come from the global one
-        worker_init_fn=_leave_signals_to_main_process,
+        worker_init_fn=partial(_start_worker, parent=os.getpid()),
     )
 
 
@@ -87,9 +94,15 @@ def _workers_that_fit(num_workers: int) -> int:
     return cores
 
 
-def _leave_signals_to_main_process(_worker: int) -> None:
+def _start_worker(_worker: int, parent: int) -> None:
     # Ctrl-C and torchrun's SIGTERM reach the whole process group: a worker that
     # ended of them would fail the main process while it writes its last checkpoint
     for name in STOP_SIGNALS:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    # where the main process is killed its workers would stay for seconds, or for ever, and with
+    # them its connections, by which other ranks notice its end
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it was killed before
+            os._exit(1)

@@ -3,6 +3,9 @@
 import logging
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -141,3 +144,32 @@ def test_no_more_workers_than_cores(root: Path, caplog: pytest.LogCaptureFixture
         loader = loader_of(dataset(root), [], cores + 3)
     assert loader.num_workers == cores
     assert f"num_workers={cores + 3}: {cores}, since there are no more cores" in caplog.text
+
+
+ABANDONED = """
+import sys, time
+from pathlib import Path
+from kl_vae.data import FolderSource, ImageDataset, batch_loader
+
+class Slow(ImageDataset):
+    def __getitem__(self, key):
+        print("working", flush=True)
+        time.sleep(60)
+
+data = Slow(FolderSource(Path("."), ["a.png"], 3), 16, None, True, 0, True)
+batches = iter(batch_loader(data, [[(0, 0, 0)]], 1, False, 60))
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere they look every five seconds")
+def test_workers_end_with_a_main_process_that_is_killed() -> None:
+    main = subprocess.Popen([sys.executable, "-c", ABANDONED], stdout=subprocess.PIPE, text=True)
+    assert main.stdout is not None
+    with main.stdout:
+        assert main.stdout.readline() == "working\n"
+        main.kill()
+        killed = time.monotonic()
+        assert main.stdout.read() == ""  # which ends when the worker has ended, too
+        assert time.monotonic() - killed < 3.0
+    main.wait()
