@@ -39,17 +39,28 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
             raise stream.error from None
         file.flush()
         os.fsync(file.fileno())
-        # that of an earlier file of this name, which keeps it as long as it is there itself
+        # that of an earlier file of this name, which keeps it as long as it is there itself; a
+        # damaged one goes with it, since nothing else says that it is damaged
+        try:
+            check_digest(path)
+        except ValueError:
+            path.unlink()
         _digest_path(path).unlink(missing_ok=True)
 
     write_atomically(path, write)
-    write_text_atomically(_digest_path(path), f"{digest.hexdigest()}  {path.name}\n")
+    _write_digest(path, digest.hexdigest())
+
+
+def complete_checkpoint(path: Path) -> None:
+    """Write the sha256 of a checkpoint that is whole, if the save was cut short before it."""
+    if not _digest_path(path).is_file():
+        _write_digest(path, _digest(path))
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint and its sha256."""
-    _digest_path(path).unlink(missing_ok=True)
+    """Remove a checkpoint, then its sha256: a damaged one never lies there without it."""
     path.unlink(missing_ok=True)
+    _digest_path(path).unlink(missing_ok=True)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -117,6 +128,10 @@ class _Digesting:
 
     def flush(self) -> None:
         self._file.flush()
+
+
+def _write_digest(path: Path, digest: str) -> None:
+    write_text_atomically(_digest_path(path), f"{digest}  {path.name}\n")
 
 
 def _digest_path(path: Path) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kl_vae.errors import RunError
 from kl_vae.files import write_text_atomically
-from kl_vae.formats.checkpoint import remove_checkpoint, write_checkpoint
+from kl_vae.formats.checkpoint import complete_checkpoint, remove_checkpoint, write_checkpoint
 from kl_vae.formats.run_checkpoints import (
     BEST,
     FOLDER,
@@ -40,6 +40,16 @@ class Checkpoints:
         self._failures = 0
         # of the others nobody has checked that they are whole
         self._whole = [] if resumed is None else [resumed]
+
+    def complete(self) -> None:
+        """Do what the save of the checkpoint that was resumed has left undone, if it was cut short.
+
+        Raises:
+            OSError: that cannot be written.
+        """
+        for path in self._whole:
+            complete_checkpoint(path)
+        self._write_best()
 
     def save(self, *, final: bool = False) -> None:
         """Write the checkpoint of this step, then remove those that are not kept.

@@ -92,7 +92,13 @@ def _train(
     rehearse(model, config, train_set.crop, val_set is not None, ranks)
     val_fingerprint = "" if val_set is None else val_set.fingerprint
     state = build_state(config, model, plain, train_set.fingerprint, val_fingerprint)
-    state.batches = batches
+    state.batches = {**batches, "accumulated": accumulate}
+    if model.adversary is not None and batches.get("accumulated", accumulate) != accumulate:
+        logger.warning(
+            "a step accumulates %d batches, before it was %d: the adaptive weight is that of each, "
+            "so that numbers differ by more than rounding",
+            *(accumulate, batches["accumulated"]),
+        )
 
     # where it stands
     if found is not None:
@@ -100,10 +106,14 @@ def _train(
         del found, content  # as large as the state itself
     ranks.on_first(lock.acquire)
     ranks.on_first(lambda: prepare_run(run, plain))
+    checkpoints = Checkpoints(run, state, training.keep_checkpoints, resumed=path)
+    ranks.on_first(checkpoints.complete)
     if ranks.is_first:
         say_how_it_ended(run)
         describe(state, config, ranks, run, train_set, val_set, total_steps)
+    status = partial(write_status, run, total_steps=total_steps)
     if state.step >= total_steps and (val_set is None or state.validated_step == state.step):
+        ranks.on_first(lambda: status("finished", state.step))
         logger.info("nothing to do: all %d steps are taken", state.step)
         return state
 
@@ -136,9 +146,7 @@ def _train(
     val_size = 0 if val_set is None else len(val_set)
     val_batches = validation_batches(val_size, batch_size, ranks.rank, ranks.world_size)
     averaged = None if state.average is None else state.average.model
-    checkpoints = Checkpoints(run, state, training.keep_checkpoints, resumed=path)
     journal = Journal(run, state, total_steps) if ranks.is_first else None
-    status = partial(write_status, run, total_steps=total_steps)
     ranks.on_first(lambda: status("running", state.step))
 
     model.train()
@@ -146,7 +154,7 @@ def _train(
     try:
         while True:
             # after a step, or where a signal has cut the validation after it short
-            done = state.step == total_steps
+            done = state.step >= total_steps  # more, where there are to be fewer than were taken
             milestone = state.step > 0 and (done or state.step % validate_every_steps == 0)
             cut_short = False
             if val_set is not None and milestone and state.validated_step < state.step:
