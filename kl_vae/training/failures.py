@@ -33,10 +33,13 @@ def _failure(error: Exception, roll_call: RollCall | None) -> Exception:
             f"the data workers gave no batch within training.timeout_seconds ({text}): "
             "look at the storage of data.train.root, or raise it"
         )
-    if isinstance(error, RuntimeError) and "DataLoader worker (pid" in text:
+    noticed = isinstance(error, RuntimeError) and "DataLoader worker (pid" in text
+    # or it was handing over a batch when it was killed, and torch does not notice that it was
+    if noticed or isinstance(error, (ConnectionError, EOFError)):
         return RunError(
-            f"a data worker ended ({text}): mostly memory ran out (dmesg, free -h) or /dev/shm is "
-            "full (df -h /dev/shm); lower data.num_workers, or give more of it"
+            f"a data worker ended ({text or type(error).__name__}): mostly memory ran out (dmesg, "
+            "free -h) or /dev/shm is full (df -h /dev/shm); lower data.num_workers, or give more "
+            "of it"
         )
     if isinstance(error, torch.OutOfMemoryError):
         return RunError(

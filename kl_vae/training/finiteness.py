@@ -47,7 +47,7 @@ def which_to_take(
         ranks: that step together.
         skips: where steps that are left out are counted.
         bad_images: where images that could not be used are noted.
-        step: for the log.
+        step: for the log, counted from 1.
         max_skipped_steps: in a row, that end the run.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ from kl_vae.training.state import TrainingState
 from kl_vae.training.updater import Updater
 
 logger = logging.getLogger(__name__)
+
+# renamed in torch 2.15, where the old name gives a warning
+_NEW, _OLD = "forward_sync_buffers", "broadcast_buffers"
+_SYNC_NOT: dict[str, Any] = {
+    _NEW if _NEW in inspect.signature(DistributedDataParallel).parameters else _OLD: False
+}
 
 
 def build_data(config: RunConfig, ranks: Ranks) -> tuple[ImageDataset, ImageDataset | None]:
@@ -137,8 +144,8 @@ def wrap(model: AutoEncoderKL, ranks: Ranks) -> tuple[nn.Module, nn.Module | Non
         return DistributedDataParallel(
             module,
             device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
+            **_SYNC_NOT,
         )
 
     if model.adversary is None:

@@ -53,7 +53,7 @@ class Skips:
 
         Args:
             ranks: that step together.
-            step: that is left out.
+            step: that is left out, counted from 1.
             losses: of this rank's micro-batches.
             names: of their files.
             bound: how many in a row end the run.

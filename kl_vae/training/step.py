@@ -125,7 +125,7 @@ class TrainingStep:
         updaters = state.updaters[: 1 + discriminates]
         norms = [updater.unscale() for updater in updaters]
         taken = which_to_take(
-            *(updaters, norms, seen, self.ranks, state.skips, self.bad_images, state.step),
+            *(updaters, norms, seen, self.ranks, state.skips, self.bad_images, state.step + 1),
             max_skipped_steps=self.config.training.max_skipped_steps,
         )
         for updater, norm, take in zip(updaters, norms, taken, strict=True):

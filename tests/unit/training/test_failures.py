@@ -18,6 +18,16 @@ KNOWN: list[tuple[Exception, str]] = [
         "data.num_workers, or give more of it",
     ),
     (
+        ConnectionResetError(104, "Connection reset by peer"),
+        "a data worker ended ([Errno 104] Connection reset by peer): mostly memory ran out (dmesg, "
+        "free -h) or /dev/shm is full (df -h /dev/shm); lower data.num_workers, or give more of it",
+    ),
+    (
+        EOFError(),
+        "a data worker ended (EOFError): mostly memory ran out (dmesg, free -h) or /dev/shm is "
+        "full (df -h /dev/shm); lower data.num_workers, or give more of it",
+    ),
+    (
         RuntimeError("DataLoader timed out after 3 seconds"),
         "the data workers gave no batch within training.timeout_seconds (DataLoader timed out "
         "after 3 seconds): look at the storage of data.train.root, or raise it",

@@ -82,7 +82,7 @@ def test_a_step_without_a_finite_loss_changes_nothing_and_is_counted_with_its_fi
     assert take_step.state.step == 2
     assert all(torch.equal(a, b) for a, b in zip(before, weights(take_step), strict=True))
     assert (
-        "step 1 is left out: the loss on rank 0 is not finite (2 so far, 2 in a row); its images:"
+        "step 2 is left out: the loss on rank 0 is not finite (2 so far, 2 in a row); its images:"
         in caplog.text
     )
     assert f"rank 0: {', '.join(f'images/{i}.png' for i in range(8))}" in caplog.text
