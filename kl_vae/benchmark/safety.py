@@ -115,12 +115,17 @@ def measure_safety(
 
     with tempfile.TemporaryDirectory(dir=".") as folder:
         checkpoints = Checkpoints(Path(folder), state, keep=2, resumed=None)
+
+        def save() -> None:
+            state.step += 1  # each its own file, as in a run
+            ranks.on_first(checkpoints.save)
+
         candidates = {
             "step": lambda: take_step(repeat(batch)),
             "finite": agree_on_finiteness,
             "signal": ask_for_signals,
             "agreement": lambda: check_agreement(state.model, ranks, 0),
-            "save": lambda: ranks.on_first(checkpoints.save),
+            "save": save,
             "plain": lambda: ranks.on_first(lambda: _save_plainly(Path(folder), state)),
         }
         timings = alternate(candidates, repeats, device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -30,13 +31,14 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     digest = hashlib.sha256()
 
     def write(file: BinaryIO) -> None:
-        stream = _Digesting(file, digest)
-        try:
-            torch.save({"format": FORMAT, **content}, cast(BinaryIO, stream))
-        except RuntimeError:  # what torch makes of an OSError
-            if stream.error is None:
-                raise
-            raise stream.error from None
+        with ThreadPoolExecutor(1) as thread:
+            stream = _Digesting(file, digest, thread)
+            try:
+                torch.save({"format": FORMAT, **content}, cast(BinaryIO, stream))
+            except RuntimeError:  # what torch makes of an OSError
+                if stream.error is None:
+                    raise
+                raise stream.error from None
         file.flush()
         os.fsync(file.fileno())
         # that of an earlier file of this name, which keeps it as long as it is there itself; a
@@ -111,20 +113,27 @@ def model_params_of(content: object, source: str) -> Mapping[str, Any]:
 
 
 class _Digesting:
-    """A file that is hashed while it is written, and that remembers why it could not be."""
+    """A file that a thread hashes while it is written; it remembers why it could not be."""
 
-    def __init__(self, file: BinaryIO, digest: hashlib._Hash) -> None:
+    def __init__(self, file: BinaryIO, digest: hashlib._Hash, thread: ThreadPoolExecutor) -> None:
         self._file = file
         self._digest = digest
+        self._thread = thread
         self.error: OSError | None = None
 
     def write(self, block: bytes) -> int:
-        self._digest.update(block)
+        large = len(block) > 1 << 16  # else the thread costs more than it saves
+        digesting = self._thread.submit(self._digest.update, block) if large else None
         try:
             return self._file.write(block)
         except OSError as error:
             self.error = error
             raise
+        finally:
+            if digesting is None:
+                self._digest.update(block)
+            else:
+                digesting.result()
 
     def flush(self) -> None:
         self._file.flush()

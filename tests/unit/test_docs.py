@@ -1,0 +1,26 @@
+"""What the documentation points at is there."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+DOCS = TESTS.parent / "docs"
+NAMED = re.findall(r"`([\w/]+\.py)::(\w+)`", (DOCS / "faults.md").read_text())
+
+
+@pytest.mark.parametrize(("file", "name"), sorted(set(NAMED)))
+def test_each_fault_names_a_test_that_is_there(file: str, name: str) -> None:
+    tree = ast.parse((TESTS / file).read_text())
+    assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_each_row_of_faults_names_a_test() -> None:
+    rows = [line for line in (DOCS / "faults.md").read_text().splitlines() if line[:2] == "| "]
+    faults = [row for row in rows if not row.startswith("| fault |")]
+    assert len(faults) > 30
+    for row in faults:
+        assert "::test_" in row or "of a step" in row or "%" in row, row
+    assert len(NAMED) >= len(faults) / 2
