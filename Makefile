@@ -22,7 +22,7 @@ quickstart: $(VENV)/installed-demo
 	@echo "Look at $(RUN)/reconstructions/comparison.png: input | reconstruction | difference."
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .
