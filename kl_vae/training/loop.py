@@ -85,7 +85,8 @@ def _train(
     validate_every_steps = training.validate_every_steps or steps_per_epoch
     found = ranks.on_first(lambda: newest_checkpoint(run))
     path, content = found or (None, {})
-    accumulate, batches = divide_batch(training, ranks.world_size, content.get("batches"))
+    before = content.get("batches")
+    accumulate, batches = divide_batch(training, ranks.world_size, before)
     training = dataclasses.replace(training, accumulate_batches=accumulate)
     config = dataclasses.replace(config, training=training)
     model = build_model(config, ranks, resuming=found is not None)
@@ -93,11 +94,11 @@ def _train(
     val_fingerprint = "" if val_set is None else val_set.fingerprint
     state = build_state(config, model, plain, train_set.fingerprint, val_fingerprint)
     state.batches = {**batches, "accumulated": accumulate}
-    if model.adversary is not None and batches.get("accumulated", accumulate) != accumulate:
-        logger.warning(
+    if model.adversary is not None and before and before["accumulated"] != accumulate:
+        logger.info(
             "a step accumulates %d batches, before it was %d: the adaptive weight is that of each, "
             "so that numbers differ by more than rounding",
-            *(accumulate, batches["accumulated"]),
+            *(accumulate, before["accumulated"]),
         )
 
     # where it stands

@@ -122,12 +122,12 @@ class TrainingState:
         for key, now in self._versions().items():
             before = content["versions"].get(key)
             if before != now:
-                logger.warning(
+                logger.info(
                     "resuming with %s %s, before it was %s: the last bits of numbers may differ",
                     *(key, now, before),
                 )
         if content["validation_fingerprint"] != self.validation_fingerprint:
-            logger.warning(
+            logger.info(
                 "the validation images are not those of before: val/ figures do not compare, "
                 "and the best checkpoint is chosen anew"
             )

@@ -90,6 +90,19 @@ def test_a_resumed_gan_run_equals_one_never_stopped_bit_for_bit(project: Path) -
         assert line in lines
 
 
+def test_another_accumulation_is_named_where_the_weight_depends_on_it(
+    project: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    assert train("--run-dir", "run", *GAN, "training.max_steps=1") == 0
+    more = ["training.max_steps=2", "training.accumulate_batches=2"]
+    assert train("--run-dir", "run", *GAN, *more) == 0
+    assert (
+        "a step accumulates 2 batches, before it was 1: the adaptive weight is that of each, so "
+        "that numbers differ by more than rounding" in caplog.text
+    )
+
+
 def test_the_average_is_used_unless_told_otherwise(project: Path, capsys: Any) -> None:
     assert train("--run-dir", "run", *GAN, "optimizer.learning_rate=0.01") == 0
     content = checkpoint("run", 6)

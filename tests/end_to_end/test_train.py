@@ -237,6 +237,14 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "crop that f does not divide": (["data.crop=15"], "data.crop=15: the model halves"),
     "both lengths": (["training.epochs=2"], "set either epochs=2 or max_steps"),
+    "fraction of bad images": (
+        ["data.max_bad_fraction=1.5"],
+        "data.max_bad_fraction=1.5: must be 0 to 1",
+    ),
+    "one checkpoint": (
+        ["training.keep_checkpoints=1"],
+        "training.keep_checkpoints=1: at least 2, for when the newest is damaged",
+    ),
     "no GPU": (["--device", "tpu"], "device 'tpu': choose one of auto, cuda, mps, cpu"),
     "unknown loss": (
         ["model.params.lossconfig.target=best"],
@@ -310,6 +318,16 @@ def test_where_no_image_can_be_read_the_run_ends(project: Path, capsys: Any) -> 
     assert error.removeprefix("kl-vae train: error: ") in status("runs/tiny")["reason"]
     listed = (project / "runs" / "tiny" / "bad_images.txt").read_text().splitlines()
     assert len(listed) == len({line.split("\t")[0] for line in listed}) > 8
+
+
+def test_where_no_validation_image_can_be_read_the_run_ends(project: Path, capsys: Any) -> None:
+    (project / "val").mkdir()
+    (project / "val" / "a.png").write_bytes(b"garbage")
+    arguments = ["data.validation.root=val", "data.max_bad_fraction=1.0"]
+    assert train("--run-dir", "run", *arguments) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == ("kl-vae train: error: no validation image can be used; look at bad_images.txt")
+    assert (project / "run" / "bad_images.txt").read_text().startswith("val/a.png\tnot an image")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -71,6 +71,7 @@ def test_a_checkpoint_of_another_version_is_refused_naming_what_it_lacks(
 def test_other_software_and_other_validation_images_are_named(
     tiny_ddconfig: dict[str, object], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     content = build(tiny_ddconfig).content()
     content["versions"] = {**content["versions"], "torch": "2.0", "device": "H100"}
     content["validation_fingerprint"] = "w"
@@ -86,5 +87,6 @@ def test_other_software_and_other_validation_images_are_named(
 def test_the_same_software_is_not_named(
     tiny_ddconfig: dict[str, object], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     build(tiny_ddconfig).restore(build(tiny_ddconfig).content(), source="x.pt")
     assert caplog.text == ""
