@@ -158,7 +158,7 @@ def faulty_loss(project: Path) -> list[str]:
     return ["--import", "faulty_loss", "model.params.lossconfig.target=faulty_loss.FaultyELBO"]
 
 
-def metrics(run: str) -> list[dict[str, Any]]:
+def metrics(run: str | Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; none where it is not there yet."""
     path = Path(run, "metrics.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
@@ -169,7 +169,7 @@ def without_speed(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: x for k, x in line.items() if k != "images_per_second"} for line in lines]
 
 
-def status(run: str) -> dict[str, Any]:
+def status(run: str | Path) -> dict[str, Any]:
     """What status.json says."""
     content: dict[str, Any] = json.loads(Path(run, "status.json").read_text())
     return content
@@ -183,7 +183,7 @@ def saved_steps(run: str) -> list[int]:
     return steps
 
 
-def checkpoint(run: str, step: int) -> dict[str, Any]:
+def checkpoint(run: str | Path, step: int) -> dict[str, Any]:
     """What a checkpoint holds, but for what may differ between runs that learn the same."""
     path = Path(run, "checkpoints", f"step_{step:08d}.pt")
     content: dict[str, Any] = torch.load(path, weights_only=True)

@@ -10,9 +10,8 @@ from threading import Thread
 
 from torch.distributed.distributed_c10d import Store
 
-PATIENCE_SECONDS = (
-    5.0  # for the others to say that they are there; they fail at about the same time
-)
+# for the others to say that they are there; they fail at about the same time
+PATIENCE_SECONDS = 5.0
 
 _LOST_ANOTHER = "lost another rank"
 

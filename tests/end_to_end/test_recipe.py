@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kl_vae import AutoEncoderKL
 from kl_vae.cli.main import main
+from tests.processes import assert_same, checkpoint, metrics
 
 GAN = [
     "model.params.lossconfig={target: ldm.modules.losses.LPIPSWithDiscriminator, params: "
@@ -23,30 +24,6 @@ GAN = [
 
 def train(*arguments: str) -> int:
     return main(["train", "tiny.yaml", *arguments])
-
-
-def checkpoint(run: str, step: int) -> dict[str, Any]:
-    path = Path(run) / "checkpoints" / f"step_{step:08d}.pt"
-    content: dict[str, Any] = torch.load(path, weights_only=True)
-    return content
-
-
-def metrics(run: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same(one: Any, other: Any) -> None:
-    if isinstance(one, Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_same(one[key], other[key])
-    elif isinstance(one, list):
-        for a, b in zip(one, other, strict=True):
-            assert_same(a, b)
-    else:
-        assert one == other
 
 
 def differ(one: dict[str, Tensor], other: dict[str, Tensor], beginning: str) -> list[bool]:
