@@ -26,9 +26,11 @@ from kl_vae.formats.checkpoint import model_params_of
 from kl_vae.formats.matching import match
 from kl_vae.formats.run_checkpoints import read_chosen
 from kl_vae.formats.weights import state_dict_of
+from kl_vae.latents import LatentNormalization
 from kl_vae.losses import Loss, LPIPSWithDiscriminator, build_loss, default_loss
 from kl_vae.optimizer import DiscriminatorOptimizerConfig, OptimizerConfig, build_optimizer
 from kl_vae.randomness import generator_for
+from kl_vae.schema import from_mapping
 from kl_vae.shapes import check_context, check_images, check_latents
 
 
@@ -56,6 +58,8 @@ class AutoEncoderKL(nn.Module):
         ignore_keys: beginnings of the checkpoint's keys that are not loaded.
         colorize_nlabels: number of channels that `to_rgb` projects to three; in_channels, or None.
         monitor: the validation figure, such as "val/rec_loss", that selects the best checkpoint.
+        latents: how `normalize_latents` scales (`LatentNormalization` describes each key); None:
+            that is not known.
 
     Raises:
         ValueError: a key, value or checkpoint that does not fit; the text says what to mend.
@@ -73,6 +77,7 @@ class AutoEncoderKL(nn.Module):
         ignore_keys: Iterable[str] = (),
         colorize_nlabels: int | None = None,
         monitor: str | None = None,
+        latents: LatentNormalization | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(ddconfig, DDConfig):
@@ -81,6 +86,10 @@ class AutoEncoderKL(nn.Module):
         self.config = ddconfig
         self.embed_dim = embed_dim
         self.monitor = monitor
+        self.latents: LatentNormalization | None = None
+        if latents is not None:
+            self.latents = from_mapping(LatentNormalization, latents, "latents")
+            self.latents.check_channels(self.latent_channels)
         self.encoder = Encoder(**dataclasses.asdict(ddconfig))
         self.decoder = Decoder(**dataclasses.asdict(ddconfig))
         if embed_dim is not None:
@@ -130,6 +139,31 @@ class AutoEncoderKL(nn.Module):
             z = self.post_quant_conv(z)
         image: Tensor = self.decoder(z, context)
         return image
+
+    def normalize_latents(self, z: Tensor) -> Tensor:
+        """Raw latents [B, z, h, w] -> about zero mean and unit variance, for a diffusion model.
+
+        Raises:
+            ValueError: this model's scale is not known, or z is not a batch of latents of it.
+        """
+        return self._normalization(z).normalize(z)
+
+    def denormalize_latents(self, z: Tensor) -> Tensor:
+        """What `normalize_latents` gave -> raw latents [B, z, h, w], as `decode` takes them.
+
+        Raises:
+            ValueError: as `normalize_latents`.
+        """
+        return self._normalization(z).denormalize(z)
+
+    def _normalization(self, z: Tensor) -> LatentNormalization:
+        check_latents(z, self.latent_channels)
+        if self.latents is None:
+            raise ValueError(
+                "the scale of this model's latents is not known; measure it with "
+                "kl-vae encode --statistics, or give latents={'scale_factor': ...}"
+            )
+        return self.latents
 
     def forward(
         self,

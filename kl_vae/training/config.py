@@ -11,6 +11,7 @@ from typing import Any, Literal
 from kl_vae.config import load_config
 from kl_vae.data import DataConfig
 from kl_vae.ddconfig import DDConfig
+from kl_vae.latents import LatentNormalization
 from kl_vae.optimizer import DiscriminatorOptimizerConfig, OptimizerConfig
 from kl_vae.schema import from_mapping
 
@@ -26,6 +27,7 @@ class ModelParams:
     ignore_keys: tuple[str, ...] = ()
     colorize_nlabels: int | None = None
     monitor: str | None = None
+    latents: LatentNormalization | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

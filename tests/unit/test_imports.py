@@ -19,6 +19,7 @@ FLOORS = (
         "blocks",
         "attention",
         "distribution",
+        "latents",
         "ddconfig",
         "parts",
         "middle",
