@@ -1,9 +1,10 @@
-"""Write a file whole or not at all."""
+"""Write a file or a folder whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -38,23 +39,61 @@ def write_atomically(
         temporary.unlink(missing_ok=True)
         raise
     if durable:
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)  # the rename itself
-        finally:
-            os.close(descriptor)
+        _flush(path.parent)  # the rename itself
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what `write_atomically` left in a folder where its process was killed.
+    """Remove what the functions here left in a folder where their process was killed.
 
     To be called where no other process writes into the folder.
     """
     for path in folder.glob(".*.tmp"):
         if _TEMPORARY.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+            _remove(path)
 
 
 def write_text_atomically(path: Path, text: str) -> None:
     """`write_atomically` for text, as UTF-8."""
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Make a folder so that `path` is either the whole of it or what it was before.
+
+    Args:
+        path: the folder; it does not exist, or is empty.
+        write: called with a folder beside it, which is then renamed.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.tmp")
+    _remove(temporary)  # of a killed process: in a container numbers come again
+    try:
+        temporary.mkdir()
+        write(temporary)
+        for file in (*temporary.iterdir(), temporary):
+            _flush(file)
+        os.replace(temporary, path)
+    except BaseException:
+        _remove(temporary)
+        raise
+    _flush(path.parent)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -22,13 +22,14 @@ from kl_vae.decoder import Decoder
 from kl_vae.distribution import DiagonalGaussianDistribution
 from kl_vae.encoder import Encoder
 from kl_vae.equivariance import Equivariance
-from kl_vae.formats.checkpoint import model_params_of
 from kl_vae.formats.matching import match
-from kl_vae.formats.run_checkpoints import read_chosen
-from kl_vae.formats.weights import state_dict_of
+from kl_vae.formats.reading import Weights, read_weights
+from kl_vae.formats.writing import write_compvis, write_diffusers
 from kl_vae.latents import LatentNormalization
 from kl_vae.losses import Loss, LPIPSWithDiscriminator, build_loss, default_loss
 from kl_vae.optimizer import DiscriminatorOptimizerConfig, OptimizerConfig, build_optimizer
+from kl_vae.presets import find_preset
+from kl_vae.pretrained import complete_params, has_published_parts
 from kl_vae.randomness import generator_for
 from kl_vae.schema import from_mapping
 from kl_vae.shapes import check_context, check_images, check_latents
@@ -99,7 +100,7 @@ class AutoEncoderKL(nn.Module):
         colorize = None
         if colorize_nlabels is not None:
             generator = generator_for("colorize", colorize_nlabels)
-            colorize = torch.randn(3, colorize_nlabels, 1, 1, generator=generator)
+            colorize = torch.randn(3, colorize_nlabels, 1, 1, generator=generator, device="cpu")
         self.register_buffer("colorize", colorize)
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys)
@@ -288,33 +289,94 @@ class AutoEncoderKL(nn.Module):
     ) -> AutoEncoderKL:
         """Load a trained autoencoder, in eval mode and without its loss.
 
+        float32 weights are mapped into memory: a page of them is read when it is used, and copied
+        when it is written to. Until the model is moved to a device, the file may be removed or
+        replaced, but not overwritten.
+
         Args:
-            path: a run directory (its best checkpoint, else its newest), one of our checkpoints, or
-                with `params` any file that holds a state dict of the CompVis layout.
-            params: `model.params` of a config; None: as the checkpoint says.
+            path: a run directory (its best checkpoint, else its newest), one of our checkpoints, a
+                file of torch's or a safetensors file in the CompVis or diffusers layout, of an
+                autoencoder or a whole pipeline, a folder of diffusers', or
+                `hf://ORG/NAME[@REVISION][/SUBFOLDER or /FILE]`.
+            params: `model.params` of a config, against which the tensors are checked; None: as the
+                checkpoint says, else as the names and shapes of its tensors show.
             ema: load the moving average of the weights, where the checkpoint has one; else the
                 weights as they were trained last.
 
         Raises:
-            ValueError: no checkpoint there, no params known, or weights that do not fit them.
+            ValueError: no autoencoder there, or not one of these params.
         """
-        path, content = read_chosen(Path(path))
-        if params is None:
-            params = model_params_of(content, str(path))
-        if "ddconfig" not in params or "embed_dim" not in params:
-            raise ValueError(f"{path}: its config lacks ddconfig or embed_dim; give its config")
-        # lossconfig stays out: nothing that a checkpoint names is imported
-        model = cls(
-            params["ddconfig"],
-            params["embed_dim"],
-            colorize_nlabels=params.get("colorize_nlabels"),
-            monitor=params.get("monitor"),
-        )
-        model.load_weights(state_dict_of(content, str(path), ema=ema), source=str(path))
+        weights = read_weights(path, ema)
+        return cls._of_weights(weights, complete_params(weights, params))
+
+    @classmethod
+    def from_preset(cls, name: str, weights: str | Path | None = None) -> AutoEncoderKL:
+        """Load a published autoencoder, in eval mode, with the scale of its latents.
+
+        Args:
+            name: one of `kl_vae.presets.PRESETS`, such as sdxl-vae.
+            weights: as the path of `from_checkpoint`; None: fetched from where they are published.
+
+        Raises:
+            ValueError: no such preset, or weights that are not what it says.
+        """
+        preset = find_preset(name)
+        read = read_weights(preset.location if weights is None else weights)
+        return cls._of_weights(read, preset.params_of(read))
+
+    @classmethod
+    def _of_weights(cls, weights: Weights, params: Mapping[str, Any]) -> AutoEncoderKL:
+        # on meta nothing is initialised that is then overwritten
+        device = "meta" if has_published_parts(params["ddconfig"]) else "cpu"
+        with torch.device(device):
+            model = cls(**params)
+        own = model.state_dict()
+        fitting = match(own, weights.tensors, source=weights.source)
+        tensors = {key: x.to(own[key].dtype) for key, x in fitting.items()}
+        model.load_state_dict(tensors, strict=False, assign=True)
         return model.eval()
 
+    @property
+    def params(self) -> dict[str, Any]:
+        """`model.params` that this model is built from again, without its loss; plain values."""
+        return {
+            "ddconfig": dataclasses.asdict(self.config),
+            "embed_dim": self.embed_dim,
+            "colorize_nlabels": None if self.colorize is None else self.colorize.shape[1],
+            "monitor": self.monitor,
+            "latents": None if self.latents is None else dataclasses.asdict(self.latents),
+        }
+
+    def save_pretrained(self, folder: str | Path, dtype: str = "fp32") -> None:
+        """Write a folder that `diffusers.AutoencoderKL.from_pretrained` loads, and we as well.
+
+        Args:
+            folder: is made.
+            dtype: of the weights there: fp32, fp16 or bf16.
+
+        Raises:
+            ValueError: diffusers cannot express this model, the folder exists or cannot be written,
+                or a weight is too large for fp16.
+        """
+        write_diffusers(Path(folder), self._own_tensors(), self.params, dtype)
+
+    def save_compvis(self, path: str | Path, dtype: str = "fp32") -> None:
+        """Write one safetensors file with the original names, and `params` in its metadata.
+
+        Args:
+            path: the file to write, .safetensors.
+            dtype: of the weights there: fp32, fp16 or bf16.
+
+        Raises:
+            ValueError: the file exists or cannot be written, or a weight is too large for fp16.
+        """
+        write_compvis(Path(path), self._own_tensors(), self.params, dtype)
+
+    def _own_tensors(self) -> dict[str, Tensor]:
+        return self.without_loss().state_dict()
+
     def init_from_ckpt(self, path: str | Path, ignore_keys: Iterable[str] = ()) -> None:
-        """Load weights from a run directory or a file, but for keys that begin with `ignore_keys`.
+        """Load weights from what `from_checkpoint` takes, but for keys that `ignore_keys` begin.
 
         Where the checkpoint has a moving average of the weights, it is taken. Says in one log line
         what was loaded, ignored, missing and unexpected. The tensors of a loss (`loss.`) that this
@@ -324,9 +386,8 @@ class AutoEncoderKL(nn.Module):
             ValueError: missing, unexpected or differently shaped tensors that `ignore_keys` does
                 not name. The model is then left as it was.
         """
-        path, content = read_chosen(Path(path))
-        tensors = state_dict_of(content, str(path))
-        self.load_weights(tensors, ignore_keys, source=str(path))
+        weights = read_weights(path)
+        self.load_weights(weights.tensors, ignore_keys, source=weights.source)
 
     def load_weights(
         self, tensors: Mapping[str, Tensor], ignore_keys: Iterable[str] = (), source: str = ""

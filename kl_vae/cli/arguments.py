@@ -2,43 +2,102 @@
 
 import argparse
 
+CHECKPOINT = "a run directory, a checkpoint of any layout, a folder of diffusers', or hf://ORG/NAME"
+
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that choose weights."""
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="RUN_OR_FILE",
-        help="a run directory or a checkpoint file",
-    )
+    parser.add_argument("--checkpoint", required=True, metavar="RUN_OR_FILE", help=CHECKPOINT)
+    add_weights_arguments(parser)
+
+
+def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say how a checkpoint is read."""
     parser.add_argument(
         "--no-ema",
         action="store_true",
         help="the weights as trained last, where a checkpoint has their moving average as well",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="config file or shipped config's name; without it, as the checkpoint says or shows",
     )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of every command that uses a model."""
     add_checkpoint_arguments(parser)
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="config file or shipped config's name, for a checkpoint that does not hold its own",
-    )
-    parser.add_argument(
-        "--out", required=True, metavar="FOLDER", help="where the pictures go; is created"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     parser.add_argument("--device", default="auto", help="auto (default), cuda, cuda:N, mps or cpu")
     parser.add_argument(
         "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32"
     )
 
 
+def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of commands that write pictures."""
+    parser.add_argument(
+        "--out", required=True, metavar="FOLDER", help="where the pictures go; is created"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+
+
+def add_image_arguments(
+    parser: argparse.ArgumentParser,
+    resize: str = "as they are",
+    crop: str = "the whole image",
+) -> None:
+    """Add the arguments that choose images; `resize` and `crop` say what is done without them."""
+    parser.add_argument(
+        "--images",
+        required=True,
+        nargs="+",
+        metavar="FOLDER_OR_FILE",
+        help="folders of images (also package:NAME/FOLDER) and single images",
+    )
+    parser.add_argument(
+        "--resize",
+        type=positive,
+        metavar="N",
+        help=f"resize images to this short side first (default: {resize})",
+    )
+    parser.add_argument(
+        "--crop",
+        type=positive,
+        metavar="N",
+        help=f"then cut this square out of the middle (default: {crop})",
+    )
+    parser.add_argument(
+        "--include",
+        nargs="+",
+        default=(),
+        metavar="PATTERN",
+        help="take these files of folders only",
+    )
+    parser.add_argument(
+        "--exclude", nargs="+", default=(), metavar="PATTERN", help="leave these files out"
+    )
+    parser.add_argument(
+        "--max-pixels",
+        type=positive,
+        default=178_956_970,  # kl_vae.data.MAX_PIXELS, without its imports
+        metavar="N",
+        help="skip images with more pixels, before they are decoded (default: %(default)s)",
+    )
+
+
 def positive(text: str) -> int:
     """Parse an integer of at least 1."""
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: give an integer of at least 1")
+    return _integer(text, 1)
+
+
+def not_negative(text: str) -> int:
+    """Parse an integer of at least 0."""
+    return _integer(text, 0)
+
+
+def _integer(text: str, smallest: int) -> int:
+    number = int(text) if text.isdecimal() else -1
+    if number < smallest:
+        raise argparse.ArgumentTypeError(f"{text!r}: give an integer of at least {smallest}")
     return number

@@ -21,9 +21,11 @@ def run(args: argparse.Namespace) -> int:
     """
     from pathlib import Path
 
-    from kl_vae.formats.export import export_checkpoint
+    from kl_vae.config import load_model_params
+    from kl_vae.pretrained import export_checkpoint
 
     out = Path(args.out)
-    which = export_checkpoint(Path(args.checkpoint), out, ema=not args.no_ema)
+    given = None if args.config is None else load_model_params(args.config)
+    which = export_checkpoint(args.checkpoint, out, ema=not args.no_ema, given=given)
     print(f"{which} in {out}")
     return 0

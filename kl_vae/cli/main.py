@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from kl_vae.errors import RunError
 
-COMMANDS = ("train", "reconstruct", "sample", "export", "benchmark")
+COMMANDS = ("train", "reconstruct", "encode", "sample", "export", "convert", "benchmark")
 
 
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:

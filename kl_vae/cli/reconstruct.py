@@ -4,7 +4,12 @@ import argparse
 import dataclasses
 import sys
 
-from kl_vae.cli.arguments import add_model_arguments, positive
+from kl_vae.cli.arguments import (
+    add_image_arguments,
+    add_model_arguments,
+    add_picture_arguments,
+    positive,
+)
 
 HELP = "reconstruct images, with PSNR, SSIM and a comparison picture"
 
@@ -12,36 +17,8 @@ HELP = "reconstruct images, with PSNR, SSIM and a comparison picture"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add_model_arguments(parser)
-    parser.add_argument(
-        "--images",
-        required=True,
-        nargs="+",
-        metavar="FOLDER_OR_FILE",
-        help="folders of images (also package:NAME/FOLDER) and single images",
-    )
-    parser.add_argument(
-        "--resize", type=positive, metavar="N", help="resize images to this short side first"
-    )
-    parser.add_argument(
-        "--crop", type=positive, metavar="N", help="then cut this square out of the middle"
-    )
-    parser.add_argument(
-        "--include",
-        nargs="+",
-        default=(),
-        metavar="PATTERN",
-        help="take these files of folders only",
-    )
-    parser.add_argument(
-        "--exclude", nargs="+", default=(), metavar="PATTERN", help="leave these files out"
-    )
-    parser.add_argument(
-        "--max-pixels",
-        type=positive,
-        default=178_956_970,  # kl_vae.data.MAX_PIXELS, without its imports
-        metavar="N",
-        help="skip images with more pixels, before they are decoded (default: %(default)s)",
-    )
+    add_picture_arguments(parser)
+    add_image_arguments(parser)
     parser.add_argument(
         "--mode",
         choices=("mode", "sample"),

@@ -6,7 +6,7 @@ A KL autoencoder with a small kl_weight is no generator: expect texture without 
 import argparse
 import math
 
-from kl_vae.cli.arguments import add_model_arguments, positive
+from kl_vae.cli.arguments import add_model_arguments, add_picture_arguments, positive
 
 HELP = "decode latents drawn from N(0, I), to see what the prior holds"
 
@@ -16,6 +16,7 @@ GRID_IMAGES = 64  # at most, in grid.png
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add_model_arguments(parser)
+    add_picture_arguments(parser)
     parser.add_argument(
         "--number", type=positive, default=16, metavar="N", help="images to draw (default: 16)"
     )

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, cast
 import torch
 
 from kl_vae.files import write_atomically, write_text_atomically
-from kl_vae.formats.weights import read_file
+from kl_vae.formats.torch_file import read_torch_file
 
 FORMAT = "kl_vae.checkpoint.1"
 
@@ -56,7 +56,7 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
 def complete_checkpoint(path: Path) -> None:
     """Write the sha256 of a checkpoint that is whole, if the save was cut short before it."""
     if not _digest_path(path).is_file():
-        _write_digest(path, _digest(path))
+        _write_digest(path, sha256_of(path))
 
 
 def remove_checkpoint(path: Path) -> None:
@@ -65,14 +65,14 @@ def remove_checkpoint(path: Path) -> None:
     _digest_path(path).unlink(missing_ok=True)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of ours.
+def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """Read a checkpoint of ours; with `mmap` leave tensors in the file until they are used.
 
     Raises:
         ValueError: it is missing, damaged, or not one of ours.
     """
     check_digest(path)
-    content = read_file(path)
+    content = read_torch_file(path, mmap=mmap)
     if not is_checkpoint(content):
         raise ValueError(f"{path}: not a checkpoint of kl_vae")
     return dict(content)
@@ -83,7 +83,7 @@ def check_digest(path: Path) -> None:
     digest = _digest_path(path)
     try:
         known = digest.read_bytes()[:64] if path.is_file() and digest.is_file() else None
-        damaged = known is not None and known != _digest(path).encode()
+        damaged = known is not None and known != sha256_of(path).encode()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); mend that") from None
     if damaged:
@@ -95,21 +95,6 @@ def check_digest(path: Path) -> None:
 def is_checkpoint(content: object) -> bool:
     """Whether a loaded file is one of our checkpoints."""
     return isinstance(content, Mapping) and content.get("format") == FORMAT
-
-
-def model_params_of(content: object, source: str) -> Mapping[str, Any]:
-    """The `model.params` in the config of a loaded checkpoint.
-
-    Raises:
-        ValueError: it is not one of ours, or has no such config.
-    """
-    try:
-        params = content["config"]["model"]["params"] if is_checkpoint(content) else None  # type: ignore[index]
-    except (KeyError, TypeError):
-        params = None
-    if not isinstance(params, Mapping):
-        raise ValueError(f"{source}: does not say its architecture; give its config as well")
-    return params
 
 
 class _Digesting:
@@ -147,7 +132,8 @@ def _digest_path(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def _digest(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, 64 hex digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

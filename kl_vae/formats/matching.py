@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from kl_vae.formats.architecture import infer_architecture
+
 logger = logging.getLogger(__name__)
 
 # a loss has its own tensors: a model may be given another loss than it was trained with, or none
@@ -61,17 +63,14 @@ def _mismatch(
     missing: list[str],
 ) -> str:
     """One line on weights that do not fit, and what to mend."""
-    key = "post_quant_conv.weight"  # [z_channels, embed_dim, 1, 1]
-    if key in unexpected:
-        return f"has quant convolutions; set embed_dim={given[key].shape[1]}"
-    if key in missing:
-        return f"has no quant convolutions; embed_dim={own[key].shape[1]} should be null"
-    if key in misshapen and given[key].shape[:1] == own[key].shape[:1]:
-        channels = given[key].shape[1]
-        return (
-            f"its latents have {channels} channels; embed_dim={own[key].shape[1]} "
-            f"should be {channels}"
-        )
+    try:
+        theirs, ours = infer_architecture(given, "the file"), infer_architecture(own, "the model")
+        if theirs != ours:
+            return (
+                f"its tensors have {theirs.differences(ours)}; use the config it was trained with"
+            )
+    except ValueError:  # part of an autoencoder, or one of the user's own blocks
+        pass
     parts = []
     if misshapen:
         parts.append(
@@ -82,5 +81,5 @@ def _mismatch(
     if missing:
         parts.append(f"{len(missing)} missing (such as {missing[0]})")
     if unexpected:
-        parts.append(f"{len(unexpected)} unexpected (such as {unexpected[0]})")
+        parts.append(f"{len(unexpected)} unexpected (such as {ascii(unexpected[0])[1:-1]})")
     return ", ".join(parts) + "; use the config it was trained with, or name them in ignore_keys"

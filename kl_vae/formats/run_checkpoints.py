@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kl_vae.formats.checkpoint import check_digest, read_checkpoint
-from kl_vae.formats.weights import read_file
+from kl_vae.formats.torch_file import read_torch_file
 
 logger = logging.getLogger(__name__)
 
@@ -57,17 +57,26 @@ def best_checkpoint(run: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def read_chosen(path: Path) -> tuple[Path, Any]:
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run directory, with checkpoints or without."""
+    return (folder / FOLDER).is_dir()
+
+
+def read_chosen(path: Path, *, mmap: bool = False) -> tuple[Path, Any]:
     """Read the file that a path means: of a run directory the best checkpoint, else the newest.
 
     Of a run damaged checkpoints are passed over, each with a warning; a file may be any of torch's.
+
+    Args:
+        path: a run directory or a file.
+        mmap: leave tensors in the file until they are used.
 
     Raises:
         ValueError: a directory without a checkpoint that can be read, or a damaged file.
     """
     if not path.is_dir():
         check_digest(path)
-        return path, read_file(path)
+        return path, read_torch_file(path, mmap=mmap)
     best = best_checkpoint(path)
     paths = [
         *([best] if best else []),
@@ -75,13 +84,15 @@ def read_chosen(path: Path) -> tuple[Path, Any]:
     ]
     if not paths:
         raise ValueError(f"{path}: no checkpoint in it; give a run directory or a file")
-    return _first_whole(paths, path)
+    return _first_whole(paths, path, mmap=mmap)
 
 
-def _first_whole(paths: Iterable[Path], run: Path) -> tuple[Path, dict[str, Any]]:
+def _first_whole(
+    paths: Iterable[Path], run: Path, *, mmap: bool = False
+) -> tuple[Path, dict[str, Any]]:
     for path in paths:
         try:
-            return path, read_checkpoint(path)
+            return path, read_checkpoint(path, mmap=mmap)
         except ValueError as error:
             logger.warning("passing over a checkpoint: %s", error)
     raise ValueError(

@@ -8,11 +8,18 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+CHECKOUT = Path(__file__).resolve().parents[2]
+README = CHECKOUT / "README.md"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+COMMANDS = {  # some of those that a page shows
+    "README.md": {"train", "reconstruct", "sample", "encode", "convert", "benchmark"},
+    "docs/checkpoints.md": {"encode", "convert"},
+}
+
+
+def blocks(language: str, page: Path = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
 def test_the_python_code_runs_in_its_order() -> None:
@@ -24,18 +31,19 @@ def test_the_python_code_runs_in_its_order() -> None:
     assert names["total"].requires_grad  # type: ignore[attr-defined]
 
 
-def test_the_commands_are_those_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/checkpoints.md"])
+def test_the_commands_are_those_of_the_program(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each `kl-vae ...` line parses, and its config and overrides load."""
     from kl_vae.cli import main as cli
     from kl_vae.training.config import RunConfig
 
     parsed = []
     monkeypatch.setattr(cli, "run_command", lambda name, args: parsed.append((name, args)) or 0)
-    text = "\n".join(blocks("")).replace("\\\n", " ")
+    text = "\n".join(blocks("", CHECKOUT / page)).replace("\\\n", " ")
     commands = [line.split("#")[0] for line in text.splitlines() if line.startswith("kl-vae ")]
     for command in commands:
         assert cli.main(shlex.split(command)[1:]) == 0, command
-    assert {name for name, _ in parsed} >= {"train", "reconstruct", "sample"}
+    assert {name for name, _ in parsed} >= COMMANDS[page]
     for name, args in parsed:
         if name == "train":
             RunConfig.load(args.config, args.overrides)

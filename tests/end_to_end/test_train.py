@@ -185,7 +185,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "resize smaller than the crop": (["data.resize=8"], "data.resize=8: smaller than the crop"),
     "embed_dim that does not fit": (
         ["model.params.ckpt_path=other.pt", "model.params.embed_dim=3"],
-        "its latents have 4 channels; embed_dim=3 should be 4",
+        "its tensors have embed_dim=4 (not 3); use the config it was trained with",
     ),
     "unwritable run": (["--run-dir", "tiny.yaml/run"], "choose another --run-dir"),
     "run is a file": (["--run-dir", "tiny.yaml"], "tiny.yaml: is a file; choose another --run-dir"),

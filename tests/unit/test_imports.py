@@ -28,6 +28,7 @@ FLOORS = (
     ),
     ("encoder", "decoder", "muon", "shapes"),
     ("losses", "formats", "data", "optimizer", "config"),
+    ("pretrained", "presets"),
     ("model",),
     ("inference", "training", "benchmark", "__init__"),
     ("cli",),
@@ -40,6 +41,7 @@ SIDEWAYS = {
     "ddconfig": {"attention", "blocks"},
     "parts": {"attention", "blocks", "ddconfig"},
     "middle": {"parts"},
+    "presets": {"pretrained"},
     "training": {"inference"},
     "benchmark": {"inference", "training"},
 }

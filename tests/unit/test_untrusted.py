@@ -86,7 +86,7 @@ def test_what_a_checkpoint_names_is_never_imported(
 
 
 def test_a_tensor_that_claims_more_than_its_storage_is_refused(tmp_path: Path) -> None:
-    from kl_vae.formats.weights import read_file
+    from kl_vae.formats.torch_file import read_torch_file
 
     path = tmp_path / "a.pt"
     torch.save({"x": torch.zeros(4)}, path)
@@ -96,4 +96,4 @@ def test_a_tensor_that_claims_more_than_its_storage_is_refused(tmp_path: Path) -
     assert content.count(size) == 1
     path.write_bytes(content.replace(size, claimed))
     with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
-        read_file(path)
+        read_torch_file(path)

@@ -68,7 +68,7 @@ def test_a_file_that_cannot_be_read_is_named(run: Path, monkeypatch: pytest.Monk
     def fail(path: Path) -> str:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("kl_vae.formats.checkpoint._digest", fail)
+    monkeypatch.setattr("kl_vae.formats.checkpoint.sha256_of", fail)
     with pytest.raises(ValueError, match=r"300.pt: cannot be read \(Input/output error\)"):
         read_checkpoint(checkpoint_path(run, 300))
 

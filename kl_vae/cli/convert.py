@@ -1,0 +1,47 @@
+"""Write an autoencoder's weights in the layout of others."""
+
+import argparse
+
+from kl_vae.cli.arguments import CHECKPOINT, add_weights_arguments
+
+HELP = "write weights for diffusers, or as one file with the original names"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.add_argument("source", metavar="IN", help=CHECKPOINT)
+    parser.add_argument(
+        "out",
+        metavar="OUT",
+        help="what to write: with --to compvis a .safetensors file, with --to diffusers a folder",
+    )
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=("compvis", "diffusers"),
+        help="compvis: one file with the original names (latent-diffusion, ComfyUI); diffusers: a "
+        "folder for AutoencoderKL.from_pretrained",
+    )
+    parser.add_argument(
+        "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="default: fp32"
+    )
+    add_weights_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the file or folder; 0.
+
+    Raises:
+        ValueError: no autoencoder there, one that the layout cannot express, or an output that
+            exists or cannot be written.
+    """
+    from kl_vae.inference.load import read_model
+
+    model = read_model(args.source, args.config, ema=not args.no_ema)
+    if args.to == "compvis":
+        model.save_compvis(args.out, args.dtype)
+    else:
+        model.save_pretrained(args.out, args.dtype)
+    number = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{number:,} parameters in {args.out} ({args.to}, {args.dtype})")
+    return 0
