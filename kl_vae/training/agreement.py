@@ -24,8 +24,7 @@ def check_agreement(module: nn.Module, ranks: Ranks, step: int) -> None:
     if ranks.world_size == 1:
         return
     names = [name for name, _ in module.named_parameters()]
-    mine = torch.stack([_checksum(p) for p in module.parameters()]).tolist()
-    sums = torch.tensor(ranks.gather(mine))  # [rank, parameter]
+    sums = torch.tensor(ranks.gather(checksums(module)))  # [rank, parameter]
     differing = (sums != sums[0]).any(dim=0).nonzero().flatten().tolist()
     if differing:
         first = differing[0]
@@ -36,6 +35,12 @@ def check_agreement(module: nn.Module, ranks: Ranks, step: int) -> None:
             "the same kind of device on all machines; the same command goes on from the last "
             "checkpoint"
         )
+
+
+@torch.no_grad()
+def checksums(module: nn.Module) -> list[int]:
+    """A number for each parameter, of all its bits."""
+    return torch.stack([_checksum(p) for p in module.parameters()]).tolist()
 
 
 def _checksum(x: Tensor) -> Tensor:
