@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
+from tests.processes import TORCHRUN
 
 WORKER = Path(__file__).with_name("adversarial_worker.py")
 
@@ -31,12 +34,16 @@ def steps(
     precision: str = "fp32",
     broken_rank: int = -1,
 ) -> list[dict[str, Any]]:
-    """Five steps; what each rank wrote."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={ranks}", str(WORKER), name, str(accumulate)]
-    command += [weighting, precision, str(broken_rank)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    """Five steps, of one rank in this process; what each rank wrote."""
+    arguments = [str(WORKER), name, str(accumulate), weighting, precision, str(broken_rank)]
+    if ranks == 1:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", arguments)
+            runpy.run_path(str(WORKER))
+    else:
+        command = [*TORCHRUN, f"--nproc-per-node={ranks}", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
     return [torch.load(f"{name}_{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 

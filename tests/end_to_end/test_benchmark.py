@@ -123,3 +123,18 @@ def test_guards(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert figures["ranks"] == 1 and figures["step"]["median"] > 0.0
     assert table["all"][-1].endswith(f"{figures['total']:.4%}")
     assert not list(project.glob("tmp*"))  # what was saved is gone
+
+
+def test_loading(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("safetensors")
+    arguments = "--config tiny.yaml --repeats 2 --device cpu --out l.json"
+    assert main(["benchmark", "loading", *arguments.split()]) == 0
+    printed = capsys.readouterr().out
+    figures = json.loads((project / "l.json").read_text())
+    assert printed.startswith(f"Reading tiny.yaml of {figures['megabytes']:.0f} MB, 2 of each by t")
+    assert len(figures["timings"]) == 4
+    table = rows(printed)
+    for name, timing in figures["timings"].items():
+        baseline = next(iter(figures["timings"].values()))["median"]
+        assert figures["ratios"][name] == pytest.approx(timing["median"] / baseline)
+        assert table[name][2] == f"{figures['ratios'][name]:.2f}"

@@ -74,7 +74,7 @@ def assert_same_model(model: AutoEncoderKL, other: AutoEncoderKL) -> None:
     assert all(torch.equal(x, others[key]) for key, x in own.items())
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(models())
 def test_the_tensors_show_the_architecture(model: AutoEncoderKL) -> None:
     said = Architecture.of_params(dataclasses.asdict(model.config), model.embed_dim)
@@ -89,7 +89,7 @@ def test_the_tensors_show_the_architecture(model: AutoEncoderKL) -> None:
     assert shapes == {key: x.shape for key, x in model.state_dict().items()}
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(expressible_models())
 def test_to_diffusers_and_back_bit_for_bit(model: AutoEncoderKL) -> None:
     tensors = model.state_dict()
@@ -114,7 +114,7 @@ def test_to_diffusers_and_back_bit_for_bit(model: AutoEncoderKL) -> None:
             assert loaded.latents == model.latents
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(models())
 def test_compvis_files_keep_the_whole_config(model: AutoEncoderKL) -> None:
     with tempfile.TemporaryDirectory() as name:
@@ -125,7 +125,7 @@ def test_compvis_files_keep_the_whole_config(model: AutoEncoderKL) -> None:
     assert_same_model(again, model)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(models())
 def test_what_diffusers_cannot_express_is_refused_and_nothing_written(
     model: AutoEncoderKL,
@@ -143,7 +143,7 @@ def test_what_diffusers_cannot_express_is_refused_and_nothing_written(
             model.save_pretrained(folder)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(expressible_models())
 def test_diffusers_own_class_takes_the_folder(model: AutoEncoderKL) -> None:
     diffusers = pytest.importorskip("diffusers")
