@@ -159,6 +159,27 @@ def _latent_diffusion(name: str, ddconfig: DDConfig) -> Preset:
     )
 
 
+def _later(
+    name: str,
+    z_channels: int,
+    latents: LatentNormalization | None,
+    weights: str,
+    licence: str,
+    *sha256: str,
+    has_quant_conv: bool = True,
+) -> Preset:
+    """One of those that followed kl-f8, all of its width and depth."""
+    return Preset(
+        name=name,
+        ddconfig=_architecture(z_channels),
+        embed_dim=z_channels if has_quant_conv else None,
+        latents=latents,
+        weights=f"hf://{weights}",
+        licence=licence,
+        sha256=sha256,
+    )
+
+
 _SD = LatentNormalization(scale_factor=0.18215)
 _SDXL = LatentNormalization(scale_factor=0.13025)
 
@@ -169,80 +190,66 @@ PRESETS = {
         _latent_diffusion("kl-f8", _architecture(4)),
         _latent_diffusion("kl-f16", _architecture(16, (1, 1, 2, 2, 4), (16,))),
         _latent_diffusion("kl-f32", _architecture(64, (1, 1, 2, 2, 4, 4), (16, 8))),
-        Preset(
-            name="sd-v1",
-            ddconfig=_architecture(4),
-            embed_dim=4,
-            latents=_SD,
-            weights="hf://CompVis/stable-diffusion-v1-4/vae",
-            licence="CreativeML OpenRAIL-M",
+        _later("sd-v1", 4, _SD, "CompVis/stable-diffusion-v1-4/vae", "CreativeML OpenRAIL-M"),
+        _later(
+            "sd-vae-ft-ema",
+            4,
+            _SD,
+            "stabilityai/sd-vae-ft-ema",
+            "MIT",
+            "32db726da04f06c1b6b14c0043ce115cc87a501482945c5add89a40d838fcb46",
         ),
-        Preset(
-            name="sd-vae-ft-ema",
-            ddconfig=_architecture(4),
-            embed_dim=4,
-            latents=_SD,
-            weights="hf://stabilityai/sd-vae-ft-ema",
-            licence="MIT",
-            sha256=("32db726da04f06c1b6b14c0043ce115cc87a501482945c5add89a40d838fcb46",),
+        _later(
+            "sd-vae-ft-mse",
+            4,
+            _SD,
+            "stabilityai/sd-vae-ft-mse",
+            "MIT",
+            "735e4c3a447a3255760d7f86845f09f937809baa529c17370d83e4c3758f3c75",
+            "c6a580b13a5bc05a5e16e4dbb80608ff2ec251a162311590c1f34c013d7f3dab",
+            "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
         ),
-        Preset(
-            name="sd-vae-ft-mse",
-            ddconfig=_architecture(4),
-            embed_dim=4,
-            latents=_SD,
-            weights="hf://stabilityai/sd-vae-ft-mse",
-            licence="MIT",
-            sha256=(
-                "735e4c3a447a3255760d7f86845f09f937809baa529c17370d83e4c3758f3c75",
-                "c6a580b13a5bc05a5e16e4dbb80608ff2ec251a162311590c1f34c013d7f3dab",
-                "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
-            ),
+        _later(
+            "sdxl-vae",
+            4,
+            _SDXL,
+            "stabilityai/sdxl-vae",
+            "MIT",
+            "63aeecb90ff7bc1c115395962d3e803571385b61938377bc7089b36e81e92e2e",
         ),
-        Preset(
-            name="sdxl-vae",
-            ddconfig=_architecture(4),
-            embed_dim=4,
-            latents=_SDXL,
-            weights="hf://stabilityai/sdxl-vae",
-            licence="MIT",
-            sha256=("63aeecb90ff7bc1c115395962d3e803571385b61938377bc7089b36e81e92e2e",),
+        _later(
+            "sdxl-vae-fp16-fix",
+            4,
+            _SDXL,
+            "madebyollin/sdxl-vae-fp16-fix",
+            "MIT",
+            "235745af8d86bf4a4c1b5b4f529868b37019a10f7c0b2e79ad0abca3a22bc6e1",
         ),
-        Preset(
-            name="sdxl-vae-fp16-fix",
-            ddconfig=_architecture(4),
-            embed_dim=4,
-            latents=_SDXL,
-            weights="hf://madebyollin/sdxl-vae-fp16-fix",
-            licence="MIT",
-            sha256=("235745af8d86bf4a4c1b5b4f529868b37019a10f7c0b2e79ad0abca3a22bc6e1",),
+        _later(
+            "sd3",
+            16,
+            LatentNormalization(scale_factor=1.5305, shift_factor=0.0609),
+            "stabilityai/stable-diffusion-3-medium-diffusers/vae",
+            "Stability AI Community License",
+            "f9b67a279283625caee39d61eacb5324243848477b4eb535355eaaa8423d4e09",
+            has_quant_conv=False,
         ),
-        Preset(
-            name="sd3",
-            ddconfig=_architecture(16),
-            embed_dim=None,
-            latents=LatentNormalization(scale_factor=1.5305, shift_factor=0.0609),
-            weights="hf://stabilityai/stable-diffusion-3-medium-diffusers/vae",
-            licence="Stability AI Community License",
-            sha256=("f9b67a279283625caee39d61eacb5324243848477b4eb535355eaaa8423d4e09",),
+        _later(
+            "flux.1",
+            16,
+            LatentNormalization(scale_factor=0.3611, shift_factor=0.1159),
+            "black-forest-labs/FLUX.1-schnell/vae",
+            "Apache-2.0",
+            "afc8e28272cd15db3919bacdb6918ce9c1ed22e96cb12c4d5ed0fba823529e38",
+            has_quant_conv=False,
         ),
-        Preset(
-            name="flux.1",
-            ddconfig=_architecture(16),
-            embed_dim=None,
-            latents=LatentNormalization(scale_factor=0.3611, shift_factor=0.1159),
-            weights="hf://black-forest-labs/FLUX.1-schnell/vae",
-            licence="Apache-2.0",
-            sha256=("afc8e28272cd15db3919bacdb6918ce9c1ed22e96cb12c4d5ed0fba823529e38",),
-        ),
-        Preset(
-            name="flux.2",
-            ddconfig=_architecture(32),
-            embed_dim=32,
-            latents=None,  # a batch norm among the weights
-            weights="hf://black-forest-labs/FLUX.2-klein-4B/vae",
-            licence="Apache-2.0",
-            sha256=("d64f3a68e1cc4f9f4e29b6e0da38a0204fe9a49f2d4053f0ec1fa1ca02f9c4b5",),
+        _later(
+            "flux.2",
+            32,
+            None,  # a batch norm among the weights
+            "black-forest-labs/FLUX.2-klein-4B/vae",
+            "Apache-2.0",
+            "d64f3a68e1cc4f9f4e29b6e0da38a0204fe9a49f2d4053f0ec1fa1ca02f9c4b5",
         ),
     )
 }

@@ -7,15 +7,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets import CIFAR10, FashionMNIST
 
 from kl_vae.data.images import display_name
 from kl_vae.data.pil_modes import MODE_BY_CHANNELS, pil_to_tensor
 
-_CLASSES: dict[str, type[CIFAR10] | type[FashionMNIST]] = {
-    "cifar10": CIFAR10,
-    "fashion-mnist": FashionMNIST,
-}
+_CLASSES = {"cifar10": "CIFAR10", "fashion-mnist": "FashionMNIST"}  # torchvision's
 NAMED = tuple(_CLASSES)
 
 
@@ -36,11 +32,13 @@ class NamedSource:
         if channels not in MODE_BY_CHANNELS:
             raise ValueError(f"{name} is read with 1, 3 or 4 channels, not {channels}")
         self.channels = channels
+        from torchvision import datasets  # takes as long to import as torch
+
         self._title = f"{name} {'train' if training else 'test'}"
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # NumPy's, on CIFAR-10's old pickles
-                data = _CLASSES[name](root, train=training, download=True).data
+                data = getattr(datasets, _CLASSES[name])(root, train=training, download=True).data
         except Exception as error:  # of a downloader, an archive, a pickle
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(

@@ -4,9 +4,8 @@ Shapes: images are [C,H,W], uint8, or float32 in [0, 1].
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional
 
 from kl_vae.data.images import MAX_PIXELS
 
@@ -31,10 +30,8 @@ def resize_short_side(image: Tensor, size: int) -> Tensor:
             f"{width} x {height} pixels would become {new_width} x {new_height} at a short side "
             f"of {size}: leave the file out, or resize to less"
         )
-    resized: Tensor = functional.resize(
-        image, [new_height, new_width], interpolation=InterpolationMode.BICUBIC, antialias=True
-    )
-    # bicubic overshoots at edges; torchvision clamps uint8 alone
+    resized = F.interpolate(image[None], (new_height, new_width), mode="bicubic", antialias=True)[0]
+    # bicubic overshoots at edges; torch clamps uint8 alone
     return resized.clamp_(0, 1) if resized.is_floating_point() else resized
 
 
