@@ -1,5 +1,7 @@
 """The same numbers as diffusers' AutoencoderKL, and files that go both ways."""
 
+import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,21 +56,26 @@ def of_diffusers(config: DDConfig, embed_dim: int | None, **keys: Any) -> Any:
 
 
 def assert_close(ours: Tensor, theirs: Tensor) -> None:
-    """Within 1e-5 of the largest value."""
+    """Within 1e-5, of the largest value where that is above 1."""
     assert ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max().clamp_min(1.0)
 
 
 @torch.no_grad()
 def assert_same_function(ours: AutoEncoderKL, theirs: Any, height: int, width: int) -> None:
-    """The same moments, KL and images."""
+    """The same moments, KL and images in float32, as diffusers gives in float64.
+
+    In float32 it is itself further away from them than that: 2.5e-5 for the images of kl-f32.
+    """
     generator = torch.Generator().manual_seed(1)
     x = 2.0 * torch.rand(1, ours.config.in_channels, height, width, generator=generator) - 1.0
-    posterior, expected = ours.encode(x), theirs.encode(x).latent_dist
+    theirs = theirs.double()
+    posterior, expected = ours.encode(x), theirs.encode(x.double()).latent_dist
     assert_close(posterior.parameters, expected.parameters)
     assert_close(posterior.kl(), expected.kl())
     z = torch.randn(posterior.mean.shape, generator=generator)
-    assert_close(ours.decode(z), theirs.decode(z).sample)
+    assert_close(ours.decode(z), theirs.decode(z.double()).sample)
+    theirs.float()
 
 
 def assert_loads(folder: Path, theirs: Any) -> None:
@@ -89,9 +96,32 @@ def assert_loads(folder: Path, theirs: Any) -> None:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_a_published_architecture_goes_both_ways(name: str, tmp_path: Path) -> None:
-    """At full size: diffusers' weights -> file -> ours -> file -> diffusers."""
+def test_the_full_size(name: str) -> None:
     preset: Preset = PRESETS[name]
+    with torch.device("meta"):
+        model = AutoEncoderKL(preset.ddconfig, preset.embed_dim)
+    assert sum(x.numel() for x in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Removed at once: files of gigabytes that stay are written to the disk, and fill it."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_published_architecture_goes_both_ways(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Diffusers' weights -> file -> ours -> file -> diffusers.
+
+    At full size, but for those that only differ from one before in the scale of their latents.
+    """
+    preset: Preset = PRESETS[name]
+    if name in ("sd-v1", "sdxl-vae", "flux.1"):
+        preset = replace(preset, ddconfig=replace(preset.ddconfig, ch=32))
+        monkeypatch.setitem(PRESETS, name, preset)
     scale = preset.latents or LatentNormalization(scale_factor=0.18215)
     theirs = of_diffusers(
         preset.ddconfig,
@@ -99,16 +129,15 @@ def test_a_published_architecture_goes_both_ways(name: str, tmp_path: Path) -> N
         scaling_factor=scale.scale_factor,
         shift_factor=scale.shift_factor or None,
     )
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours = AutoEncoderKL.from_checkpoint(tmp_path / "theirs")
-    assert sum(x.numel() for x in ours.parameters()) == PARAMETERS[name]
+    theirs.save_pretrained(folder / "theirs")
+    ours = AutoEncoderKL.from_checkpoint(folder / "theirs")
     assert ours.config == preset.ddconfig and ours.embed_dim == preset.embed_dim
     assert ours.latents == scale
     f = ours.downsampling_factor
     assert_same_function(ours, theirs, 2 * f, 3 * f)
-    ours.save_pretrained(tmp_path / "ours")
-    assert_loads(tmp_path / "ours", theirs)
-    again = AutoEncoderKL.from_preset(name, tmp_path / "ours")
+    ours.save_pretrained(folder / "ours")
+    assert_loads(folder / "ours", theirs)
+    again = AutoEncoderKL.from_preset(name, folder / "ours")
     assert again.latents == preset.latents or preset.latents is None
     assert_same(dict(again.state_dict()), dict(ours.state_dict()))
 
