@@ -95,14 +95,6 @@ def assert_loads(folder: Path, theirs: Any) -> None:
     }
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_the_full_size(name: str) -> None:
-    preset: Preset = PRESETS[name]
-    with torch.device("meta"):
-        model = AutoEncoderKL(preset.ddconfig, preset.embed_dim)
-    assert sum(x.numel() for x in model.parameters()) == PARAMETERS[name]
-
-
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """Removed at once: files of gigabytes that stay are written to the disk, and fill it."""
@@ -111,17 +103,9 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_a_published_architecture_goes_both_ways(
-    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Diffusers' weights -> file -> ours -> file -> diffusers.
-
-    At full size, but for those that only differ from one before in the scale of their latents.
-    """
+def test_a_published_architecture_goes_both_ways(name: str, folder: Path) -> None:
+    """At full size: diffusers' weights -> file -> ours -> file -> diffusers."""
     preset: Preset = PRESETS[name]
-    if name in ("sd-v1", "sdxl-vae", "flux.1"):
-        preset = replace(preset, ddconfig=replace(preset.ddconfig, ch=32))
-        monkeypatch.setitem(PRESETS, name, preset)
     scale = preset.latents or LatentNormalization(scale_factor=0.18215)
     theirs = of_diffusers(
         preset.ddconfig,
@@ -131,6 +115,7 @@ def test_a_published_architecture_goes_both_ways(
     )
     theirs.save_pretrained(folder / "theirs")
     ours = AutoEncoderKL.from_checkpoint(folder / "theirs")
+    assert sum(x.numel() for x in ours.parameters()) == PARAMETERS[name]
     assert ours.config == preset.ddconfig and ours.embed_dim == preset.embed_dim
     assert ours.latents == scale
     f = ours.downsampling_factor
