@@ -9,14 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
+from kl_vae.blocks import NORM_GROUPS
 from kl_vae.ddconfig import DDConfig, check_autoencoder
 from kl_vae.formats.architecture import Architecture, infer_architecture
 from kl_vae.formats.checkpoint import write_checkpoint
 from kl_vae.formats.reading import Weights, read_weights
 from kl_vae.latents import LatentNormalization
 from kl_vae.schema import from_mapping
-
-NORM_GROUPS = 32  # of every published autoencoder; no tensor shows it
 
 
 def complete_params(weights: Weights, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -39,9 +38,8 @@ def complete_params(weights: Weights, given: Mapping[str, Any] | None = None) ->
             f"{weights.source}: its config lacks ddconfig or embed_dim; give its config"
         )
     own = weights.params or {}
-    known = given or (own if {"ddconfig", "embed_dim"} <= own.keys() else None)
-    if known is None:
-        known = _inferred(weights)
+    said = given or (own if {"ddconfig", "embed_dim"} <= own.keys() else None)
+    known = _inferred(weights) if said is None else said
     embed_dim, colorize = known["embed_dim"], weights.tensors.get("colorize")
     # [3, channels, 1, 1]
     colorize_nlabels = colorize.shape[1] if colorize is not None and colorize.ndim == 4 else None
@@ -55,7 +53,7 @@ def complete_params(weights: Weights, given: Mapping[str, Any] | None = None) ->
     except ValueError as error:
         lines = (f"{weights.source}: {line}" for line in str(error).splitlines())
         raise ValueError("\n".join(lines)) from None
-    if has_published_parts(config):
+    if said is not None and has_published_parts(config):
         _check(weights, config, embed_dim)
     return {
         "ddconfig": config,
@@ -123,10 +121,10 @@ def write_export(
         raise ValueError(f"{out}: cannot be written ({error}); choose another place") from None
 
 
-def _inferred(weights: Weights) -> dict[str, Any]:
+def _inferred(weights: Weights) -> Mapping[str, Any]:
     params = infer_architecture(weights.tensors, weights.source).params()
     ch = params["ddconfig"]["ch"]
-    if ch % NORM_GROUPS:
+    if ch % NORM_GROUPS:  # those of every published autoencoder
         raise ValueError(
             f"{weights.source}: its tensors do not show into how many groups its {ch} channels are "
             "normalised (norm_groups); give its config"

@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 WEIGHTS = "diffusion_pytorch_model"  # diffusers' name
 CONFIG = "config.json"
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-_CANDIDATES = (".safetensors", ".safetensors.index.json", ".bin", ".fp16.safetensors", ".fp16.bin")
+INDEX = f"{WEIGHTS}.safetensors.index.json"  # says which shard holds which tensor
+WEIGHT_FILES = (  # the first that is there is taken
+    f"{WEIGHTS}.safetensors",
+    INDEX,
+    f"{WEIGHTS}.bin",
+    f"{WEIGHTS}.fp16.safetensors",
+    f"{WEIGHTS}.fp16.bin",
+)
 _MAX_JSON_BYTES = 1 << 24
 
 
@@ -66,13 +73,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _weights_of(folder: Path) -> list[Path]:
-    for ending in _CANDIDATES:
-        path = folder / (WEIGHTS + ending)
+    for name in WEIGHT_FILES:
+        path = folder / name
         if path.is_file():
-            return _shards(path) if path.suffix == ".json" else [path]
+            return _shards(path) if name == INDEX else [path]
     raise ValueError(
-        f"{folder}: a {CONFIG} and no weights; one of "
-        f"{', '.join(WEIGHTS + ending for ending in _CANDIDATES[:3])} belongs beside it"
+        f"{folder}: a {CONFIG} and no weights; one of {', '.join(WEIGHT_FILES[:3])} belongs beside "
+        "it"
     )
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from kl_vae.formats.folders import CONFIG, INDEX, SUFFIXES, WEIGHT_FILES
+
 PREFIX = "hf://"
 FORM = "hf://ORG/NAME[@REVISION][/SUBFOLDER or /FILE.safetensors]"
 
@@ -20,17 +22,6 @@ _PATH_PREFIX = "hf:/"  # what Path makes of PREFIX
 # a revision with a slash is written with %2F, but for that of a pull request, as fsspec does
 _NAME = re.compile(
     r"hf://?(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>refs/pr/\d+|[^/]+))?(?P<path>(/[^/]+)*)"
-)
-_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-
-_CONFIG = "config.json"
-_INDEX = "diffusion_pytorch_model.safetensors.index.json"  # says which shard holds which tensor
-_WEIGHTS = (
-    "diffusion_pytorch_model.safetensors",
-    _INDEX,
-    "diffusion_pytorch_model.bin",
-    "diffusion_pytorch_model.fp16.safetensors",
-    "diffusion_pytorch_model.fp16.bin",
 )
 _SHARD = re.compile(r"[\w-][\w.-]*")  # a file beside the index: no slash, no leading dot
 
@@ -62,32 +53,32 @@ def fetch(name: str | Path) -> Path:
         raise ValueError(f"{name}: not a name on the hub; write {FORM}")
     snapshot = _Snapshot(PREFIX + rest, parts["repository"], revision)
     path = parts["path"].removeprefix("/")
-    if path.endswith(_FILE_SUFFIXES):
+    if path.endswith(SUFFIXES):
         return snapshot.require(path, "check its name")
     return _fetch_folder(snapshot, f"{path}/" if path else "")
 
 
 def _fetch_folder(snapshot: _Snapshot, folder: str) -> Path:
     """Fetch the config and the weights that lie in a folder ("" or "a/b/") or in its `vae/`."""
-    config = snapshot.get(folder + _CONFIG)
+    config = snapshot.get(folder + CONFIG)
     if config is None or not _is_of_autoencoder(config):
         folder, outer = f"{folder}vae/", folder
-        config = snapshot.get(folder + _CONFIG)
+        config = snapshot.get(folder + CONFIG)
         if config is None:
             raise snapshot.missing(
                 "no autoencoder in it",
-                f"a {outer}{_CONFIG} whose _class_name begins with Autoencoder, {folder}{_CONFIG}",
+                f"a {outer}{CONFIG} whose _class_name begins with Autoencoder, {folder}{CONFIG}",
                 f"name its subfolder or a file: {FORM}",
             )
-    for weights in _WEIGHTS:
+    for weights in WEIGHT_FILES:
         if path := snapshot.get(folder + weights):
             break
     else:
-        problem = f"no weights beside {folder}{_CONFIG}"
-        raise snapshot.missing(problem, ", ".join(_WEIGHTS), "name a file of weights")
-    if weights == _INDEX:
-        for shard in _shards(path, f"{snapshot.name}: {folder}{_INDEX}"):
-            snapshot.require(folder + shard, f"{folder}{_INDEX} names it; name a file of weights")
+        problem = f"no weights beside {folder}{CONFIG}"
+        raise snapshot.missing(problem, ", ".join(WEIGHT_FILES), "name a file of weights")
+    if weights == INDEX:
+        for shard in _shards(path, f"{snapshot.name}: {folder}{INDEX}"):
+            snapshot.require(folder + shard, f"{folder}{INDEX} names it; name a file of weights")
     return config.parent
 
 

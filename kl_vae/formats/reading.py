@@ -26,9 +26,7 @@ METADATA = "kl_vae"  # key in our safetensors files; its value is the config, as
 class Weights(NamedTuple):
     """An autoencoder's tensors, and what came with them."""
 
-    tensors: dict[
-        str, Tensor
-    ]  # of the CompVis layout; mapped into memory, which writing to them copies
+    tensors: dict[str, Tensor]  # of the CompVis layout, mapped: writing to them copies
     params: Mapping[str, Any] | None  # `model.params`, where they are said
     latents: Mapping[str, Any] | None  # `model.params.latents`, where a batch norm says it
     files: tuple[Path, ...]  # that hold them
