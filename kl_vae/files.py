@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,8 @@ def write_atomically(
     Raises:
         OSError: the file cannot be written.
     """
-    temporary = path.with_name(f".{os.getpid()}.tmp")  # short: `path` may be as long as names get
+    # short: `path` may be as long as names get; of no other process, on this machine or another
+    temporary = path.with_name(f".{secrets.randbits(63)}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)

@@ -20,13 +20,13 @@ from kl_vae.benchmark.published import PublishedStep, gradient_difference, notin
 from kl_vae.benchmark.timing import Passes, Timing, alternate, counting
 from kl_vae.data import Batch
 from kl_vae.ddconfig import DDConfig
+from kl_vae.distributed.ranks import Ranks
 from kl_vae.losses.lpips import LPIPS
 from kl_vae.model import AutoEncoderKL
 from kl_vae.optimizer import DiscriminatorOptimizerConfig, OptimizerConfig
 from kl_vae.randomness import generator_for
 from kl_vae.training.bad_images import BadImages
 from kl_vae.training.config import ModelConfig, ModelParams, RunConfig, TrainingConfig
-from kl_vae.training.distributed import Ranks
 from kl_vae.training.prepare import build_model, build_state, wrap
 from kl_vae.training.step import TrainingStep, latent_noise
 

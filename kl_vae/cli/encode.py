@@ -16,9 +16,9 @@ from kl_vae.cli.arguments import (
 
 if TYPE_CHECKING:
     from kl_vae.data import ImageDataset
+    from kl_vae.distributed.ranks import Ranks
     from kl_vae.inference.statistics import LatentSums
     from kl_vae.model import AutoEncoderKL
-    from kl_vae.training.distributed import Ranks
 
 HELP = "encode a data set, to measure its latents' mean and standard deviation"
 
@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
         ValueError: what the user can mend; the file has not been written then.
         RunError: a rank was lost, or a data worker.
     """
+    from kl_vae.distributed.ranks import connect
     from kl_vae.inference.load import load_model
-    from kl_vae.training.distributed import connect
 
     out = Path(args.statistics)
     with connect(args.device) as ranks:
@@ -91,7 +91,7 @@ def _check_new(out: Path) -> None:
 
 def _check_same(checkpoint: str, model: AutoEncoderKL, ranks: Ranks) -> None:
     """Raise ValueError unless all ranks have read the same weights."""
-    from kl_vae.training.agreement import checksums
+    from kl_vae.distributed.agreement import checksums
 
     sums = checksums(model)
     if ranks.on_first(lambda: sums) != sums:

@@ -15,6 +15,7 @@ from kl_vae.data.images import (
     to_float,
     to_uint8,
 )
+from kl_vae.data.joined import JoinedSource
 from kl_vae.data.loader import STOP_SIGNALS, Batch, batch_loader, collate
 from kl_vae.data.named import NAMED, NamedSource
 from kl_vae.data.pil_modes import pil_to_tensor
@@ -41,6 +42,7 @@ __all__ = [
     "FolderSource",
     "ImageDataset",
     "ImageError",
+    "JoinedSource",
     "Key",
     "NamedSource",
     "Sample",

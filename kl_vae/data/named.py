@@ -65,6 +65,15 @@ class NamedSource:
         """Return what an error calls the image: `cifar10 train 17`."""
         return f"{self._title} {index}"
 
+    def key(self, index: int) -> str:
+        """Return a file's name for the image: `0000017.png`."""
+        return f"{index:07d}.png"
+
+    @property
+    def files(self) -> list[Path]:
+        """None: they are in memory."""
+        return []
+
     def _fingerprint(self) -> str:
         digest = blake2b(f"{self._title} {self._images.shape}".encode(), digest_size=16)
         digest.update(np.ascontiguousarray(self._images).data)

@@ -33,6 +33,13 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """Return what an error calls the image."""
 
+    def key(self, index: int) -> str:
+        """Return the image's relative POSIX path, by which outputs are named and labelled."""
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the images, which no output may replace."""
+
 
 class FolderSource:
     """The files `paths`, relative to the folder `root`."""
@@ -65,3 +72,12 @@ class FolderSource:
     def name(self, index: int) -> str:
         """Return the file's whole path, printable."""
         return display_name(self.root / self.paths[index])
+
+    def key(self, index: int) -> str:
+        """Return the file's path, relative to the root."""
+        return self.paths[index]
+
+    @property
+    def files(self) -> list[Path]:
+        """The files themselves."""
+        return [self.root / path for path in self.paths]

@@ -5,7 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from kl_vae.data import list_images, resolve_root
+from kl_vae.data import (
+    MAX_PIXELS,
+    FolderSource,
+    JoinedSource,
+    list_images,
+    resolve_root,
+)
 
 
 class ImageSource(NamedTuple):
@@ -51,3 +57,42 @@ def list_sources(
     for source in sources:
         unique.setdefault(os.path.abspath(source.path), source)
     return list(unique.values()), folders
+
+
+def open_sources(
+    roots: Sequence[str],
+    channels: int,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    max_pixels: int = MAX_PIXELS,
+) -> tuple[JoinedSource, list[Path]]:
+    """Join the images of folders, in their order, and single files among them.
+
+    Args:
+        roots: folders, `package:NAME/FOLDER`, or files; files are taken whatever the patterns say.
+        channels: the model's in_channels.
+        include: patterns of the files to take; none: all.
+        exclude: patterns of the files to leave out.
+        max_pixels: larger images are refused before they are decoded.
+
+    Returns:
+        The images, each once, and the folders among `roots`.
+
+    Raises:
+        ValueError: a folder does not exist, cannot be read, or holds no image.
+    """
+    seen: set[str] = set()
+    parts, folders = [], []
+    for root in map(resolve_root, roots):
+        if os.path.lexists(root) and not os.path.isdir(root):  # a bad file is reported later
+            root, paths = root.parent, [root.name]
+        else:
+            paths = list_images(root, channels, include, exclude)
+            folders.append(root)
+        if len(roots) > 1:
+            absolute = {path: os.path.abspath(root / path) for path in paths}
+            paths = [path for path in paths if absolute[path] not in seen]
+            seen.update(absolute.values())
+        if paths:
+            parts.append(FolderSource(root, paths, channels, max_pixels))
+    return JoinedSource(parts), folders

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kl_vae.data import BadImage
+from kl_vae.distributed.ranks import Ranks
 from kl_vae.errors import RunError
-from kl_vae.training.distributed import Ranks
 
 logger = logging.getLogger(__name__)
 

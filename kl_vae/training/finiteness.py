@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from kl_vae.data import BadImage
+from kl_vae.distributed.ranks import Ranks
 from kl_vae.errors import RunError
 from kl_vae.training.bad_images import BadImages
-from kl_vae.training.distributed import Ranks
 from kl_vae.training.skips import Skips
 from kl_vae.training.updater import Updater
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from kl_vae.data import StepSampler, batch_loader, validation_batches
 from kl_vae.device import deterministic
+from kl_vae.distributed.agreement import check_agreement
+from kl_vae.distributed.failures import explain
+from kl_vae.distributed.ranks import Ranks, connect
 from kl_vae.formats.run_checkpoints import newest_checkpoint
-from kl_vae.training.agreement import check_agreement
 from kl_vae.training.bad_images import BadImages
 from kl_vae.training.checkpoints import Checkpoints
 from kl_vae.training.config import RunConfig
-from kl_vae.training.distributed import Ranks, connect
-from kl_vae.training.failures import explain
 from kl_vae.training.figures import as_figures, scalar
 from kl_vae.training.global_batch import divide_batch
 from kl_vae.training.journal import Journal

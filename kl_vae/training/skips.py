@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from kl_vae.distributed.ranks import Ranks
 from kl_vae.errors import RunError
-from kl_vae.training.distributed import Ranks
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from torch.distributed import TCPStore
 
 from kl_vae.cli.main import main
 from kl_vae.data import StepSampler
+from kl_vae.distributed.ranks import Ranks
+from kl_vae.distributed.roll_call import RollCall
 from kl_vae.training.config import RunConfig
-from kl_vae.training.distributed import Ranks
 from kl_vae.training.prepare import build_data
-from kl_vae.training.roll_call import RollCall
 from tests.processes import (
     SCRIPT,
     TORCHRUN,

@@ -16,9 +16,9 @@ from kl_vae import AutoEncoderKL
 from kl_vae.cli.encode import _check_same
 from kl_vae.cli.main import main
 from kl_vae.data import center_crop, read_image, resize_short_side, to_float
+from kl_vae.distributed.ranks import Ranks
 from kl_vae.formats.checkpoint import write_checkpoint
 from kl_vae.inference import statistics
-from kl_vae.training.distributed import Ranks
 from tests.processes import assert_same
 
 COMMAND = ["encode", "--checkpoint", "model.pt", "--statistics", "out.pt", "--num-workers", "0"]

@@ -25,6 +25,7 @@ FLOORS = (
         "middle",
         "orthogonalize",
         "equivariance",
+        "distributed",
     ),
     ("encoder", "decoder", "muon", "shapes"),
     ("losses", "formats", "data", "optimizer", "config"),

@@ -5,10 +5,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore
 
+from kl_vae.distributed import roll_call
+from kl_vae.distributed.failures import COMMAND, explain
+from kl_vae.distributed.roll_call import RollCall
 from kl_vae.errors import RunError
-from kl_vae.training import roll_call
-from kl_vae.training.failures import explain
-from kl_vae.training.roll_call import RollCall
 
 KNOWN: list[tuple[Exception, str]] = [
     (
@@ -49,6 +49,17 @@ def test_known_causes_say_what_to_do(error: Exception, text: str) -> None:
     failure = explain(error, None)
     assert isinstance(failure, RunError)
     assert str(failure) == text
+
+
+def test_commands_are_mended_by_their_options() -> None:
+    texts = [str(explain(error, None, COMMAND)) for error, _ in KNOWN]
+    assert texts[0].endswith("lower --num-workers, or give more of it")
+    assert texts[3].endswith("look at the storage of --images, or raise it")
+    assert texts[4].endswith("lower --batch-size, or give --precision bf16")
+    store = HashStore()
+    explain(KeyError("boom"), RollCall(store, 1, 2), COMMAND)
+    lost = explain(RuntimeError("gloo"), RollCall(store, 0, 2), COMMAND)
+    assert str(lost).endswith("; the same command with --resume goes on where it was (gloo)")
 
 
 @pytest.mark.parametrize(

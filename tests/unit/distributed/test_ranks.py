@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
+from kl_vae.distributed.ranks import connect
 from kl_vae.errors import RunError
-from kl_vae.training.distributed import connect
 
 
 def test_ranks_that_do_not_come_are_not_waited_for_longer_than_the_time_out(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from kl_vae.distributed.ranks import Ranks
 from kl_vae.errors import RunError
-from kl_vae.training.distributed import Ranks
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

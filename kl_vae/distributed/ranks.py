@@ -1,4 +1,4 @@
-"""The processes that train together: one a GPU, or one or more on CPUs."""
+"""The processes that work together: one a GPU, or one or more on CPUs."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from kl_vae.device import choose_device
+from kl_vae.distributed.failures import TRAINING, Mends, explain
+from kl_vae.distributed.roll_call import RollCall
 from kl_vae.errors import RunError
-from kl_vae.training.failures import explain
-from kl_vae.training.roll_call import RollCall
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together."""
+    """This process among those that work together."""
 
     rank: int
     world_size: int
@@ -95,7 +95,9 @@ class Ranks:
 
 
 @contextmanager
-def connect(device_name: str, timeout_seconds: int = 600) -> Iterator[Ranks]:
+def connect(
+    device_name: str, timeout_seconds: int = 600, mends: Mends = TRAINING
+) -> Iterator[Ranks]:
     """Join the processes that torchrun started, or be the only one.
 
     Within the context an error is put into words that say what to do, and where a rank ends with
@@ -104,6 +106,7 @@ def connect(device_name: str, timeout_seconds: int = 600) -> Iterator[Ranks]:
     Args:
         device_name: see `choose_device`.
         timeout_seconds: for the ranks to meet, and of any collective operation.
+        mends: what the errors say of how to go on.
 
     Raises:
         ValueError: the device is not there.
@@ -113,14 +116,14 @@ def connect(device_name: str, timeout_seconds: int = 600) -> Iterator[Ranks]:
     device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    ranks = Ranks(0, 1, device) if world_size == 1 else _join(device, timeout_seconds)
+    ranks = Ranks(0, 1, device) if world_size == 1 else _join(device, timeout_seconds, mends)
     parts = world_size > 1
     try:
         yield ranks
     except Exception as error:
         if device.type == "cuda":
             parts = False  # nccl would wait for ranks that may be gone
-        failure = explain(error, ranks.roll_call)
+        failure = explain(error, ranks.roll_call, mends)
         if failure is error:
             raise
         raise failure from error
@@ -129,7 +132,7 @@ def connect(device_name: str, timeout_seconds: int = 600) -> Iterator[Ranks]:
             _part()
 
 
-def _join(device: torch.device, timeout_seconds: int) -> Ranks:
+def _join(device: torch.device, timeout_seconds: int, mends: Mends) -> Ranks:
     # CPU tensors (figures, flags) go by gloo also where gradients go by nccl
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
@@ -142,7 +145,7 @@ def _join(device: torch.device, timeout_seconds: int) -> Ranks:
         )
     except dist.DistError as error:
         raise RunError(
-            f"the ranks did not meet within training.timeout_seconds={timeout_seconds} "
+            f"the ranks did not meet within {mends.timeout}={timeout_seconds} "
             f"({' '.join(str(error).split())}): start all of them, with one MASTER_ADDR"
         ) from error
     roll_call = RollCall(PrefixStore(f"roll_call/{attempt}", store), rank, world_size)
