@@ -39,11 +39,16 @@ class VanillaAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        # [B, C, H, W] -> [B, 1 head, N, C]
-        q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))
+        # contiguous, since torch has no kernel of linear memory for transposed ones on the CPU
+        q, k, v = (as_sequence(f(h)).contiguous() for f in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)
         out: Tensor = x + self.proj_out(h[:, 0].transpose(1, 2).reshape(x.shape))
         return out
+
+
+def as_sequence(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> a view [B, 1 head, N, C]."""
+    return x.flatten(2).transpose(1, 2)[:, None]
 
 
 @register_attention("linear")

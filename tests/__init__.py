@@ -1,0 +1,1 @@
+"""A package, so that what others install as `tests` does not stand before it."""
