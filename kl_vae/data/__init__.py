@@ -3,7 +3,7 @@
 from kl_vae.data.build import build_datasets
 from kl_vae.data.config import DataConfig, SourceConfig, ValidationConfig
 from kl_vae.data.dataset import BadImage, ImageDataset, Sample
-from kl_vae.data.folder import list_images, resolve_root, select
+from kl_vae.data.folder import list_images, select
 from kl_vae.data.images import (
     ARRAY_EXTENSIONS,
     IMAGE_EXTENSIONS,
@@ -16,12 +16,17 @@ from kl_vae.data.images import (
     to_uint8,
 )
 from kl_vae.data.joined import JoinedSource
+from kl_vae.data.latents import LatentDataset, LatentSample
 from kl_vae.data.loader import STOP_SIGNALS, Batch, batch_loader, collate
 from kl_vae.data.named import NAMED, NamedSource
+from kl_vae.data.paths import PathList
 from kl_vae.data.pil_modes import pil_to_tensor
+from kl_vae.data.roots import open_root, resolve_root
 from kl_vae.data.sampler import Key, StepSampler, permutation, validation_batches
-from kl_vae.data.source import FolderSource, Source
+from kl_vae.data.shard_patterns import is_shard
+from kl_vae.data.source import FolderSource, Source, StoredSource
 from kl_vae.data.split import fingerprint, held_out, split
+from kl_vae.data.tar_shards import TarSource
 from kl_vae.data.transforms import (
     center_crop,
     random_crop,
@@ -44,11 +49,16 @@ __all__ = [
     "ImageError",
     "JoinedSource",
     "Key",
+    "LatentDataset",
+    "LatentSample",
     "NamedSource",
+    "PathList",
     "Sample",
     "Source",
     "SourceConfig",
     "StepSampler",
+    "StoredSource",
+    "TarSource",
     "ValidationConfig",
     "batch_loader",
     "build_datasets",
@@ -57,7 +67,9 @@ __all__ = [
     "display_name",
     "fingerprint",
     "held_out",
+    "is_shard",
     "list_images",
+    "open_root",
     "permutation",
     "pil_to_tensor",
     "random_crop",

@@ -4,13 +4,17 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kl_vae.data.config import DataConfig, check_crop_fits
 from kl_vae.data.dataset import ImageDataset
-from kl_vae.data.folder import list_images, resolve_root, select
+from kl_vae.data.folder import matcher
 from kl_vae.data.images import display_name
 from kl_vae.data.named import NamedSource
-from kl_vae.data.source import FolderSource, Source
-from kl_vae.data.split import name_hash, split
+from kl_vae.data.roots import open_root, resolve_root
+from kl_vae.data.source import Source, StoredSource
+from kl_vae.data.split import name_hash
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +25,7 @@ def build_datasets(
     """Return the training set and the validation set; no validation set where none is asked for.
 
     Raises:
-        ValueError: a key of `data` that must change, or a folder without images;
+        ValueError: a key of `data` that must change, or a root without images;
             the text begins with the key.
     """
     if config.train.root is None:
@@ -33,7 +37,7 @@ def build_datasets(
         except ValueError as error:
             raise ValueError(f"data.{error}") from None
     if config.name == "folder":
-        training, validation = _folder_sources(config, config.train.root, channels)
+        training, validation = _stored_sources(config, config.train.root, channels)
     else:
         training, validation = _named_sources(config, config.train.root, channels)
 
@@ -56,30 +60,24 @@ def _named_sources(
     return training, NamedSource(config.name, root, training=False, channels=channels)
 
 
-def _folder_sources(
+def _stored_sources(
     config: DataConfig, train_root: str, channels: int
 ) -> tuple[Source, Source | None]:
-    chosen = config.validation
+    chosen, limits = config.validation, (config.max_pixels, config.listing_cache)
     with _errors_under("data.train.root"):
-        root = resolve_root(train_root)
-        paths = list_images(root, channels, config.train.include, config.train.exclude)
+        every = open_root(train_root, channels, config.train.include, config.train.exclude, *limits)
     if chosen.root is not None:
         with _errors_under("data.validation.root"):
-            validation_root = resolve_root(chosen.root)
-            validation = list_images(validation_root, channels, chosen.include, chosen.exclude)
-    elif chosen.include:
-        validation_root = root
-        paths, validation = _take_included(paths, chosen.include, chosen.exclude)
+            validation = open_root(chosen.root, channels, chosen.include, chosen.exclude, *limits)
+        _check_apart(every, validation, chosen.root)
+        return every, validation
+    if chosen.include:
+        taken = _included(every.keys, chosen.include, chosen.exclude)
     else:
-        validation_root = root
-        paths, validation = _hold_out(paths, chosen.fraction)
-    training = FolderSource(root, paths, channels, config.max_pixels)
-    if not validation:
-        return training, None
-    held_out = FolderSource(validation_root, validation, channels, config.max_pixels)
-    if chosen.root is not None:
-        _check_apart(training, held_out)
-    return training, held_out
+        taken = _held_out(every.keys, chosen.fraction)
+    if not taken.any():
+        return every, None
+    return every.subset(np.flatnonzero(~taken)), every.subset(np.flatnonzero(taken))
 
 
 @contextmanager
@@ -90,49 +88,47 @@ def _errors_under(key: str) -> Iterator[None]:
         raise ValueError(f"{key}: {error}") from error
 
 
-def _check_apart(training: FolderSource, validation: FolderSource) -> None:
-    """Refuse files that are in both, which happens when one folder lies inside the other."""
-
-    def files(source: FolderSource) -> set[str]:
-        root = source.root.resolve()
-        return {f"{root}/{path}" for path in source.paths}
-
-    shared = files(training) & files(validation)
+def _check_apart(training: StoredSource, validation: StoredSource, root: str) -> None:
+    """Refuse images that are in both, which happens when one folder lies inside the other."""
+    shared = set(validation.places()).intersection(training.places())
     if shared:
         raise ValueError(
-            f"data.validation.root={display_name(validation.root)}: {len(shared)} of its images "
+            f"data.validation.root={display_name(resolve_root(root))}: {len(shared)} of its images "
             f"are training images as well, such as {display_name(min(shared))}; "
             "add patterns to data.train.exclude, or leave data.validation.root out"
         )
 
 
-def _take_included(
-    paths: list[str], include: Sequence[str], exclude: Sequence[str]
-) -> tuple[list[str], list[str]]:
-    validation = select(paths, include, exclude)
-    taken = set(validation)
-    training = [path for path in paths if path not in taken]
-    if not (training and validation):
-        matched = "all" if validation else "none"
+def _included(
+    keys: Sequence[str], include: Sequence[str], exclude: Sequence[str]
+) -> NDArray[np.bool_]:
+    taken = np.fromiter(map(matcher(include, exclude), keys), np.bool_, len(keys))
+    if taken.all() or not taken.any():
+        matched = "all" if taken.any() else "none"
         raise ValueError(
-            f"data.validation.include={list(include)}: matches {matched} of the {len(paths)} "
+            f"data.validation.include={list(include)}: matches {matched} of the {len(keys)} "
             "images of data.train.root; change the patterns, or set data.validation.root"
         )
-    return training, validation
+    return taken
 
 
-def _hold_out(paths: list[str], fraction: float) -> tuple[list[str], list[str]]:
-    """Split by hash, and hold out one file at least, so that validation is never silently empty."""
-    training, validation = split(paths, fraction)
-    if not training:
+def _held_out(keys: Sequence[str], fraction: float) -> NDArray[np.bool_]:
+    """Choose by hash, and hold out one image at least, so that validation is never silently empty.
+
+    Images of one name, in several shards, are all held out or all trained on.
+    """
+    if not fraction:
+        return np.zeros(len(keys), np.bool_)
+    hashes = np.fromiter(map(name_hash, keys), np.float64, len(keys))
+    taken: NDArray[np.bool_] = hashes < fraction
+    if taken.all():
         raise ValueError(
-            f"data.validation.fraction={fraction}: leaves none of {len(paths)} images to train on; "
+            f"data.validation.fraction={fraction}: leaves none of {len(keys)} images to train on; "
             "lower it, or set data.validation.root"
         )
-    if fraction and not validation:
-        if len(paths) == 1:
+    if not taken.any():
+        taken = hashes == hashes.min()  # the first that a larger fraction takes
+        if taken.all():
             logger.warning("no validation: there is one image, and training takes it")
-        else:
-            validation = [min(paths, key=name_hash)]  # the first that a larger fraction takes
-            training.remove(validation[0])
-    return training, validation
+            return np.zeros(len(keys), np.bool_)
+    return taken

@@ -10,9 +10,10 @@ DatasetName = Literal["folder", "cifar10", "fashion-mnist"]
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """A folder of images, and which of its files.
+    """A folder of images, or tar shards, and which of their images.
 
-    `include` and `exclude` are patterns as in `kl_vae.data.select`.
+    `root` is as in `kl_vae.data.open_root`; `include` and `exclude` are patterns as in
+    `kl_vae.data.select`.
     """
 
     root: str | None = None
@@ -24,7 +25,7 @@ class SourceConfig:
 class ValidationConfig:
     """Where validation images come from.
 
-    Of a folder of their own, where `root` is set; else of the training folder:
+    Of a folder or shards of their own, where `root` is set; else of the training ones:
     the files that `include` names, which training then leaves out, or, where it
     is empty, a `fraction` of the files, chosen by their names' hashes.
     """
@@ -55,6 +56,7 @@ class DataConfig:
     resolution), both in pixels. `recolor` blends half of the training crops with
     a permutation of their channels: to a small set of images it adds the colours
     that they lack. Of a run's files at most `max_bad_fraction` may be unusable.
+    `listing_cache`: whether the list of a large folder, or of a shard, is kept between runs.
     """
 
     name: DatasetName = "folder"
@@ -67,6 +69,7 @@ class DataConfig:
     num_workers: int = 4
     max_pixels: int = MAX_PIXELS
     max_bad_fraction: float = 0.01
+    listing_cache: bool = True
 
     def __post_init__(self) -> None:
         """Check each value, and those that depend on each other."""

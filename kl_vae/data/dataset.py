@@ -23,6 +23,8 @@ from kl_vae.randomness import generator_for
 
 # images that are tried in place of a bad one; where a few in a hundred are bad, one or two do
 MAX_REPLACEMENTS = 100
+# headers that are read before a run: seconds on a disk, where those of a million take minutes
+MAX_CHECKED = 10_000
 
 
 class BadImage(NamedTuple):
@@ -95,16 +97,18 @@ class ImageDataset(Dataset[Sample]):
         return Sample(blank, position, "", tuple(bad))
 
     def check_sizes(self) -> None:
-        """Read every header, where images are not resized: no run ends at a small one.
+        """Read headers, where images are not resized, so that a crop too large is found at once.
 
-        Files without a readable header are left to `__getitem__`.
+        Of more than MAX_CHECKED images so many are read, at even distances. Those without a
+        readable header, and small ones that are met later, are left to `__getitem__`.
 
         Raises:
             ValueError: the first image that is smaller than the crop.
         """
         if self.resize is not None:
             return
-        for index in range(len(self)):
+        number = min(len(self), MAX_CHECKED)
+        for index in (i * len(self) // number for i in range(number)):
             try:
                 height, width = self.source.size(index)
             except ImageError:

@@ -1,4 +1,4 @@
-"""Decode one file into an image tensor.
+"""Decode one file, or a part of one, into an image tensor.
 
 Shapes: C channels, H height, W width.
 """
@@ -6,10 +6,10 @@ Shapes: C channels, H height, W width.
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 import torch
 from PIL import Image
@@ -42,14 +42,19 @@ def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         ImageError: the file is not an image that `read_image` knows.
     """
     path = Path(path)
-    with _errors_named(path):
+    with _errors_named(display_name(path)):
         _check_regular(path)
-        if _is_array(path):
+        if _is_array(path.name):
             return array_size(path)
         with path.open("rb") as stream:
-            image = open_image(stream, path)
-            width, height = image.size
-            return (width, height) if orientation(image) >= 5 else (height, width)
+            return _picture_size(stream, os.fspath(path))
+
+
+def read_size_from(open_stream: Callable[[], BinaryIO], name: str) -> tuple[int, int]:
+    """`read_size` of what a stream holds; see `read_image_from`."""
+    with _errors_named(name), open_stream() as stream:
+        _check_not_empty(stream)
+        return array_size(stream) if _is_array(name) else _picture_size(stream, "")
 
 
 def read_image(path: str | os.PathLike[str], channels: int, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -68,13 +73,33 @@ def read_image(path: str | os.PathLike[str], channels: int, max_pixels: int = MA
             well as one with more than `max_pixels` pixels (checked before decoding).
     """
     path = Path(path)
-    with _errors_named(path):
+    with _errors_named(display_name(path)):
         _check_regular(path)
-        if _is_array(path):
-            _check_pixels(*array_size(path), max_pixels)
-            return read_array(path, channels)
+        if _is_array(path.name):
+            return _read_array(path, channels, max_pixels)
         with path.open("rb") as stream:
-            return pil_to_tensor(_decode(stream, path, max_pixels), channels)
+            return pil_to_tensor(_decode(stream, os.fspath(path), max_pixels), channels)
+
+
+def read_image_from(
+    open_stream: Callable[[], BinaryIO], name: str, channels: int, max_pixels: int = MAX_PIXELS
+) -> Tensor:
+    """`read_image` of what a stream holds, such as a part of a larger file.
+
+    Args:
+        open_stream: opens the stream, which can seek; its errors are the image's.
+        name: what an error calls the image; where it ends in `.npy`, the stream holds an array.
+        channels: C.
+        max_pixels: larger images are refused before they are decoded.
+
+    Raises:
+        ImageError: as in `read_image`.
+    """
+    with _errors_named(name), open_stream() as stream:
+        _check_not_empty(stream)
+        if _is_array(name):
+            return _read_array(stream, channels, max_pixels)
+        return pil_to_tensor(_decode(stream, "", max_pixels), channels)
 
 
 def to_float(image: Tensor) -> Tensor:
@@ -88,7 +113,7 @@ def to_uint8(image: Tensor) -> Tensor:
 
 
 @contextmanager
-def _errors_named(path: Path) -> Iterator[None]:
+def _errors_named(name: str) -> Iterator[None]:
     """Turn every error into an `ImageError` that names the file, and drop Pillow's warnings."""
     try:
         with warnings.catch_warnings():
@@ -96,18 +121,18 @@ def _errors_named(path: Path) -> Iterator[None]:
             yield
     except Image.DecompressionBombError as error:
         raise ImageError(
-            f"{display_name(path)}: more pixels than Pillow reads of a TIFF, WebP or GIF, whatever "
+            f"{name}: more pixels than Pillow reads of a TIFF, WebP or GIF, whatever "
             "max_pixels is: make it smaller, save it as PNG, or leave the file out"
         ) from error
     except Exception as error:  # on damaged files Pillow raises nearly every type there is
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         # printable, since the reason may quote the file
         reason = display_name(" ".join(reason.split()))
-        raise ImageError(f"{display_name(path)}: {reason}") from error
+        raise ImageError(f"{name}: {reason}") from error
 
 
-def _is_array(path: Path) -> bool:
-    return path.suffix.lower() in ARRAY_EXTENSIONS
+def _is_array(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in ARRAY_EXTENSIONS
 
 
 def _check_regular(path: Path) -> None:
@@ -119,6 +144,12 @@ def _check_regular(path: Path) -> None:
         raise ValueError("the file is empty")
 
 
+def _check_not_empty(stream: BinaryIO) -> None:
+    if not stream.read(1):
+        raise ValueError("the file is empty")
+    stream.seek(0)
+
+
 def _check_pixels(height: int, width: int, max_pixels: int, what: str = "") -> None:
     if height * width > max_pixels:
         raise ValueError(
@@ -127,8 +158,19 @@ def _check_pixels(height: int, width: int, max_pixels: int, what: str = "") -> N
         )
 
 
-def _decode(stream: IO[bytes], path: Path, max_pixels: int) -> Image.Image:
-    image = open_image(stream, path)
+def _read_array(file: Path | BinaryIO, channels: int, max_pixels: int) -> Tensor:
+    _check_pixels(*array_size(file), max_pixels)
+    return read_array(file, channels)
+
+
+def _picture_size(stream: BinaryIO, filename: str) -> tuple[int, int]:
+    image = open_image(stream, filename)
+    width, height = image.size
+    return (width, height) if orientation(image) >= 5 else (height, width)
+
+
+def _decode(stream: BinaryIO, filename: str, max_pixels: int) -> Image.Image:
+    image = open_image(stream, filename)
     _check_pixels(image.height, image.width, max_pixels)
     _check_pixels(*tile_size(image), max_pixels, "tiles of ")
     return load_upright(image)

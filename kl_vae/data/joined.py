@@ -57,6 +57,11 @@ class JoinedSource:
         part, own = self._find(index)
         return part.key(own)
 
+    def label_text(self, index: int) -> str | None:
+        """Return the label that is stored with the image; None: there is none."""
+        part, own = self._find(index)
+        return part.label_text(own)
+
     def _find(self, index: int) -> tuple[Source, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")

@@ -14,12 +14,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from kl_vae.data.dataset import BadImage, ImageDataset, Sample
-from kl_vae.data.sampler import Key, StepSampler
+from kl_vae.data.sampler import Key
 
 logger = logging.getLogger(__name__)
+
+# of workers: not from a fork server, whose end they would wait for instead of this process's
+START_METHOD = "fork" if sys.platform == "linux" else None
 
 _PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when its parent ends
 
@@ -56,7 +59,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 def batch_loader(
     dataset: ImageDataset,
-    batches: StepSampler | list[list[Key]],
+    batches: Sampler[list[Key]] | list[list[Key]],
     num_workers: int,
     pin_memory: bool,
     timeout_seconds: int,
@@ -65,27 +68,26 @@ def batch_loader(
 
     Args:
         dataset: of the images.
-        batches: a `StepSampler`, or a rank's `validation_batches`.
+        batches: a `StepSampler`, a rank's `validation_batches`, or other lists of keys.
         num_workers: processes that decode; 0: this one.
         pin_memory: of the batches, where they go to a GPU.
         timeout_seconds: for a batch of the workers; later it is a RuntimeError.
     """
-    num_workers = _workers_that_fit(num_workers)
+    num_workers = workers_that_fit(num_workers)
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
         timeout=timeout_seconds if num_workers else 0,
-        # not from a fork server, whose end they would wait for instead of this process's
-        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
+        multiprocessing_context=START_METHOD if num_workers else None,
         collate_fn=collate,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else the workers' seeds come from the global one
-        worker_init_fn=partial(_start_worker, parent=os.getpid()),
+        worker_init_fn=partial(start_worker, parent=os.getpid()),
     )
 
 
-def _workers_that_fit(num_workers: int) -> int:
+def workers_that_fit(num_workers: int) -> int:
     """Limit the workers to the cores that this process may use: torch warns of more."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if cores is None or num_workers <= cores:
@@ -94,7 +96,13 @@ def _workers_that_fit(num_workers: int) -> int:
     return cores
 
 
-def _start_worker(_worker: int, parent: int) -> None:
+def start_worker(_worker: int, parent: int) -> None:
+    """Let a worker outlive the signals that ask its `parent` to end, and never the parent itself.
+
+    Args:
+        _worker: its number.
+        parent: the process that it works for.
+    """
     # Ctrl-C and torchrun's SIGTERM reach the whole process group: a worker that
     # ended of them would fail the main process while it writes its last checkpoint
     for name in STOP_SIGNALS:

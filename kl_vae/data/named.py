@@ -69,6 +69,10 @@ class NamedSource:
         """Return a file's name for the image: `0000017.png`."""
         return f"{index:07d}.png"
 
+    def label_text(self, index: int) -> str | None:
+        """None: the labels are left where they are."""
+        return None
+
     @property
     def files(self) -> list[Path]:
         """None: they are in memory."""

@@ -1,7 +1,5 @@
 """Open image files with Pillow, in less memory than it takes of damaged and malicious ones."""
 
-import os
-from pathlib import Path
 from typing import IO
 
 from PIL import ExifTags, GifImagePlugin, Image, ImageFile, TiffImagePlugin
@@ -48,15 +46,18 @@ class _Gif(GifImagePlugin.GifImageFile):
     disposal_method = property(lambda self: 0, lambda self, method: None)
 
 
-def open_image(stream: IO[bytes], path: Path) -> ImageFile.ImageFile:
-    """Read the header; as `Image.open`, but with no limit of pixels, which is global there."""
+def open_image(stream: IO[bytes], filename: str) -> ImageFile.ImageFile:
+    """Read the header; as `Image.open`, but with no limit of pixels, which is global there.
+
+    `filename` is of a file whose whole content is the image, since Pillow may map it; else empty.
+    """
     Image.init()  # fills Image.OPEN, once
     prefix = stream.read(16)
     for name in FORMATS:
         reader, accepts = Image.OPEN[name]
         if accepts is None or accepts(prefix) is True:
             stream.seek(0)
-            return {"TIFF": _Tiff, "GIF": _Gif}.get(name, reader)(stream, os.fspath(path))
+            return {"TIFF": _Tiff, "GIF": _Gif}.get(name, reader)(stream, filename)
     raise ValueError(f"not an image: the bytes are none of {', '.join(FORMATS)}")
 
 

@@ -1,13 +1,20 @@
 """Where a data set's images come from: what a source must know."""
 
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kl_vae.data.images import MAX_PIXELS, display_name, read_image, read_size
-from kl_vae.data.split import fingerprint
+from kl_vae.data.paths import PathList, integers
+from kl_vae.data.split import fingerprint, fingerprint_of
 
 
 class Source(Protocol):
@@ -36,26 +43,76 @@ class Source(Protocol):
     def key(self, index: int) -> str:
         """Return the image's relative POSIX path, by which outputs are named and labelled."""
 
+    def label_text(self, index: int) -> str | None:
+        """Return the label that is stored with the image, as it is there; None: there is none."""
+
     @property
     def files(self) -> list[Path]:
         """The files that hold the images, which no output may replace."""
 
 
+class StoredSource(Source, Protocol):
+    """A source whose images have names that were given to them: files, or members of shards."""
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """The `key` of every image."""
+
+    def subset(self, indices: NDArray[np.int64]) -> StoredSource:
+        """Return the source of these images alone, in this order."""
+
+    def places(self) -> Iterator[str]:
+        """Yield where each image is stored, the same for the same image of another source."""
+
+
 class FolderSource:
-    """The files `paths`, relative to the folder `root`."""
+    """The files `paths`, relative to the folder `root`.
+
+    Args:
+        root: the folder.
+        paths: relative POSIX paths.
+        channels: C.
+        max_pixels: larger images are refused before they are decoded.
+        sizes: int64, bytes of each file where they are known, as in `Listing`; for `fingerprint`.
+    """
 
     def __init__(
-        self, root: Path, paths: list[str], channels: int, max_pixels: int = MAX_PIXELS
+        self,
+        root: Path,
+        paths: Sequence[str],
+        channels: int,
+        max_pixels: int = MAX_PIXELS,
+        sizes: NDArray[np.int64] | None = None,
     ) -> None:
         self.root = root
         self.paths = paths
         self.channels = channels
         self.max_pixels = max_pixels
+        self.sizes = sizes
 
     @cached_property
     def fingerprint(self) -> str:
         """32 hex digits of the relative paths and the files' sizes."""
-        return fingerprint(self.root, self.paths)
+        if self.sizes is None:
+            return fingerprint(self.root, self.paths)
+        return fingerprint_of(self.paths, integers(self.sizes))
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """The paths, relative to the root."""
+        return self.paths
+
+    def subset(self, indices: NDArray[np.int64]) -> FolderSource:
+        """Return the source of these files alone, in this order."""
+        paths = self.paths if isinstance(self.paths, PathList) else PathList.of(self.paths)
+        sizes = None if self.sizes is None else self.sizes[indices]
+        return FolderSource(self.root, paths.take(indices), self.channels, self.max_pixels, sizes)
+
+    def places(self) -> Iterator[str]:
+        """Yield each file's whole path; links to the root are followed."""
+        root = os.path.realpath(self.root)
+        for path in self.paths:
+            yield f"{root}/{path}"
 
     def __len__(self) -> int:
         """Return the number of files."""
@@ -76,6 +133,10 @@ class FolderSource:
     def key(self, index: int) -> str:
         """Return the file's path, relative to the root."""
         return self.paths[index]
+
+    def label_text(self, index: int) -> str | None:
+        """None: a folder's files have no labels beside them."""
+        return None
 
     @property
     def files(self) -> list[Path]:

@@ -3,60 +3,19 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+
+import numpy as np
 
 from kl_vae.data import (
     MAX_PIXELS,
     FolderSource,
     JoinedSource,
-    list_images,
+    Source,
+    StoredSource,
+    is_shard,
+    open_root,
     resolve_root,
 )
-
-
-class ImageSource(NamedTuple):
-    """An image file; its tree below `root` is mirrored in the output."""
-
-    root: Path
-    relative: str  # POSIX path
-
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return self.root / self.relative
-
-
-def list_sources(
-    roots: Sequence[str], channels: int, include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> tuple[list[ImageSource], list[Path]]:
-    """List the images of folders, in their order, and single files among them.
-
-    Args:
-        roots: folders, `package:NAME/FOLDER`, or files; files are taken whatever the patterns say.
-        channels: the model's in_channels.
-        include: patterns of the files to take; none: all.
-        exclude: patterns of the files to leave out.
-
-    Returns:
-        The images, each once, and the folders among `roots`.
-
-    Raises:
-        ValueError: a folder does not exist, cannot be read, or holds no image.
-    """
-    sources: list[ImageSource] = []
-    folders = []
-    for root in map(resolve_root, roots):
-        if os.path.lexists(root) and not os.path.isdir(root):  # a bad file is reported later
-            sources.append(ImageSource(root.parent, root.name))
-            continue
-        sources += [
-            ImageSource(root, name) for name in list_images(root, channels, include, exclude)
-        ]
-        folders.append(root)
-    unique: dict[str, ImageSource] = {}
-    for source in sources:
-        unique.setdefault(os.path.abspath(source.path), source)
-    return list(unique.values()), folders
 
 
 def open_sources(
@@ -66,33 +25,42 @@ def open_sources(
     exclude: Sequence[str] = (),
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[JoinedSource, list[Path]]:
-    """Join the images of folders, in their order, and single files among them.
+    """Join the images of folders and tar shards, in their order, and single files among them.
 
     Args:
-        roots: folders, `package:NAME/FOLDER`, or files; files are taken whatever the patterns say.
+        roots: folders of images or shards, shards or patterns of them, each as in
+            `kl_vae.data.open_root`, or image files; these are taken whatever the patterns say.
         channels: the model's in_channels.
-        include: patterns of the files to take; none: all.
-        exclude: patterns of the files to leave out.
+        include: patterns of the images to take; none: all.
+        exclude: patterns of the images to leave out.
         max_pixels: larger images are refused before they are decoded.
 
     Returns:
         The images, each once, and the folders among `roots`.
 
     Raises:
-        ValueError: a folder does not exist, cannot be read, or holds no image.
+        ValueError: a root does not exist, cannot be read, or holds no image.
     """
     seen: set[str] = set()
-    parts, folders = [], []
-    for root in map(resolve_root, roots):
-        if os.path.lexists(root) and not os.path.isdir(root):  # a bad file is reported later
-            root, paths = root.parent, [root.name]
+    parts: list[Source] = []
+    folders = []
+    for root in roots:
+        path = resolve_root(root)
+        if os.path.isdir(path):
+            folders.append(path)
+        part: StoredSource
+        if os.path.lexists(path) and not (os.path.isdir(path) or is_shard(path)):
+            # a bad file is reported later
+            part = FolderSource(path.parent, [path.name], channels, max_pixels)
         else:
-            paths = list_images(root, channels, include, exclude)
-            folders.append(root)
+            part = open_root(root, channels, include, exclude, max_pixels)
         if len(roots) > 1:
-            absolute = {path: os.path.abspath(root / path) for path in paths}
-            paths = [path for path in paths if absolute[path] not in seen]
-            seen.update(absolute.values())
-        if paths:
-            parts.append(FolderSource(root, paths, channels, max_pixels))
+            new = []
+            for index, place in enumerate(part.places()):
+                if place not in seen:
+                    seen.add(place)
+                    new.append(index)
+            part = part.subset(np.array(new, np.int64)) if len(new) < len(part) else part
+        if len(part):
+            parts.append(part)
     return JoinedSource(parts), folders

@@ -28,6 +28,7 @@ HARMLESS = (
     "data.validation.root",
     "data.num_workers",
     "data.max_bad_fraction",
+    "data.listing_cache",
     "training.accumulate_batches",
     "training.epochs",
     "training.max_steps",

@@ -14,9 +14,12 @@ from kl_vae.data import (
     FolderSource,
     ImageDataset,
     SourceConfig,
+    TarSource,
     ValidationConfig,
     build_datasets,
+    listing_cache,
 )
+from tests.shards import make_shards, picture, write_shard
 
 
 def make(root: Path, *paths: str) -> None:
@@ -34,7 +37,7 @@ def root(tmp_path: Path) -> Path:
 def paths(dataset: ImageDataset | None) -> list[str]:
     assert dataset is not None
     assert isinstance(dataset.source, FolderSource)
-    return dataset.source.paths
+    return list(dataset.source.paths)
 
 
 def build(
@@ -243,3 +246,64 @@ def test_a_named_data_set(tmp_path: Path) -> None:
     assert np.all(training[0, 0, 0].image.numpy() == -1)
     _, nothing = build(tmp_path, ValidationConfig(fraction=0), name="fashion-mnist")
     assert nothing is None
+
+
+# --- tar shards
+
+
+def test_shards_are_split_as_the_folder_that_was_packed(root: Path, tmp_path: Path) -> None:
+    folder = root / "pack"
+    folder.mkdir()
+    contents = make_shards(tmp_path / "shards", shards=3, images=10)
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    for chosen in (ValidationConfig(fraction=0.3), ValidationConfig(include=("0000*",))):
+        of_folder, of_shards = build(folder, chosen), build(tmp_path / "shards", chosen)
+        for one, other in zip(of_folder, of_shards, strict=True):
+            assert one is not None and other is not None
+            assert isinstance(other.source, TarSource)
+            assert paths(one) == list(other.source.keys)
+            assert one.fingerprint == other.fingerprint
+            assert one[0, 1, 0].image.equal(other[0, 1, 0].image)
+    training, validation = build(
+        Path(f"{tmp_path}/shards/train-{{0000..0001}}.tar"),
+        ValidationConfig(root=str(tmp_path / "shards" / "train-0002.tar"), exclude=("*5.png",)),
+    )
+    assert validation is not None and (len(training), len(validation)) == (20, 9)
+
+
+def test_shards_that_share_images(tmp_path: Path) -> None:
+    make_shards(tmp_path, shards=2, images=3)
+    shard = tmp_path / "train-0001.tar"
+    assert refusal(tmp_path, ValidationConfig(root=str(shard))) == (
+        f"data.validation.root={shard}: 3 of its images are training images as well, such as "
+        f"{shard}/00003.png; add patterns to data.train.exclude, or leave data.validation.root out"
+    )
+
+
+def test_shards_that_are_damaged(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"damaged")
+    text = refusal(tmp_path)
+    assert text.startswith(f"data.train.root: {tmp_path}/a.tar: damaged at byte 0 (it does not end")
+
+
+def test_images_of_one_name_in_several_shards_stay_together(tmp_path: Path) -> None:
+    for name in "ab":
+        write_shard(tmp_path / f"{name}.tar", {f"{i}.png": picture(i) for i in range(20)})
+    training, validation = build(tmp_path, ValidationConfig(fraction=0.2))
+    assert validation is not None
+    assert isinstance(training.source, TarSource) and isinstance(validation.source, TarSource)
+    assert not set(training.source.keys) & set(validation.source.keys)
+    assert (len(training) + len(validation), len(validation) % 2) == (40, 0)
+
+
+def test_the_cache_of_lists_can_be_switched_off(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing_cache, "CACHED_FILES", 1)
+    monkeypatch.setattr(listing_cache, "RACY_NS", 0)
+    monkeypatch.setenv("KL_VAE_CACHE", str(tmp_path / ".cache"))
+    build(root, listing_cache=False)
+    assert not (tmp_path / ".cache").exists()
+    build(root)
+    assert (tmp_path / ".cache").exists()

@@ -155,6 +155,22 @@ def test_check_sizes(root: Path) -> None:
     dataset(root).check_sizes()  # left to reading
 
 
+def test_check_sizes_of_many_images_looks_at_some(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3, 9):
+        Image.new("RGB", (16, 16)).save(root / f"{number}.png")
+    looked_at = []
+    data = dataset(root)
+    monkeypatch.setattr(data.source, "size", lambda index: looked_at.append(index) or (16, 16))
+    monkeypatch.setattr("kl_vae.data.dataset.MAX_CHECKED", 4)
+    data.check_sizes()
+    assert looked_at == [0, 2, 4, 6]
+    monkeypatch.setattr("kl_vae.data.dataset.MAX_CHECKED", 9)
+    data.check_sizes()
+    assert looked_at[4:] == list(range(9))
+
+
 def test_fingerprint(root: Path) -> None:
     before = dataset(root).fingerprint
     assert before == dataset(root, crop=8).fingerprint

@@ -60,6 +60,7 @@ def test_fashion_mnist(fashion: Path) -> None:
     assert training.read(2).unique().tolist() == [100]
     assert training.size(2) == (28, 28)
     assert training.name(2) == "fashion-mnist train 2"
+    assert training.label_text(2) is None
     assert training.fingerprint != validation.fingerprint
     grey = NamedSource("fashion-mnist", fashion, training=True, channels=3)
     assert grey.read(2).shape == (3, 28, 28)

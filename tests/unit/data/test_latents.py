@@ -1,0 +1,293 @@
+"""Latents that are read at random, and folders of them that are not what they should be."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from kl_vae.data import LatentDataset, LatentSample
+from kl_vae.data.latent_index import (
+    LatentIndex,
+    LatentSettings,
+    LatentStatistics,
+    ShardEntry,
+    read_index,
+)
+
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+SETTINGS = LatentSettings(
+    what="mode",
+    dtype="bf16",
+    normalized=False,
+    flipped=True,
+    f=8,
+    channels=4,
+    crop=16,
+    resize=16,
+    precision="fp32",
+    seed=None,
+    images=8,
+    shard_size=3,
+    labels="0",
+    source="1",
+    weights="2",
+    normalization=None,
+)
+NUMBERS = (3, 0, 2)  # of images in the shards
+FILES = [f"latents-0000{i}-of-00003.safetensors" for i in range(3)]
+KEYS = ["a/0.png", "b \U0001f600/1.png", "\udcff.png", "a/3.png", "4.png"]
+
+
+def latents(seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(5, 4, 2, 2, generator=generator).bfloat16()
+
+
+def write_shard(path: Path, tensors: dict[str, torch.Tensor], keys: Any) -> ShardEntry:
+    """Write a shard, and return what the index says of it."""
+    content = safetensors_torch.save(tensors, {"keys": json.dumps(keys)})
+    path.write_bytes(content)
+    return ShardEntry(
+        file=path.name,
+        number=len(tensors["latents"]),
+        bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+        skipped=(),
+        values=0,
+        mean=(),
+        squares=(),
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five images in three shards, of which one has none."""
+    shards, start = [], 0
+    for file, number in zip(FILES, NUMBERS, strict=True):
+        part = slice(start, start + number)
+        tensors = {
+            "latents": latents(0)[part].clone(),
+            "flipped": latents(1)[part].clone(),
+            "labels": torch.arange(5)[part].clone() * 10,
+        }
+        shards.append(write_shard(tmp_path / file, tensors, KEYS[part]))
+        start += number
+    index = LatentIndex(
+        checkpoint="model.pt",
+        settings=SETTINGS,
+        classes=None,
+        number=5,
+        statistics=LatentStatistics(
+            scale_factor=1.0, shift_factor=0.0, mean=(0.0,) * 4, std=(1.0,) * 4
+        ),
+        shards=tuple(shards),
+    )
+    (tmp_path / "index.json").write_text(index.to_json())
+    assert read_index(tmp_path) == index
+    return tmp_path
+
+
+def change(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Edit index.json."""
+    content = json.loads((folder / "index.json").read_text())
+    edit(content)
+    (folder / "index.json").write_text(json.dumps(content))
+
+
+def assert_is(sample: LatentSample, seed: int, i: int) -> None:
+    assert torch.equal(sample.latents, latents(seed)[i])
+    assert (sample.label, sample.name) == (10 * i, KEYS[i])
+
+
+def test_any_image_at_any_time(folder: Path) -> None:
+    dataset = LatentDataset(folder)
+    assert len(dataset) == 5
+    for i in (4, 0, 2, 1, 3, -1):
+        assert_is(dataset[i], 0, i % 5)
+    assert len(list(dataset)) == 5
+    for i in (5, -6):
+        with pytest.raises(IndexError, match=f"^image {i} of 5$"):
+            dataset[i]
+    dataset[0].latents.zero_()  # is the caller's own
+    assert_is(dataset[0], 0, 0)
+    dataset.verify()
+    assert dataset.index.settings == SETTINGS
+
+
+def test_mirrored_images(folder: Path) -> None:
+    flipped, both = LatentDataset(folder, "flipped"), LatentDataset(folder, "both")
+    assert (len(flipped), len(both)) == (5, 10)
+    for i in range(5):
+        assert_is(flipped[i], 1, i)
+        assert_is(both[i], 0, i)
+        assert_is(both[5 + i], 1, i)
+    with pytest.raises(ValueError, match="^view='left': give one of latents, flipped, both$"):
+        LatentDataset(folder, "left")  # type: ignore[arg-type]
+
+
+def test_views_and_labels_that_were_not_stored(folder: Path) -> None:
+    for file, number in zip(FILES, NUMBERS, strict=True):
+        write_shard(folder / file, {"latents": latents(2)[:number].clone()}, KEYS[:number])
+
+    def without(content: dict[str, Any]) -> None:
+        content["settings"] |= {"flipped": False, "labels": None}
+        for shard in content["shards"]:
+            shard["bytes"] = (folder / shard["file"]).stat().st_size
+
+    change(folder, without)
+    assert LatentDataset(folder)[4].label == -1
+    with pytest.raises(ValueError, match="has no flipped latents; give view='latents', or encode"):
+        LatentDataset(folder, "both")
+
+
+def test_in_worker_processes(folder: Path) -> None:
+    dataset = LatentDataset(folder)
+    dataset[0]  # what is open here stays here
+    assert_is(pickle.loads(pickle.dumps(dataset))[4], 0, 4)
+    loader = DataLoader(
+        dataset, batch_size=2, num_workers=1, shuffle=True, multiprocessing_context="fork"
+    )
+    seen = [
+        (label, x)
+        for batch in loader
+        for label, x in zip(batch.label.tolist(), batch.latents, strict=True)
+    ]
+    assert sorted(label for label, _ in seen) == [0, 10, 20, 30, 40]
+    for label, x in seen:
+        assert torch.equal(x, latents(0)[label // 10])
+
+
+def test_shards_that_are_not_whole(folder: Path) -> None:
+    path = folder / FILES[2]
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    size = len(content)
+    text = rf"{FILES[2]}: {size - 1:,} bytes, and {size:,} were written; copy it again, or give the"
+    with pytest.raises(ValueError, match=text):
+        LatentDataset(folder)
+    path.write_bytes(b"\xff" * size)  # its size is right
+    dataset = LatentDataset(folder)
+    assert_is(dataset[2], 0, 2)
+    with pytest.raises(ValueError, match=f"{FILES[2]}: cannot be read .*; copy it again, or give "):
+        dataset[3]
+    text = f"1 of 3 shards are damaged or missing .{FILES[2]}.; copy them again, or give the comma"
+    with pytest.raises(ValueError, match=text):
+        dataset.verify()
+    path.write_bytes(content)
+    assert_is(dataset[3], 0, 3)
+    path.unlink()
+    text = rf"{FILES[2]}: a shard that cannot be found \(No such file or directory\); copy it again"
+    with pytest.raises(ValueError, match=text):
+        LatentDataset(folder)
+    with pytest.raises(ValueError, match="1 of 3 shards are damaged or missing"):
+        dataset.verify()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "keys"),
+    [
+        ({"latents": latents(0)[:3, :2].clone()}, KEYS[:3]),
+        ({"latents": latents(0)[:3].float()}, KEYS[:3]),
+        ({"flipped": latents(0)[:2].clone()}, KEYS[:3]),
+        ({"labels": torch.zeros(3)}, KEYS[:3]),
+        ({"more": torch.zeros(3)}, KEYS[:3]),
+        ({}, KEYS[:2]),
+    ],
+)
+def test_shards_of_something_else(
+    folder: Path, tensors: dict[str, torch.Tensor], keys: list[str]
+) -> None:
+    whole = {"latents": latents(0)[:3], "flipped": latents(1)[:3], "labels": torch.arange(3)}
+    entry = write_shard(
+        folder / FILES[0], {k: x.clone() for k, x in (whole | tensors).items()}, keys
+    )
+    change(folder, lambda content: content["shards"][0].update(bytes=entry.bytes))
+    with pytest.raises(ValueError, match=f"{FILES[0]}: holds something else than the index says; "):
+        LatentDataset(folder)[0]
+
+
+@pytest.mark.parametrize("keys", [None, 5, [1, 2, 3], ["\ud800", "b", "c"]])
+def test_shards_whose_keys_are_no_names(folder: Path, keys: Any) -> None:
+    whole = {"latents": latents(0)[:3], "flipped": latents(1)[:3], "labels": torch.arange(3)}
+    entry = write_shard(folder / FILES[0], {k: x.clone() for k, x in whole.items()}, keys)
+    change(folder, lambda content: content["shards"][0].update(bytes=entry.bytes))
+    with pytest.raises(
+        ValueError, match=f"{FILES[0]}: cannot be read .*; copy it again, or give t"
+    ):
+        LatentDataset(folder)[0]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda x: x.update(format="other"),
+            "index.json: no index of latents; give a folder of kl",
+        ),
+        (lambda x: x.update(version=2), "index.json: version 2 of the format, and this kl_vae rea"),
+        (lambda x: x.update(number=6), "number=6: its shards hold another number of images; copy"),
+        (lambda x: x["shards"].pop(1), "index.json: shards: 2, not 3; copy it again, or encode ag"),
+        (lambda x: x["settings"].update(f=0), "index.json: settings.f=0: at least 1; copy it agai"),
+        (lambda x: x["settings"].pop("dtype"), "settings.dtype: missing"),
+        (lambda x: x["settings"].update(what="x"), "settings.what='x': is text, expected one of m"),
+        (
+            lambda x: x.update(shards=[1, 2]),
+            "shards.0.=1: expected keys and values.* and 1 more; c",
+        ),
+        (lambda x: x["shards"][0].update(number=-1), "number, bytes and values: at least 0; copy"),
+        *(
+            (lambda x, file=file: x["shards"][0].update(file=file), "file='.*: no name of a shard")
+            for file in (
+                "../latents-00000-of-00003.safetensors",
+                "/etc/passwd",
+                "model.safetensors",
+            )
+        ),
+    ],
+)
+def test_an_index_of_something_else(
+    folder: Path, edit: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    change(folder, edit)
+    with pytest.raises(ValueError, match=message) as caught:
+        LatentDataset(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "\x00"])
+def test_an_index_that_cannot_be_read(folder: Path, text: str) -> None:
+    (folder / "index.json").write_text(text)
+    with pytest.raises(ValueError, match="index.json: cannot be read as JSON .*; copy it again$"):
+        LatentDataset(folder)
+
+
+def test_a_folder_without_an_index(tmp_path: Path) -> None:
+    text = (
+        "none: no index.json in it; give a folder that kl-vae encode --out has written to its end"
+    )
+    with pytest.raises(ValueError, match=text):
+        LatentDataset(tmp_path / "none")
+
+
+def test_without_the_library(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    text = r'latents are kept in safetensors files; pip install "kl-vae\[formats\]"$'
+    with pytest.raises(ValueError, match=text):
+        LatentDataset(folder)
+
+
+def test_settings_say_what_the_shards_are() -> None:
+    assert SETTINGS.shape == (4, 2, 2) and SETTINGS.number_shards == 3
+    moments = dataclasses.replace(SETTINGS, what="moments", images=9)
+    assert moments.shape == (8, 2, 2) and moments.number_shards == 3

@@ -1,0 +1,209 @@
+"""Tar files that are damaged, lie, or lead out of their folder."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kl_vae.data import open_root
+from kl_vae.data.tar_headers import BLOCK, read_members
+from tests.shards import picture, write_shard
+
+IMAGE = picture(0)
+BLOCKS = 1 + -(-len(IMAGE) // BLOCK)  # that a member of it takes
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(ValueError) as caught:
+        open_root(str(path), 3)
+    text = str(caught.value)
+    assert text.startswith(str(path)) and "\n" not in text
+    return text.removeprefix(str(path))
+
+
+def header(name: str = "0.png", **values: object) -> bytes:
+    """One block; the checksum is right, whatever the values are."""
+    info = tarfile.TarInfo(name)
+    for key, value in values.items():
+        setattr(info, key, value)
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    return write_shard(tmp_path / "a.tar", {f"{i}.png": IMAGE for i in range(3)})
+
+
+def test_cut_at_any_length(shard: Path) -> None:
+    content = shard.read_bytes()
+    end = 3 * BLOCKS * BLOCK
+    for length in [*range(0, end, BLOCK), 1, 511, end - 1, end]:
+        shard.write_bytes(content[:length])
+        text = refusal(shard)
+        assert ": damaged at byte " in text or ": not a tar file" in text
+        assert text.endswith(("copy or pack it again, or leave it out", "give shards that are"))
+    shard.write_bytes(content[:end])
+    assert refusal(shard) == (
+        f": damaged at byte {end:,} (it does not end as tar files do: it was cut); copy or pack it "
+        "again, or leave it out"
+    )
+    shard.write_bytes(content[: end + BLOCK])
+    assert len(open_root(str(shard), 3)) == 3
+
+
+def test_garbage_in_place_of_a_header(shard: Path) -> None:
+    content = bytearray(shard.read_bytes())
+    start = BLOCKS * BLOCK
+    content[start : start + BLOCK] = np.random.default_rng(0).bytes(BLOCK)
+    shard.write_bytes(content)
+    with tarfile.open(shard) as file:
+        assert len(file.getmembers()) == 1  # what would be lost
+    assert refusal(shard) == (
+        f": damaged at byte {start:,} (no header of a member); copy or pack it again, or leave it "
+        "out"
+    )
+
+
+def test_random_bytes_anywhere_are_an_error_or_change_no_other_image(shard: Path) -> None:
+    content = shard.read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        changed = bytearray(content)
+        at = int(rng.integers(0, len(changed) - 16))
+        changed[at : at + 16] = rng.bytes(16)
+        shard.write_bytes(changed)
+        try:
+            source = open_root(str(shard), 3)
+        except ValueError as error:
+            assert str(error).startswith(str(shard))
+        else:
+            assert len(source) == 3
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (2**40, "a member's 1099511627776 bytes reach beyond the file's end"),
+        (2**70, "a member's 1180591620717411303424 bytes reach beyond the file's end"),
+        (-5, "no header of a member"),
+    ],
+)
+def test_sizes_that_lie(tmp_path: Path, size: int, text: str) -> None:
+    path = tmp_path / "a.tar"
+    before = write_shard(path, {"a.png": IMAGE}).read_bytes()[: BLOCKS * BLOCK]
+    path.write_bytes(before + header(size=size) + IMAGE)
+    assert refusal(path) == (
+        f": damaged at byte {len(before):,} ({text}); copy or pack it again, or leave it out"
+    )
+
+
+def pax(records: bytes) -> bytes:
+    padding = b"\0" * (-len(records) % BLOCK)
+    return header("x", type=tarfile.XHDTYPE, size=len(records)) + records + padding
+
+
+@pytest.mark.parametrize(
+    ("extended", "text"),
+    [
+        (pax(b"9 path=x"), "an extended header that cannot be read"),
+        (pax(b"-3 path=x\n"), "an extended header that cannot be read"),
+        (pax(b"99999999999999 path=x\n"), "an extended header that cannot be read"),
+        (pax(b"7 path\n"), "an extended header that cannot be read"),
+        (pax(b"11 size=-1\n"), "a size of '-1'"),
+        (pax(b"35 size=99999999999999999999999999\n"), "a size of '99999999999999999999999999'"),
+        (header("x", type=tarfile.XHDTYPE, size=2**21), "an extended header of 2097152 bytes"),
+        (header("x", type=tarfile.GNUTYPE_LONGNAME, size=2**21), "an extended header of 2097152"),
+    ],
+)
+def test_extended_headers_that_lie(tmp_path: Path, extended: bytes, text: str) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(extended + header() + b"\0" * 1024)
+    assert f"({text}" in refusal(path)
+
+
+def test_extended_headers_without_a_member(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(20 * pax(b"12 path=0.x\n") + b"\0" * 1024)
+    assert "it does not end as tar files do" in refusal(path)
+
+
+@pytest.mark.parametrize("name", ["../0.png", "a/../../0.png", "/../0.png", "a/.."])
+def test_names_that_lead_out_of_the_folder(tmp_path: Path, name: str) -> None:
+    path = write_shard(tmp_path / "a.tar", {"1.png": IMAGE, name: IMAGE})
+    assert refusal(path) == (
+        f": the name of its member '{name}' leads out of the folder that it would be unpacked to; "
+        "pack it again"
+    )
+
+
+def test_names_that_stand_twice(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.tar", {"a/0.png": IMAGE, "./a/0.png": IMAGE})
+    assert refusal(path) == (
+        f": two members are named a/0.png (at bytes 0 and {BLOCKS * BLOCK:,}), of which one would "
+        "replace the other; pack it again"
+    )
+
+
+def test_members_with_holes(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(header(type=tarfile.GNUTYPE_SPARSE) + b"\0" * 1024)
+    assert refusal(path) == "/0.png: stored with holes; pack it without tar's --sparse"
+    path.write_bytes(pax(b"22 GNU.sparse.major=1\n") + header("b.png") + b"\0" * 1024)
+    assert refusal(path) == "/b.png: stored with holes; pack it without tar's --sparse"
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [
+        ("gzip", b"\x1f\x8b\x08"),
+        ("bzip2", b"BZh9"),
+        ("xz", b"\xfd7zXZ\0"),
+        ("zstd", b"\x28\xb5\x2f\xfd"),
+    ],
+)
+def test_compressed_shards(tmp_path: Path, name: str, start: bytes) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(start + b"\1" * 2000)
+    assert refusal(path) == (
+        f": compressed by {name}, where images can be read one after the other only; decompress it "
+        "(images are compressed already)"
+    )
+
+
+def test_other_files(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(b"text" * 200)
+    assert refusal(path) == ": not a tar file; give shards that are"
+    write_shard(path, {"a.txt": b"text"})
+    with pytest.raises(ValueError, match=r"^no images in .*a.tar: looked for .jpg, .*tiff$"):
+        open_root(str(path), 3)
+
+
+def test_shards_one_after_the_other_and_members_that_are_no_files(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", pax_headers={"comment": "global"}) as file:
+        folder = tarfile.TarInfo("d")
+        folder.type, folder.size = tarfile.DIRTYPE, 0
+        file.addfile(folder)
+        link = tarfile.TarInfo("l" * 150)
+        link.type, link.linkname = tarfile.SYMTYPE, "t" * 150
+        file.addfile(link)
+        info = tarfile.TarInfo("d/0.png")
+        info.size = len(IMAGE)
+        file.addfile(info, io.BytesIO(IMAGE))
+    first = path.read_bytes()
+    # a link may have a size that stands for nothing; of what is unknown it is content
+    odd = header("e", type=tarfile.LNKTYPE, size=5000) + header("f", type=b"Q", size=3) + b"abc"
+    second = odd + b"\0" * 509 + write_shard(path, {"1.png": IMAGE}).read_bytes()
+    path.write_bytes(first + second)
+    source = open_root(str(path), 3)
+    assert list(source.keys) == ["d/0.png", "1.png"]
+    assert source.read(0).equal(source.read(1))
+    kinds = [(member.regular, member.folder) for member in read_members(path)]
+    assert kinds == [(False, True), (False, False), (True, False)] + 2 * [(False, False)] + [
+        (True, False)
+    ]

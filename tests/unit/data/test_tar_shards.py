@@ -1,0 +1,313 @@
+"""Images in tar shards: the same as in a folder, read at random."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kl_vae.data import (
+    ImageDataset,
+    ImageError,
+    TarSource,
+    batch_loader,
+    open_root,
+    read_image,
+    tar_files,
+    validation_batches,
+)
+from tests.shards import array, make_shards, picture, write_shard
+
+IMAGE = picture(0)
+with_workers = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+
+
+def opened(root: Path | str, channels: int = 3, **options: object) -> TarSource:
+    source = open_root(str(root), channels, **options)
+    assert isinstance(source, TarSource)
+    return source
+
+
+def refusal(call: Callable[[], object]) -> str:
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def pixels(content: bytes) -> torch.Tensor:
+    with Image.open(io.BytesIO(content)) as image:
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def test_what_is_read_at_random_is_what_tarfile_reads_in_order(tmp_path: Path) -> None:
+    make_shards(tmp_path, shards=3, images=5)
+    source = opened(tmp_path)
+    expected = {}
+    for shard in sorted(tmp_path.iterdir()):
+        with tarfile.open(shard) as file:
+            for member in file:
+                if member.name.endswith(".png"):
+                    expected[member.name] = file.extractfile(member).read()
+    assert list(source.keys) == list(expected) == [source.key(i) for i in range(len(source))]
+    for index in np.random.default_rng(0).permutation(len(source)).tolist():
+        assert torch.equal(source.read(index), pixels(expected[source.key(index)]))
+        assert source.size(index) == (16, 20)
+        assert source.label_text(index) == str(index % 7)
+        assert source.sidecar(index, ".json") == f'{{"caption": "{index}"}}'
+    assert source.name(7) == f"{tmp_path}/train-0001.tar/00007.png"
+    assert source.files == [tmp_path / f"train-000{i}.tar" for i in range(3)]
+
+
+def test_the_fingerprint_and_pixels_are_those_of_the_folder_that_was_packed(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    for name, content in make_shards(tmp_path / "shards", shards=2, images=4).items():
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    one, other = open_root(str(folder), 3), opened(tmp_path / "shards")
+    assert one.fingerprint == other.fingerprint
+    assert all(torch.equal(one.read(i), other.read(i)) for i in range(8))
+    assert one.label_text(0) is None
+    part = other.subset(np.array([6, 1]))
+    assert [part.key(i) for i in range(len(part))] == ["00006.png", "00001.png"]
+    assert torch.equal(part.read(0), other.read(6)) and part.label_text(0) == "6"
+    assert part.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_of_every_layout(tmp_path: Path, format: int) -> None:
+    longest = "a" * 90 + "/" + "b" * 80 + ".png"
+    names = ["./x/1.png", "/y/2.png", "z//3.png", longest]
+    if format != tarfile.USTAR_FORMAT:
+        names += ["é" * 100 + ".png", "c/" * 100 + "d.png", os.fsdecode(b"caf\xe9.png")]
+    write_shard(tmp_path / "a.tar", dict.fromkeys(names, IMAGE), format)
+    source = opened(tmp_path / "a.tar")
+    assert list(source.keys) == ["x/1.png", "y/2.png", "z/3.png", *names[3:]]
+    assert all(source.read(i).shape == (3, 16, 20) for i in range(len(names)))
+    assert source.name(len(names) - 1).isprintable()
+
+
+def test_samples_folders_and_hidden_members(tmp_path: Path) -> None:
+    members = {
+        "a/1.input.png": IMAGE,
+        "a/1.cls": b"3\n",
+        "a/1.target.png": picture(1),
+        "b/1.png": IMAGE,  # of another folder: without a class
+        "._2.png": b"",
+        "__MACOSX/3.png": b"",
+        "notes.txt": b"",
+    }
+    source = opened(write_shard(tmp_path / "a.tar", members))
+    assert list(source.keys) == ["a/1.input.png", "a/1.target.png", "b/1.png"]
+    assert [source.label_text(i) for i in range(3)] == ["3", "3", None]
+    assert source.sidecar(0, ".json") is None
+    chosen = opened(tmp_path / "a.tar", include=["a/*"], exclude=["*.target.png"])
+    assert list(chosen.keys) == ["a/1.input.png"]
+
+
+def test_arrays(tmp_path: Path) -> None:
+    rows = np.arange(2 * 3 * 5, dtype=np.uint8).reshape(2, 3, 5)
+    members = {
+        "0.npy": array(rows),
+        "1.npy": array(np.asfortranarray(rows.astype(">u2"))),
+        "2.npy": array(rows)[:-1],
+        "3.npy": array(np.array([[None]])),
+        "4.npy": array(np.zeros((3, 0, 5))),
+        "5.npy": array(rows)[:6] + b"\7" + array(rows)[7:],
+        "6.npy": b"",
+    }
+    source = opened(write_shard(tmp_path / "a.tar", members), channels=5)
+    np.testing.assert_array_equal(source.read(0), rows.transpose(2, 0, 1))
+    assert source.size(1) == (2, 3)
+    torch.testing.assert_close(source.read(1), source.read(0) / 65535)
+    reasons = [
+        "the array takes 30 bytes, and there are 29: save it again",
+        "the array is object: save uint8, uint16, or floats in [0, 1]",
+        "the array's shape is (3, 0, 5): save [height, width] or [height, width, channels]",
+        "the array's format is (7, 0): save it with numpy.save",
+        "the file is empty",
+    ]
+    for index, reason in enumerate(reasons, 2):
+        with pytest.raises(ImageError) as caught:
+            source.read(index)
+        assert str(caught.value) == f"{tmp_path}/a.tar/{index}.npy: {reason}"
+    text = refusal(lambda: open_root(f"{tmp_path}/a.tar", 3))
+    assert text == (
+        f"no images in {tmp_path}/a.tar: looked for .jpg, .jpeg, .png, .webp, .bmp, .tif, .tiff; "
+        "of other images there are 7"
+    )
+
+
+def test_members_that_cannot_be_used_say_so_when_they_are_read(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.tar", {"0.png": b"", "1.png": b"text", "2.png": IMAGE[:200]})
+    with tarfile.open(path, "a") as shard:
+        for number, (kind, target) in enumerate(
+            [(tarfile.SYMTYPE, "/etc/passwd"), (tarfile.LNKTYPE, "4.png"), (tarfile.FIFOTYPE, "")],
+            3,
+        ):
+            info = tarfile.TarInfo(f"{number}.png")
+            info.type, info.linkname = kind, target
+            shard.addfile(info)
+        info = tarfile.TarInfo("6.png")
+        info.size = len(IMAGE)
+        shard.addfile(info, io.BytesIO(IMAGE))
+    source = opened(path, max_pixels=320)
+    reasons = ["the file is empty", "not an image: ", ""] + 3 * [
+        "not a regular file: pack what links lead to, with tar --dereference --hard-dereference"
+    ]
+    for index, reason in enumerate(reasons):
+        with pytest.raises(ImageError) as caught:
+            source.read(index)
+        assert str(caught.value).startswith(f"{path}/{index}.png: {reason}")
+    assert source.read(6).shape == (3, 16, 20)
+    with pytest.raises(ImageError, match=r"a.tar/6.png: 20 x 16 pixels are more than max_pixels=9"):
+        opened(path, max_pixels=9).read(6)
+    with pytest.raises(ImageError, match=r"a.tar/1.png: not an image"):
+        source.size(1)
+
+
+@pytest.mark.parametrize("format", ["BMP", "TIFF", "WEBP", "JPEG", "GIF"])
+def test_formats_that_pillow_may_map_or_read_by_descriptor(tmp_path: Path, format: str) -> None:
+    stream = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(io.BytesIO(IMAGE)) as image:
+        image.save(stream, format, **({"exif": exif} if format in ("JPEG", "WEBP") else {}))
+    (tmp_path / "0.png").write_bytes(stream.getvalue())
+    members = {"junk.txt": b"junk" * 999, "0.png": stream.getvalue(), "1.png": IMAGE}
+    source = opened(write_shard(tmp_path / "a.tar", members))
+    assert torch.equal(source.read(0), read_image(tmp_path / "0.png", 3))
+    assert source.size(0) == tuple(source.read(0).shape[1:])
+
+
+def test_labels_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    members = {"0.png": IMAGE, "0.cls": b"\xff", "1.png": IMAGE, "1.cls": b"17"}
+    source = opened(write_shard(tmp_path / "a.tar", members))
+    assert refusal(lambda: source.label_text(0)).startswith(
+        f"{tmp_path}/a.tar/0.png: its .cls: 'utf-8' codec can't decode"
+    )
+    monkeypatch.setattr("kl_vae.data.tar_shards.MAX_SIDECAR", 1)
+    assert refusal(lambda: source.label_text(1)) == (
+        f"{tmp_path}/a.tar/1.png: its .cls: 2 bytes are no label: pack it again"
+    )
+
+
+def test_a_shard_that_changes_or_goes(tmp_path: Path) -> None:
+    make_shards(tmp_path, shards=2, images=2)
+    source = opened(tmp_path)
+    write_shard(tmp_path / "train-0000.tar", {"00000.png": IMAGE})
+    (tmp_path / "train-0001.tar").unlink()
+    for index, reason in (
+        (0, "the shard has changed since it was listed: start the command again"),
+        (2, "No such file or directory"),
+    ):
+        with pytest.raises(ImageError) as caught:
+            source.read(index)
+        assert str(caught.value) == f"{source.name(index)}: {reason}"
+
+
+@with_workers
+def test_worker_processes_read_with_descriptors_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tar_files, "MAX_OPEN", 2)
+    contents = make_shards(tmp_path, shards=4, images=3)
+    source = opened(tmp_path)
+    data = ImageDataset(source, 16, None, flip=False, seed=0, training=False)
+    data.check_sizes()  # opens files in this process, which the workers are forked from
+    assert len(source._files._open) == 2
+    batches = validation_batches(len(data), 4, 0, 1)
+    names = []
+    for number, batch in enumerate(batch_loader(data, batches, 2, False, 60)):
+        assert not batch.bad
+        for row, image in enumerate(batch.images):
+            assert torch.equal(image, data[0, 4 * number + row, 0].image)
+        names += batch.names
+    assert [name.rpartition("/")[2] for name in names] == list(contents)
+    copy = pickle.loads(pickle.dumps(source))
+    assert not copy._files._open
+    assert torch.equal(copy.read(11), source.read(11))
+
+
+# --- roots
+
+
+def test_patterns_name_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_shards(tmp_path / "s", shards=4, images=1)
+    monkeypatch.chdir(tmp_path)
+    for pattern, expected in {
+        "s/train-{0001..0003}.tar": [1, 2, 3],
+        "s/train-{0003..0002}.tar": [2, 3],
+        "s/*.tar": [0, 1, 2, 3],
+        "s/train-000[13].tar": [1, 3],
+        "s/{train-0000,train-0002,*3}.tar": [0, 2, 3],
+        f"{tmp_path}/s/train-000{{0..1}}.tar": [0, 1],
+        "s/train-0002.tar": [2],
+    }.items():
+        assert list(opened(pattern).keys) == [f"{number:05}.png" for number in expected], pattern
+    make_shards(tmp_path / "[x]", shards=2, images=1)
+    assert len(opened("[x]/train-{0000..0001}.tar")) == 2
+    (tmp_path / "s" / "[1].tar").mkdir()  # what exists is no pattern
+    (tmp_path / "s" / "[1].tar" / "a.png").write_bytes(IMAGE)
+    assert list(open_root("s/[1].tar", 3).keys) == ["a.png"]
+
+
+def test_patterns_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_shards(tmp_path, shards=2, images=1)
+    (tmp_path / "a.png").write_bytes(IMAGE)
+    monkeypatch.chdir(tmp_path)
+
+    def text(pattern: str) -> str:
+        return refusal(lambda: open_root(pattern, 3))
+
+    assert text("train-{0000..0009}.tar") == (
+        "train-{0000..0009}.tar: no such file: train-0002.tar and 7 more; name shards that are "
+        "there"
+    )
+    assert text("x*.tar") == "x*.tar: no such file: x*.tar; name shards that are there"
+    assert text("*") == (
+        "*: a.png is no .tar file; a pattern is for shards, of a folder of images give the folder"
+    )
+    monkeypatch.setattr("kl_vae.data.shard_patterns.MAX_SHARDS", 100)
+    assert text("{0..999999999}.tar") == (
+        "{0..999999999}.tar: names more than 100 files; give fewer"
+    )
+    assert text("none.tar") == (
+        "none.tar: cannot be read (No such file or directory); give shards that can"
+    )
+
+
+def test_a_folder_of_both_images_and_shards(tmp_path: Path) -> None:
+    make_shards(tmp_path, shards=1, images=2)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "a.png").write_bytes(IMAGE)
+    (tmp_path / "c.npy").write_bytes(array(np.zeros((2, 2))))
+    assert refusal(lambda: open_root(str(tmp_path), 3)) == (
+        f"{tmp_path} holds shards, such as train-0000.tar, beside images, such as b/a.png: move "
+        "either into a folder of its own, give the shards as a pattern ('FOLDER/*.tar'), or leave "
+        "them out with exclude='*.tar'"
+    )
+    assert list(open_root(str(tmp_path), 3, exclude=["*.tar"]).keys) == ["b/a.png"]
+    assert len(opened(f"{tmp_path}/*.tar")) == 2
+    (tmp_path / "b" / "a.png").unlink()
+    assert len(opened(tmp_path)) == 2
+    assert refusal(lambda: open_root(str(tmp_path), 3, include=["x*"])) == (
+        f"include=['x*'] and exclude=[] leave none of the 2 images in {tmp_path}/train-0000.tar: "
+        "change the patterns"
+    )
+
+
+def test_a_folder_of_compressed_shards(tmp_path: Path) -> None:
+    (tmp_path / "a.tar.gz").write_bytes(b"\x1f\x8b")
+    assert refusal(lambda: open_root(str(tmp_path), 3)) == (
+        f"no images in {tmp_path}, and its .gz files are compressed: were they shards, images "
+        "could be read one after the other only; decompress them"
+    )
