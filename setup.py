@@ -5,5 +5,10 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["kl_vae", "kl_vae.*"]), "kl_vae.configs"],
     package_dir={"kl_vae.configs": "configs"},
-    package_data={"kl_vae": ["py.typed"], "kl_vae.configs": ["*.yaml"]},
+    package_data={
+        "kl_vae": ["py.typed"],
+        "kl_vae.configs": ["*.yaml"],
+        "kl_vae.inference.gallery": ["web/*"],
+        "kl_vae.training.report": ["web/*"],
+    },
 )

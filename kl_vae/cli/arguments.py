@@ -53,7 +53,8 @@ def add_image_arguments(
         required=True,
         nargs="+",
         metavar="FOLDER_OR_FILE",
-        help="folders of images (also package:NAME/FOLDER) and single images",
+        help="folders (also package:NAME/FOLDER) of images or .tar shards, single images, single "
+        "shards, or patterns of them",
     )
     parser.add_argument(
         "--resize",
@@ -83,6 +84,53 @@ def add_image_arguments(
         default=178_956_970,  # kl_vae.data.MAX_PIXELS, without its imports
         metavar="N",
         help="skip images with more pixels, before they are decoded (default: %(default)s)",
+    )
+
+
+def add_work_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
+    """Add the arguments of commands over many images; `verb` says what a process does with one."""
+    parser.add_argument(
+        "--batch-size",
+        type=positive,
+        default=8,
+        metavar="N",
+        help=f"images that a process {verb} at once (default: 8)",
+    )
+    parser.add_argument(
+        "--num-workers",
+        type=not_negative,
+        default=4,
+        metavar="N",
+        help=f"processes that decode images, for each that {verb} them (default: 4)",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on where the same command was ended before"
+    )
+
+
+def add_tiling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say what is done with images that are large for the memory."""
+    parser.add_argument(
+        "--tiling",
+        choices=("auto", "whole", "exact", "blend"),
+        default="auto",
+        help="whole; exact: in strips, which changes nothing; blend: in tiles that overlap, which "
+        "takes least memory and changes colours slightly; auto (default): the first for which "
+        "there is memory",
+    )
+    parser.add_argument(
+        "--tile",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="side of the tiles of blend (default: 512)",
+    )
+    parser.add_argument(
+        "--overlap",
+        type=not_negative,
+        default=128,
+        metavar="N",
+        help="pixels that neighbours of them share at least (default: 128)",
     )
 
 

@@ -11,7 +11,17 @@ from collections.abc import Sequence
 
 from kl_vae.errors import RunError
 
-COMMANDS = ("train", "reconstruct", "encode", "sample", "export", "convert", "benchmark")
+COMMANDS = (
+    "train",
+    "report",
+    "reconstruct",
+    "encode",
+    "evaluate",
+    "sample",
+    "export",
+    "convert",
+    "benchmark",
+)
 
 
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
@@ -57,7 +67,9 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
         sys.stderr.writelines(f"{where}: error: {line}\n" for line in lines)
         return 1 if isinstance(error, RunError) else 2
     except KeyboardInterrupt:
-        sys.stderr.write(f"kl-vae {name}: interrupted\n")
+        if rank == 0:
+            mend = "; the same command with --resume goes on" if hasattr(args, "resume") else ""
+            sys.stderr.write(f"kl-vae {name}: interrupted{mend}\n")
         return 130
 
 

@@ -1,37 +1,34 @@
-"""Encode and decode images, and measure what is lost."""
+"""Encode and decode images, on one process or with torchrun on many, and measure what is lost."""
+
+from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
-from kl_vae.cli.arguments import (
-    add_image_arguments,
-    add_model_arguments,
-    add_picture_arguments,
-    positive,
-)
+from kl_vae.cli.reconstruct_arguments import add_arguments
 
-HELP = "reconstruct images, with PSNR, SSIM and a comparison picture"
+if TYPE_CHECKING:
+    from pathlib import Path
 
+    from kl_vae.data import Source
+    from kl_vae.distributed import Ranks
+    from kl_vae.inference.ledger import Ledger
+    from kl_vae.inference.picture_files import PictureFormat
+    from kl_vae.inference.reconstruction.background import Background
+    from kl_vae.inference.reconstruction.config import ReconstructConfig
+    from kl_vae.inference.reconstruction.figures import Perceptual
+    from kl_vae.inference.reconstruction.reconstructor import Reconstructor
+    from kl_vae.model import AutoEncoderKL
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this command's arguments."""
-    add_model_arguments(parser)
-    add_picture_arguments(parser)
-    add_image_arguments(parser)
-    parser.add_argument(
-        "--mode",
-        choices=("mode", "sample"),
-        default="mode",
-        help="decode the posterior's mode (default) or a sample of it",
-    )
-    parser.add_argument(
-        "--grid-size",
-        type=positive,
-        default=8,
-        metavar="N",
-        help="images in comparison.png (default: 8)",
-    )
+__all__ = ["HELP", "add_arguments", "run"]
+
+HELP = "reconstruct images, with PSNR, SSIM, a comparison picture and a page of all"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,48 +36,147 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         ValueError: what the user can mend; nothing has been written then, unless writing failed.
+        RunError: a rank was lost, or a data worker.
     """
-    from tqdm import tqdm
+    from kl_vae.data import resolve_root
+    from kl_vae.distributed import COMMAND, connect
+    from kl_vae.inference.ledger import Ledger, units_of
+    from kl_vae.inference.load import load_model_on, model_fingerprint
+    from kl_vae.inference.picture_files import PictureFormat
+    from kl_vae.inference.reconstruction.output_files import OutputFiles
+    from kl_vae.inference.reconstruction.reconstructor import Reconstructor, unit_size
+    from kl_vae.inference.reconstruction.results import Results
+    from kl_vae.inference.reconstruction.summary import Report, begin_report
+    from kl_vae.inference.tiling import check_tiling
 
-    from kl_vae.data import ImageError, display_name, resolve_root
-    from kl_vae.device import choose_device
-    from kl_vae.inference.load import load_model
-    from kl_vae.inference.outputs import check_output_folder, check_outputs, plan_outputs
-    from kl_vae.inference.picture_files import image_suffix, save_image
-    from kl_vae.inference.reconstruct import ReconstructConfig, reconstruct_file
-    from kl_vae.inference.report import METRICS, RESERVED, Report
-    from kl_vae.inference.sources import list_sources
-
-    config = ReconstructConfig(
-        args.resize, args.crop, args.mode, args.seed, args.precision, args.max_pixels
-    )
+    config = _config(args)
+    picture_format = PictureFormat(args.format, args.quality)
     out = resolve_root(args.out)
-    device = choose_device(args.device)
-    model = load_model(args.checkpoint, args.config, device, ema=not args.no_ema)
-    channels = model.config.in_channels
-    sources, folders = list_sources(args.images, channels, args.include, args.exclude)
-    check_output_folder(out, folders)
-    suffix = image_suffix(channels)
-    outputs = plan_outputs([source.relative for source in sources], suffix, RESERVED)
-    inputs = [source.path for source in sources]
-    check_outputs(out, [*outputs, *RESERVED], inputs, earlier=METRICS)
+    # ranks wait for the slowest
+    with connect(args.device, timeout_seconds=86_400, mends=COMMAND) as ranks:
+        model = load_model_on(ranks, args.checkpoint, args.config, ema=not args.no_ema)
+        check_tiling(model, config.tiling)
+        perceptual = _perceptual(args, model, ranks)
+        # once, so that the ranks share out the same list
+        source = ranks.on_first(lambda: _open(args, out, model))
+        files = OutputFiles.of(out, source, picture_format, gallery=not args.no_gallery)
+        units = units_of(len(source), unit_size(len(source)))
+        about = _about(args, config, picture_format, ranks)
+        identity = {
+            **about,
+            "weights": model_fingerprint(model),
+            "source": source.fingerprint,
+            "gallery": files.gallery,
+        }
+        ranks.on_first(lambda: files.prepare(source))
+        ledger = Ledger(out, identity, args.resume, ranks)
+        ranks.on_first(lambda: begin_report(files))
+        reconstructor = partial(Reconstructor, model, source, files, config, perceptual)
+        _do_units(args, reconstructor, source, units, ledger, ranks)
+        ranks.gather(None)  # all units are done
 
-    report = Report(out, model.to_rgb, args.grid_size)
-    pairs = list(zip(sources, outputs, strict=True))
-    for source, output in tqdm(pairs, unit="image", disable=None):  # no bar where stderr is a file
-        try:
-            result = reconstruct_file(model, source.path, config, source.relative)
-        except ImageError as error:
-            report.skip(source, error)
-            tqdm.write(f"skipped {error}", file=sys.stderr)
-            continue
-        save_image(out / output, result.reconstruction)
-        report.add(source, output, result)
-    about = {
+        def finish() -> bool:
+            results = Results.of(ledger.read(len(units)))
+            line = Report(source, files, model.to_rgb, about).write(results, args.grid_size)
+            ledger.close()
+            print(line, flush=True)
+            return bool(results.skipped)
+
+        # the others wait: torchrun ends all ranks as soon as one ends with 1
+        return 1 if ranks.on_first(finish) else 0
+
+
+def _config(args: argparse.Namespace) -> ReconstructConfig:
+    from kl_vae.inference.reconstruction.config import ReconstructConfig
+    from kl_vae.inference.tiling import Tiling
+
+    return ReconstructConfig(
+        args.resize,
+        args.crop,
+        args.mode,
+        args.seed,
+        args.precision,
+        args.max_pixels,
+        args.batch_size,
+        Tiling(args.tiling, args.tile, args.overlap),
+    )
+
+
+def _perceptual(args: argparse.Namespace, model: AutoEncoderKL, ranks: Ranks) -> Perceptual | None:
+    if args.lpips == "none":
+        if args.lpips_features or args.lpips_heads:
+            raise ValueError("--lpips-features, --lpips-heads: say of which --lpips they are")
+        return None
+    from kl_vae.inference.perceptual import load_lpips
+
+    if model.config.in_channels != 3:
+        raise ValueError(
+            f"--lpips={args.lpips}: compares images of 3 channels, and the model has "
+            f"{model.config.in_channels}; leave it out"
+        )
+    try:
+        return load_lpips(args.lpips, args.lpips_features, args.lpips_heads, ranks.device)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} (here as --lpips-features FILE --lpips-heads FILE; or leave --lpips out)"
+        ) from error
+
+
+def _open(args: argparse.Namespace, out: Path, model: AutoEncoderKL) -> Source:
+    from kl_vae.inference.outputs import check_output_folder
+    from kl_vae.inference.sources import open_sources
+
+    source, folders = open_sources(
+        args.images, model.config.in_channels, args.include, args.exclude, args.max_pixels
+    )
+    check_output_folder(out, folders)
+    _ = source.fingerprint  # goes to the other ranks with it
+    return source
+
+
+def _about(
+    args: argparse.Namespace, config: ReconstructConfig, picture_format: PictureFormat, ranks: Ranks
+) -> dict[str, Any]:
+    """What the results depend on, as summary.json begins."""
+    from kl_vae.data import display_name
+
+    return {
         "checkpoint": display_name(args.checkpoint),
         "images": [display_name(root) for root in args.images],
-        **dataclasses.asdict(config),
-        "device": str(device),
+        **asdict(config),
+        "format": picture_format.name,
+        "quality": picture_format.quality,
+        "lpips": args.lpips,
+        "device": ranks.device.type,
     }
-    print(report.finish(about))
-    return 1 if report.number_skipped else 0
+
+
+def _do_units(
+    args: argparse.Namespace,
+    make: Callable[[Background, Callable[[str], None]], Reconstructor],
+    source: Source,
+    units: Sequence[range],
+    ledger: Ledger,
+    ranks: Ranks,
+) -> None:
+    """Do this rank's part of the units."""
+    from tqdm import tqdm
+
+    from kl_vae.inference.images import load_images
+    from kl_vae.inference.reconstruction.background import Background
+
+    own = ledger.share(len(units))
+    indices = [index for unit in own for index in units[unit]]
+    images = load_images(
+        source, indices, resize=args.resize, crop=args.crop, num_workers=args.num_workers
+    )
+    hidden = None if ranks.is_first else True  # None: no bar where stderr is a file
+    with (
+        closing(images),
+        Background(args.num_workers) as background,
+        tqdm(images, total=len(indices), unit="image", disable=hidden) as progress,
+    ):
+        reconstructor = make(background, lambda line: tqdm.write(line, file=sys.stderr))
+        read = iter(progress)
+        for unit in own:
+            ledger.write(unit, reconstructor.do(islice(read, len(units[unit]))))

@@ -21,6 +21,17 @@ FOLDER = ".unfinished"
 _IDENTITY = "identity.json"
 
 
+def units_of(number: int, size: int) -> list[range]:
+    """Cut the images 0 to `number` - 1 into units of `size` consecutive ones; the last has fewer.
+
+    Raises:
+        ValueError: `size` is less than 1.
+    """
+    if size < 1:
+        raise ValueError(f"size={size}: give at least 1 image a unit")
+    return [range(start, min(start + size, number)) for start in range(0, number, size)]
+
+
 class Ledger:
     """The records of the units that are done, each a file in `OUT/.unfinished` until all are.
 
@@ -61,6 +72,11 @@ class Ledger:
         except OSError as error:
             raise _unwritable(self._folder, error) from error
 
+    def find(self, unit: int) -> Any:
+        """The record of a unit; None: it is not done yet."""
+        path = self._record(unit)
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
     def read(self, number: int) -> Iterator[Any]:
         """The records of the units 0 to `number` - 1, which are all done."""
         for unit in range(number):
@@ -87,16 +103,11 @@ class Ledger:
                     f"{name}: an earlier command was ended before it had done all; give --resume "
                     "to go on, or remove that folder to begin again"
                 )
-            before = _read_identity(path)
-            changed = [
-                f"{key} was {before.get(key)!r} and is now {identity.get(key)!r}"
-                for key in sorted(before.keys() | identity.keys())
-                if before.get(key) != identity.get(key)
-            ]
+            changed = differences(_read_identity(path), identity)
             if changed:
                 raise ValueError(
-                    f"{name}: holds other work ({'; '.join(changed)}); give the same again to "
-                    "resume it, or another --out"
+                    f"{name}: holds other work ({changed}); give the same again to resume it, or "
+                    "another --out"
                 )
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -104,6 +115,15 @@ class Ledger:
             write_text_atomically(path, json.dumps(identity))
         except OSError as error:
             raise _unwritable(self._folder, error) from error
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two identities, as an error says it; empty: nothing."""
+    return "; ".join(
+        f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    )
 
 
 def _read_identity(path: Path) -> dict[str, Any]:

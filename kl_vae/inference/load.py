@@ -1,8 +1,39 @@
 """The model that a command was asked to use."""
 
+from __future__ import annotations
+
+import json
+from hashlib import blake2b
+
 import torch
 
+from kl_vae.distributed import Ranks
+from kl_vae.distributed.agreement import checksums
 from kl_vae.model import AutoEncoderKL
+
+
+def load_model_on(
+    ranks: Ranks, checkpoint: str, config: str | None, ema: bool = True
+) -> AutoEncoderKL:
+    """`load_model` on each rank's device; all of them call this.
+
+    Raises:
+        ValueError: as `load_model`, or the ranks have read different weights.
+    """
+    model = load_model(checkpoint, config, ranks.device, ema)
+    found = model_fingerprint(model)
+    if ranks.on_first(lambda: found) != found:
+        raise ValueError(
+            f"{checkpoint}: rank {ranks.rank} has read other weights than rank 0, since its run "
+            "goes on; give one file of its checkpoints"
+        )
+    return model
+
+
+def model_fingerprint(model: AutoEncoderKL) -> str:
+    """32 hex digits that change when the architecture or the weights do."""
+    text = json.dumps([model.params, checksums(model)], sort_keys=True, default=str)
+    return blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def load_model(

@@ -1,4 +1,4 @@
-"""How close a reconstruction is to its image: PSNR and SSIM.
+"""How close a reconstruction is to its image: PSNR, SSIM and MS-SSIM.
 
 B batch, C channels, H and W the image's height and width.
 """
@@ -6,12 +6,25 @@ B batch, C channels, H and W the image's height and width.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # the constants of Wang et al. 2004, section III
 WINDOW = 11
 SIGMA = 1.5
 K1, K2 = 0.01, 0.03
+# of Wang et al. 2003, section 4.2: how much each scale counts, the finest first
+SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+MS_SSIM_SIDE = WINDOW * 2 ** (len(SCALE_WEIGHTS) - 1)  # the coarsest scale has one window then
+
+
+def mse(x: Tensor, y: Tensor, data_range: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
+    """Mean squared error over all C * H * W values, [B], float64, of images scaled to [0, 1].
+
+    Args and Raises are those of `psnr`.
+    """
+    x, y = _in_unit_range(x, y, data_range)
+    return (x - y).square().flatten(1).mean(1)
 
 
 def psnr(x: Tensor, y: Tensor, data_range: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
@@ -27,9 +40,7 @@ def psnr(x: Tensor, y: Tensor, data_range: tuple[float, float] = (-1.0, 1.0)) ->
     Raises:
         ValueError: the shapes differ or are not [B, C, H, W].
     """
-    x, y = _in_unit_range(x, y, data_range)
-    mse = (x - y).square().flatten(1).mean(1)
-    return -10.0 * mse.log10()
+    return -10.0 * mse(x, y, data_range).log10()
 
 
 def ssim(x: Tensor, y: Tensor, data_range: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
@@ -47,15 +58,47 @@ def ssim(x: Tensor, y: Tensor, data_range: tuple[float, float] = (-1.0, 1.0)) ->
     x, y = _in_unit_range(x, y, data_range)
     if min(x.shape[2:]) < WINDOW:
         return x.new_full(x.shape[:1], math.nan)
+    similarity, _ = _similarities(x, y)
+    return similarity.flatten(1).mean(1)
+
+
+def ms_ssim(x: Tensor, y: Tensor, data_range: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
+    """Multi-scale structural similarity (Wang et al. 2003, equation 7), [B] in [0, 1], float64.
+
+    Five scales, each half as large as the one before by means of 2 x 2 pixels (an odd last row or
+    column is left out). At each the contrast and structure terms of `ssim` are averaged over
+    channels and windows, at the coarsest all of SSIM; their product is weighted by
+    `SCALE_WEIGHTS`, a negative mean counting as 0. Images with a side below 176 get NaN.
+
+    These are the values of torchmetrics with its defaults (`normalize="relu"`): as there, the mean
+    at the coarsest scale is also over windows that reach into the image's reflection at its border.
+
+    Args and Raises are those of `psnr`.
+    """
+    x, y = _in_unit_range(x, y, data_range)
+    if min(x.shape[2:]) < MS_SSIM_SIDE:
+        return x.new_full(x.shape[:1], math.nan)
+    product = x.new_ones(x.shape[:1])
+    for weight in SCALE_WEIGHTS[:-1]:
+        _, contrast = _similarities(x, y)
+        product *= contrast.flatten(1).mean(1).relu() ** weight
+        x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+    border = (WINDOW // 2,) * 4
+    x, y = F.pad(x, border, mode="reflect"), F.pad(y, border, mode="reflect")
+    similarity, _ = _similarities(x, y)
+    return product * similarity.flatten(1).mean(1).relu() ** SCALE_WEIGHTS[-1]
+
+
+def _similarities(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """SSIM, and its contrast and structure terms alone, of each window, [B, C, H - 10, W - 10]."""
     mean_x, mean_y = _window_mean(x), _window_mean(y)
     var_x = _window_mean(x.square()) - mean_x.square()
     var_y = _window_mean(y.square()) - mean_y.square()
     covariance = _window_mean(x * y) - mean_x * mean_y
     c1, c2 = K1**2, K2**2
-    similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
-        (mean_x.square() + mean_y.square() + c1) * (var_x + var_y + c2)
-    )
-    return similarity.flatten(1).mean(1)
+    contrast = (2 * covariance + c2) / (var_x + var_y + c2)
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
+    return luminance * contrast, contrast
 
 
 def _in_unit_range(x: Tensor, y: Tensor, data_range: tuple[float, float]) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
 
@@ -76,11 +77,12 @@ def check_outputs(out: Path, outputs: Iterable[str], inputs: Iterable[Path], ear
     """
     may_replace = os.path.exists(out / earlier)
     root = os.path.realpath(out)
+    inside = cache(lambda folder: Path(os.path.realpath(folder)).is_relative_to(root))
     input_files = {(status.st_dev, status.st_ino) for status in map(_status, inputs) if status}
     for output in outputs:
         path = out / output
         name = display_name(path)
-        if not Path(os.path.realpath(path.parent)).is_relative_to(root):
+        if not inside(path.parent):
             raise ValueError(f"{name} leads out of the output folder; give an empty folder")
         status = _status(path)
         if status is None:

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 
 from kl_vae.data import Batch
-from kl_vae.device import autocast
 from kl_vae.distribution import DiagonalGaussianDistribution
+from kl_vae.inference.coding import encode_images
+from kl_vae.inference.tiling import Tiling
 from kl_vae.latents import LatentNormalization
 from kl_vae.model import AutoEncoderKL
 
@@ -106,22 +107,5 @@ def latent_sums(model: AutoEncoderKL, batch: Batch, precision: str = "fp32") -> 
     Raises:
         ValueError: moments are not finite, or the memory of the GPU does not suffice.
     """
-    device = next(model.parameters()).device
-    try:
-        with autocast(device, precision):
-            posterior = model.encode(batch.images.to(device, non_blocking=True))
-    except torch.OutOfMemoryError:
-        count, _, height, width = batch.images.shape
-        raise ValueError(
-            f"a batch of {count} images of {width} x {height} does not fit into the memory of "
-            f"{device}; lower the batch size"
-        ) from None
-    finite = posterior.parameters.flatten(1).isfinite().all(1).tolist()
-    if not all(finite):
-        names = [name for name, good in zip(batch.names, finite, strict=True) if not good]
-        others = f" and {len(names) - 1} more of its batch" if len(names) > 1 else ""
-        raise ValueError(
-            f"{names[0]}{others}: the posterior in {precision} has NaN or infinity; "
-            "try another precision"
-        )
-    return LatentSums.of(posterior)
+    whole = Tiling("whole")  # the last bits of the others depend on the memory that is free
+    return LatentSums.of(encode_images(model, batch.images, precision, whole, batch.names))

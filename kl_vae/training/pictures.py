@@ -11,7 +11,7 @@ from torch import Tensor
 from kl_vae.data import ImageDataset
 from kl_vae.inference.grid import comparison_grid, image_grid
 from kl_vae.inference.picture_files import as_picture, as_saved
-from kl_vae.inference.sample import sample_prior
+from kl_vae.inference.sampling.prior import sample_prior
 from kl_vae.model import AutoEncoderKL
 from kl_vae.training.figures import evaluating
 

@@ -22,7 +22,7 @@ from kl_vae import AutoEncoderKL
 from kl_vae.cli.main import main
 from kl_vae.data import display_name, read_image
 from kl_vae.formats.checkpoint import read_checkpoint
-from kl_vae.inference.reconstruct import ReconstructConfig
+from kl_vae.inference.reconstruction.config import ReconstructConfig
 from tests.bad_files import MAX_PIXELS, BadFiles, picture, valid_images, write_bad_files
 
 pytestmark = pytest.mark.skipif(
@@ -118,7 +118,10 @@ def test_reconstruct_reports_every_bad_file_and_reads_every_other(
     assert {row["path"] for row in rows} == {display_name(images / name) for name in files.good}
     pictures = {display_name(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     outputs = {row["output"] for row in rows}
-    assert pictures == outputs | {"metrics.csv", "summary.json", "comparison.png"}
+    shown = {name for name in pictures if name.startswith("gallery/")}
+    assert len(shown) == 2 * len(files.good)  # of each the image and a thumbnail
+    summed_up = {"metrics.csv", "summary.json", "comparison.png", "index.html"}
+    assert pictures - shown == outputs | summed_up
     assert len(outputs) == summary["number"] == len(files.good)
 
 
@@ -148,8 +151,10 @@ def test_inputs_that_share_an_output_get_one_each(tmp_path: Path, model: list[st
     out = tmp_path / "out"
     command = ["reconstruct", *model, "--images", f"{tmp_path}/images", "--out", str(out)]
     assert main(command) == 0
-    pictures = {path.name for path in out.iterdir()} - {"comparison.png", "metrics.csv"}
-    pictures -= {"summary.json"}
+    for gallery in ("originals", "thumbnails"):
+        assert len(list((out / "gallery" / gallery).iterdir())) == len(names)
+    pictures = {path.name for path in out.iterdir() if path.is_file()}
+    pictures -= {"comparison.png", "metrics.csv", "summary.json", "index.html"}
     assert len({unicodedata.normalize("NFC", name).casefold() for name in pictures}) == len(names)
     widths = []
     for name in pictures:

@@ -13,10 +13,8 @@ import yaml
 from PIL import Image
 
 from kl_vae import AutoEncoderKL
-from kl_vae.cli.encode import _check_same
 from kl_vae.cli.main import main
 from kl_vae.data import center_crop, read_image, resize_short_side, to_float
-from kl_vae.distributed.ranks import Ranks
 from kl_vae.formats.checkpoint import write_checkpoint
 from kl_vae.inference import statistics
 from tests.processes import assert_same
@@ -277,19 +275,3 @@ def test_numbers_are_checked(
         main([*COMMAND, "--images", "images", f"{option}={value}"])
     message = f"argument {option}: {value!r}: give an integer of at least {smallest}"
     assert message in capsys.readouterr().err
-
-
-def test_ranks_that_have_read_other_weights_do_not_go_on(tiny_model: AutoEncoderKL) -> None:
-    """As happens where a run saves between the moments at which two ranks read it."""
-
-    class Second(Ranks):
-        def on_first(self, work: Callable[[], Any]) -> Any:
-            return [0]  # what rank 0 has read
-
-    with pytest.raises(ValueError) as caught:
-        _check_same("runs/a", tiny_model, Second(1, 2, torch.device("cpu")))
-    assert str(caught.value) == (
-        "runs/a: rank 1 has read other weights than rank 0, since its run goes on; give one file "
-        "of its checkpoints"
-    )
-    _check_same("runs/a", tiny_model, Ranks(0, 1, torch.device("cpu")))

@@ -10,12 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 import yaml
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from kl_vae import AutoEncoderKL
 from kl_vae.cli.main import main
+from kl_vae.data import FolderSource, read_image, to_float
+from kl_vae.losses.lpips import LPIPS
+
+RECONSTRUCT = ["reconstruct", "--num-workers", "0"]
 
 
 def save_model(folder: Path, channels: int = 3) -> list[str]:
@@ -71,7 +76,7 @@ def images(tmp_path) -> Path:
 def test_a_folder_as_a_user_types_it(tmp_path, model, images):
     (images / "bad.jpg").write_bytes(b"nothing of the kind")
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "kl_vae.cli", "reconstruct", *model]
+    command = [sys.executable, "-m", "kl_vae.cli", "reconstruct", *model, "--num-workers", "2"]
     command += ["--images", str(images), "--out", str(out), "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
@@ -80,6 +85,13 @@ def test_a_folder_as_a_user_types_it(tmp_path, model, images):
         "a.png",
         "a.png.png",
         "comparison.png",
+        "gallery/originals/a.png",
+        "gallery/originals/a.png.png",
+        "gallery/originals/sub/b.png",
+        "gallery/thumbnails/a.jpg",
+        "gallery/thumbnails/a.png.jpg",
+        "gallery/thumbnails/sub/b.jpg",
+        "index.html",
         "metrics.csv",
         "sub/b.png",
         "summary.json",
@@ -96,7 +108,7 @@ def test_a_folder_as_a_user_types_it(tmp_path, model, images):
     last_line = done.stdout.splitlines()[-1]
     assert last_line == (
         f"3 images: PSNR {summary['mean_psnr_db']:.2f} dB, SSIM {summary['mean_ssim']:.3f}; "
-        f"pictures in {out} (comparison.png shows 3 of them)"
+        f"pictures in {out} (comparison.png shows 3 of them), gallery in {out}/index.html"
     )
     # anyone can recompute the figures from the files
     for row in rows:
@@ -117,7 +129,7 @@ def test_a_folder_as_a_user_types_it(tmp_path, model, images):
 
 def test_running_again_gives_the_same(tmp_path, model, images):
     out = tmp_path / "out"
-    command = ["reconstruct", *model, "--images", str(images), "--out", str(out)]
+    command = [*RECONSTRUCT, *model, "--images", str(images), "--out", str(out)]
     command += ["--mode", "sample", "--seed", "3"]
     assert main(command) == 0
     before = {name: (out / name).read_bytes() for name in tree(out)}
@@ -128,7 +140,7 @@ def test_running_again_gives_the_same(tmp_path, model, images):
 def test_folders_and_files_with_resize_crop_and_patterns(tmp_path, model, images):
     save_images(tmp_path / "more", a__jpg=(40, 60), c__bmp=(40, 60))
     out = tmp_path / "out"
-    command = ["reconstruct", *model, "--out", str(out), "--grid-size", "1"]
+    command = [*RECONSTRUCT, *model, "--out", str(out), "--grid-size", "1"]
     command += ["--images", str(images), f"{tmp_path}/more/a.jpg", "--include", "*.jpg", "sub/*"]
     command += ["--resize", "12", "--crop", "11", "--exclude", "*.webp"]
     assert main(command) == 0
@@ -146,7 +158,7 @@ def test_folders_and_files_with_resize_crop_and_patterns(tmp_path, model, images
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
 def test_grey_and_transparent_models(tmp_path, images, channels, mode):
     out = tmp_path / "out"
-    command = ["reconstruct", *save_model(tmp_path, channels), "--out", str(out)]
+    command = [*RECONSTRUCT, *save_model(tmp_path, channels), "--out", str(out)]
     assert main([*command, "--images", str(images / "a.png")]) == 0
     with Image.open(out / "a.png") as picture:
         assert (picture.mode, picture.size) == (mode, (12, 13))
@@ -156,9 +168,18 @@ def test_arrays_of_many_channels(tmp_path):
     (tmp_path / "arrays").mkdir()
     np.save(tmp_path / "arrays" / "a.npy", np.random.default_rng(0).random((12, 14, 6)))
     out = tmp_path / "out"
-    command = ["reconstruct", *save_model(tmp_path, 6), "--out", str(out)]
+    command = [*RECONSTRUCT, *save_model(tmp_path, 6), "--out", str(out)]
     assert main([*command, "--images", str(tmp_path / "arrays")]) == 0
-    assert tree(out) == ["a.npy", "comparison.png", "metrics.csv", "summary.json"]
+    assert tree(out) == [
+        "a.npy",
+        "comparison.png",
+        "gallery/originals/a.png",
+        "gallery/reconstructions/a.png",
+        "gallery/thumbnails/a.jpg",
+        "index.html",
+        "metrics.csv",
+        "summary.json",
+    ]
     saved = np.load(out / "a.npy")
     assert (saved.dtype, saved.shape) == (np.float32, (12, 14, 6))
 
@@ -169,7 +190,7 @@ def test_names_that_are_not_utf8(tmp_path, model, images, capsys):
     with open(os.fsencode(images) + b"/\xfe.png", "wb") as file:
         file.write(b"bad")
     out = tmp_path / "out"
-    assert main(["reconstruct", *model, "--images", str(images), "--out", str(out)]) == 1
+    assert main([*RECONSTRUCT, *model, "--images", str(images), "--out", str(out)]) == 1
     assert b"\xff.png" in os.listdir(os.fsencode(out))
     assert r"\xff.png" in [row["output"] for row in read_rows(out)]
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
@@ -190,6 +211,10 @@ def test_names_that_are_not_utf8(tmp_path, model, images, capsys):
         ({"--out": "{}/model.yaml/out"}, "cannot create the folder"),
         ({"--images": "{}/images/a.png", "--out": "{}/images"}, "would be overwritten"),
         ({"--device": "tpu"}, "device 'tpu': choose one of"),
+        ({"--quality": "80"}, "quality=80: png loses nothing; give webp or jpg, too"),
+        ({"--tile": "100"}, "overlap=128: give at least 0 and less than tile=100"),
+        ({"--overlap": "9"}, "overlap=9: must be a multiple of the model's downsampling factor 2"),
+        ({"--lpips-heads": "{}/heads.pth"}, "--lpips-heads: say of which --lpips they are"),
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_written(
@@ -200,7 +225,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(
     arguments = dict(zip(model[::2], model[1::2], strict=True))
     arguments |= {"--images": str(images), "--out": str(tmp_path / "out")}
     arguments |= {key: value.format(tmp_path) for key, value in changed.items()}
-    assert main(["reconstruct", *(word for pair in arguments.items() for word in pair)]) == 2
+    assert main([*RECONSTRUCT, *(word for pair in arguments.items() for word in pair)]) == 2
     last_line = capsys.readouterr().err.splitlines()[-1]
     assert last_line.startswith("kl-vae reconstruct: error: ")
     assert message in last_line
@@ -215,15 +240,15 @@ def test_a_model_with_a_context_is_refused(tmp_path, model, images, capsys):
     with_context = AutoEncoderKL(**config["model"]["params"])
     torch.save(with_context.state_dict(), tmp_path / "model.pt")
     out = tmp_path / "out"
-    assert main(["reconstruct", *model, "--images", str(images), "--out", str(out)]) == 2
+    assert main([*RECONSTRUCT, *model, "--images", str(images), "--out", str(out)]) == 2
     message = "this model needs a context (context_channels=5), which no command gives; call it"
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--resize", "--max-pixels"])
+@pytest.mark.parametrize("option", ["--resize", "--max-pixels", "--batch-size", "--tile"])
 @pytest.mark.parametrize("value", ["0", "-3", "many", "1.5"])
 def test_sizes_are_positive(model, capsys, option, value):
-    command = ["reconstruct", *model, "--images", "images", "--out", "out", f"{option}={value}"]
+    command = [*RECONSTRUCT, *model, "--images", "images", "--out", "out", f"{option}={value}"]
     with pytest.raises(SystemExit, match="2"):
         main(command)
     message = f"argument {option}: {value!r}: give an integer of at least 1"
@@ -235,8 +260,117 @@ def test_what_is_no_file_is_skipped_as_bad_files_are(tmp_path, model, images, ca
     (tmp_path / "loop.png").symlink_to("loop.png")
     names = [f"{tmp_path}/{name}" for name in ("pipe.png", "loop.png", "images/a.png")]
     out = tmp_path / "out"
-    assert main(["reconstruct", *model, "--images", *names, "--out", str(out)]) == 1
+    assert main([*RECONSTRUCT, *model, "--images", *names, "--out", str(out)]) == 1
     assert [row["path"] for row in read_rows(out)] == names[2:]
     errors = capsys.readouterr().err
     assert f"skipped {names[0]}: not a regular file" in errors
     assert f"skipped {names[1]}: Too many levels of symbolic links" in errors
+
+
+def test_formats_and_no_gallery(tmp_path, model, images):
+    out = tmp_path / "out"
+    command = [*RECONSTRUCT, *model, "--out", str(out), "--images", str(images), "--no-gallery"]
+    assert main([*command, "--format", "webp", "--quality", "100"]) == 0
+    names = ["a.png.webp", "a.webp", "comparison.png", "metrics.csv", "sub/b.webp", "summary.json"]
+    assert tree(out) == names
+    with Image.open(out / "a.webp") as picture:
+        assert (picture.format, picture.size) == ("WEBP", (21, 16))
+    assert main([*command, "--format", "jpg"]) == 0
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    assert (summary["format"], summary["quality"]) == ("jpg", 90)
+
+
+@pytest.mark.parametrize(
+    ("channels", "options", "message"),
+    [
+        (4, ["--format", "jpg"], "format=jpg: holds no transparency; give png or webp"),
+        (6, ["--format", "jpg"], "format=jpg: holds 1, 3 or 4 channels, and the model has 6"),
+        (1, ["--lpips", "vgg"], "--lpips=vgg: compares images of 3 channels, and the model has 1"),
+    ],
+)
+def test_what_a_model_of_other_channels_cannot(tmp_path, capsys, channels, options, message):
+    (tmp_path / "arrays").mkdir()
+    np.save(tmp_path / "arrays" / "a.npy", np.zeros((12, 14, channels)))
+    command = [*RECONSTRUCT, *save_model(tmp_path, channels), "--out", str(tmp_path / "out")]
+    command += ["--images", str(tmp_path / "arrays" / "a.npy")]
+    assert main([*command, *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_interrupted_and_resumed(tmp_path, model, capsys, monkeypatch):
+    """Ctrl-C comes when the first of two units is done, and a part of the second."""
+    save_images(tmp_path / "images", **{f"{i:02d}__png": (16 + i % 3, 16) for i in range(12)})
+    command = [*RECONSTRUCT, *model, "--images", f"{tmp_path}/images", "--batch-size", "2"]
+    assert main([*command, "--out", f"{tmp_path}/whole"]) == 0
+    command += ["--out", f"{tmp_path}/out"]
+    capsys.readouterr()
+
+    read_image, before = FolderSource.read, []
+
+    def interrupted(self, index):
+        if index == 11:
+            raise KeyboardInterrupt
+        before.append(index)
+        return read_image(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderSource, "read", interrupted)
+        assert main(command) == 130
+    last_line = "kl-vae reconstruct: interrupted; the same command with --resume goes on"
+    assert capsys.readouterr().err.splitlines()[-1] == last_line
+    assert before == list(range(11))
+    assert len(list((tmp_path / "out").glob("*.png"))) == 10
+
+    assert main(command) == 2
+    assert "had done all; give --resume to go on, or remove" in capsys.readouterr().err
+    assert main([*command, "--resume", "--mode", "sample"]) == 2
+    assert "(mode was 'mode' and is now 'sample')" in capsys.readouterr().err
+    read = []
+    monkeypatch.setattr(
+        FolderSource, "read", lambda self, index: read.append(index) or read_image(self, index)
+    )
+    assert main([*command, "--resume", "--grid-size", "1"]) == 0
+    assert read == [*range(8, 12), 0]  # 0: once more, for comparison.png
+    assert main([*command, "--resume"]) == 0  # of nothing: all over again
+    names = tree(tmp_path / "whole")
+    assert tree(tmp_path / "out") == names
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_begun_again_where_an_unfinished_command_was_removed(tmp_path, model, images):
+    out = tmp_path / "out"
+    command = [*RECONSTRUCT, *model, "--images", str(images), "--out", str(out)]
+    assert main(command) == 0
+    (out / ".unfinished").mkdir()
+    (out / ".unfinished" / "identity.json").write_text("{}")
+    assert main(command) == 2
+    (out / ".unfinished" / "identity.json").unlink()
+    assert main(command) == 0
+
+
+def test_lpips_from_local_files(tmp_path, model, images, capsys):
+    """Random weights: what is measured here is the column, its mean, and what has none."""
+    features, heads = tmp_path / "features.pth", tmp_path / "heads.pth"
+    torch.manual_seed(0)
+    weights = torchvision.models.squeezenet1_1(weights=None).features.state_dict()
+    torch.save(weights, features)
+    channels = (64, 128, 256, 384, 384, 512, 512)
+    content = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate(channels)}
+    torch.save(content, heads)
+    out = tmp_path / "out"
+    command = [*RECONSTRUCT, *model, "--images", str(images), "--out", str(out), "--resize", "40"]
+    command += ["--lpips", "squeeze", "--lpips-features", str(features)]
+    assert main([*command, "--lpips-heads", "none.pth"]) == 2
+    message = "heads=none.pth: no such file; give an existing one, or none to download (here as "
+    assert f"{message}--lpips-features FILE --lpips-heads FILE;" in capsys.readouterr().err
+    command += ["--lpips-heads", str(heads)]
+    assert main(command) == 0
+    values = [float(row["lpips"]) for row in read_rows(out)]
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    assert summary["mean_lpips"] == pytest.approx(sum(values) / 3, abs=1e-5)
+    lpips = LPIPS("squeeze", features=features, heads=heads)
+    originals = out / "gallery" / "originals"
+    x, y = (to_float(read_image(folder / "a.png", 3))[None] for folder in (originals, out))
+    assert values[0] == pytest.approx(lpips(x, y).item(), abs=1e-5)

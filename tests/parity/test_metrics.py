@@ -1,9 +1,9 @@
-"""PSNR and SSIM against scikit-image and torchmetrics."""
+"""PSNR, SSIM and MS-SSIM against scikit-image and torchmetrics."""
 
 import pytest
 import torch
 
-from kl_vae.inference.metrics import psnr, ssim
+from kl_vae.inference.metrics import ms_ssim, psnr, ssim
 
 skimage_data = pytest.importorskip("skimage.data")
 skimage_metrics = pytest.importorskip("skimage.metrics")
@@ -52,3 +52,29 @@ def test_the_range_of_the_model_gives_the_figures_of_8_bits():
     x, y = photograph_and_noisy(3)
     measured = ssim(x / 127.5 - 1, y / 127.5 - 1)
     torch.testing.assert_close(measured, ssim(x, y, (0, 255)), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(176, 176), (181, 203)])
+def test_ms_ssim_of_torchmetrics(height, width):
+    photographs = [skimage_data.astronaut(), skimage_data.coffee()[:400, :512]]
+    x = torch.stack([torch.from_numpy(p[40 : 40 + height, 60 : 60 + width]) for p in photographs])
+    x = x.permute(0, 3, 1, 2).double()
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    y = (x + torch.tensor([10.0, 60.0]).view(2, 1, 1, 1) * noise).clamp(0, 255).round()
+    expected = [
+        image_metrics.multiscale_structural_similarity_index_measure(
+            y[i : i + 1], x[i : i + 1], data_range=255.0
+        ).double()
+        for i in range(2)
+    ]
+    measured = ms_ssim(x.byte(), y.byte(), (0, 255))
+    torch.testing.assert_close(measured, torch.stack(expected).flatten(), atol=1e-7, rtol=0)
+    assert measured[1] < measured[0] < 1
+
+
+def test_negative_terms_of_ms_ssim_count_as_0():
+    x = torch.rand(1, 1, 176, 176, generator=torch.Generator().manual_seed(0)).double()
+    expected = image_metrics.multiscale_structural_similarity_index_measure(
+        1 - x, x, data_range=1.0
+    )
+    assert ms_ssim(x, 1 - x, (0, 1)).item() == expected.item() == 0.0

@@ -149,6 +149,6 @@ def test_help_does_not_wait_for_torch() -> None:
 
 def test_training_and_inference_do_not_wait_for_torchvision() -> None:
     """It takes as long to import as torch; LPIPS and the named data sets alone need it."""
-    script = "import sys, kl_vae.training.loop, kl_vae.inference.reconstruct; "
+    script = "import sys, kl_vae.training.loop, kl_vae.inference.reconstruction.reconstruct; "
     script += "print('torch' in sys.modules, 'torchvision' in sys.modules)"
     assert python("-c", script).stdout == "True False\n"

@@ -52,12 +52,11 @@ def prepare(args: argparse.Namespace) -> tuple[DDConfig, int | None, torch.devic
     """
     from kl_vae.config import load_model_params
     from kl_vae.device import choose_device
-    from kl_vae.inference.sample import check_size
+    from kl_vae.inference.sampling.prior import check_size
     from kl_vae.schema import from_mapping
     from kl_vae.training.config import ModelParams
 
-    if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
-        raise ValueError(f"--out {args.out}: give a file in a folder that exists")
+    check_out(args.out)
     params = from_mapping(ModelParams, load_model_params(args.config), "model.params")
     if params.ddconfig.context_channels:
         raise ValueError(
@@ -67,6 +66,12 @@ def prepare(args: argparse.Namespace) -> tuple[DDConfig, int | None, torch.devic
     if hasattr(args, "size"):
         check_size(args.size, params.ddconfig.downsampling_factor)
     return params.ddconfig, params.embed_dim, choose_device(args.device)
+
+
+def check_out(out: Path | None, flag: str = "--out") -> None:
+    """Raise ValueError unless the flag's file can be written, or is not given."""
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise ValueError(f"{flag} {out}: give a file in a folder that exists")
 
 
 def report(

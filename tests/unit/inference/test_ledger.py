@@ -8,10 +8,18 @@ import pytest
 import torch
 
 from kl_vae.distributed import Ranks
-from kl_vae.inference.ledger import FOLDER, Ledger
+from kl_vae.inference.ledger import FOLDER, Ledger, units_of
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 WORK = {"seed": 0, "images": ["a", "b"], "size": (1, 2)}
+
+
+def test_units_are_of_consecutive_images() -> None:
+    assert units_of(7, 3) == [range(0, 3), range(3, 6), range(6, 7)]
+    assert units_of(6, 3) == [range(0, 3), range(3, 6)]
+    assert units_of(0, 3) == []
+    with pytest.raises(ValueError, match="size=0: give at least 1 image a unit"):
+        units_of(7, 0)
 
 
 def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
@@ -50,9 +58,7 @@ def test_other_work_is_refused_by_what_differs(tmp_path: Path) -> None:
 def test_a_damaged_record_of_what_it_is(tmp_path: Path) -> None:
     (tmp_path / FOLDER).mkdir()
     (tmp_path / FOLDER / "identity.json").write_text("[1")
-    with pytest.raises(
-        ValueError, match=r"identity.json: cannot be read \(.*; remove"
-    ):
+    with pytest.raises(ValueError, match=r"identity.json: cannot be read \(.*; remove"):
         Ledger(tmp_path, WORK, True, ALONE)
 
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from kl_vae.inference.metrics import psnr, ssim
+from kl_vae.inference.metrics import ms_ssim, mse, psnr, ssim
 
 
 def test_psnr_is_the_formula_for_each_image():
@@ -44,6 +44,24 @@ def test_ssim_needs_a_window():
     assert ssim(large, large).isfinite().all()
 
 
+def test_ms_ssim_needs_a_window_at_the_coarsest_scale():
+    small, large = torch.rand(2, 1, 175, 200), torch.rand(2, 1, 176, 200)
+    assert ms_ssim(small, small).isnan().tolist() == [True, True]
+    torch.testing.assert_close(ms_ssim(large, large), torch.ones(2, dtype=torch.float64))
+
+
+def test_ms_ssim_is_blind_to_what_the_coarser_scales_cannot_see():
+    x = torch.rand(1, 1, 176, 176, generator=torch.Generator().manual_seed(0))
+    checks = (torch.arange(176)[:, None] + torch.arange(176)) % 2 * 0.2 - 0.1
+    y = x + checks
+    assert ssim(x, y, (0, 1)) < ms_ssim(x, y, (0, 1)) < 1
+
+
+def test_mse_is_of_images_from_0_to_1():
+    x, y = torch.zeros(1, 3, 4, 5), torch.full((1, 3, 4, 5), 51.0)
+    torch.testing.assert_close(mse(x, y, (0, 255)), torch.tensor([0.04], dtype=torch.float64))
+
+
 def test_autocast_changes_nothing():
     x, y = torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
@@ -51,7 +69,7 @@ def test_autocast_changes_nothing():
     assert under == (psnr(x, y), ssim(x, y))
 
 
-@pytest.mark.parametrize("measure", [psnr, ssim])
+@pytest.mark.parametrize("measure", [mse, psnr, ssim, ms_ssim])
 def test_shapes_must_agree(measure):
     with pytest.raises(ValueError, match=r"shapes \[1, 3, 8, 8\] and \[1, 3, 8, 9\]: give two of"):
         measure(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 9))

@@ -8,14 +8,20 @@ saturated is what to look for. Latents with structure come from a diffusion mode
 z latent channels, h = w = size / f.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from kl_vae.device import autocast
+from kl_vae.inference.coding import decode_latents
+from kl_vae.inference.ledger import units_of
+from kl_vae.inference.tiling import Tiling
 from kl_vae.model import AutoEncoderKL
 from kl_vae.randomness import generator_for
+
+WHOLE = Tiling(mode="whole")
 
 
 def check_size(size: int, factor: int) -> None:
@@ -29,7 +35,13 @@ def check_size(size: int, factor: int) -> None:
         raise ValueError(f"size={size}: must be a multiple of {factor}; give {nearest}")
 
 
-@torch.inference_mode()
+def prior_latents(model: AutoEncoderKL, size: int, seed: int, index: int) -> Tensor:
+    """The latents [z, h, w] of image `index`, drawn from N(0, I)."""
+    side = size // model.downsampling_factor
+    generator = generator_for("sample", seed, index)
+    return torch.randn((model.latent_channels, side, side), generator=generator)
+
+
 def sample_prior(
     model: AutoEncoderKL,
     number: int,
@@ -37,6 +49,7 @@ def sample_prior(
     seed: int = 0,
     batch_size: int = 8,
     precision: str = "fp32",
+    tiling: Tiling = WHOLE,
 ) -> Iterator[Tensor]:
     """Yield `number` images [C, size, size] in [-1, 1], on the CPU.
 
@@ -48,28 +61,13 @@ def sample_prior(
         size: their side in pixels, a multiple of f.
         seed: of the latents.
         batch_size: how many are decoded at once.
-        precision: fp32, bf16 or fp16.
+        precision: fp32, bf16 or fp16; what is not finite is decoded again in fp32.
+        tiling: how images that are large for the memory are cut up; they are not unless told.
 
     Raises:
         ValueError: `size` is not a multiple of f, or an image is not finite.
     """
     check_size(size, model.downsampling_factor)
-    device = next(model.parameters()).device
-    side = size // model.downsampling_factor
-    for start in range(0, number, batch_size):
-        z = torch.stack(
-            [
-                torch.randn(
-                    (model.latent_channels, side, side), generator=generator_for("sample", seed, i)
-                )
-                for i in range(start, min(start + batch_size, number))
-            ]
-        )  # [B, z, h, w]
-        with autocast(device, precision):
-            images = model.decode(z.to(device))
-        images = images.float().cpu()
-        if not images.isfinite().all():
-            raise ValueError(
-                f"a decoded sample in {precision} has NaN or infinity; try another precision"
-            )
-        yield from images.clamp(-1.0, 1.0)
+    for indices in units_of(number, batch_size):
+        z = torch.stack([prior_latents(model, size, seed, i) for i in indices])  # [B, z, h, w]
+        yield from decode_latents(model, z, precision, tiling)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from kl_vae.inference.sample import sample_prior
+from kl_vae.inference.sampling.prior import sample_prior
 from kl_vae.randomness import generator_for
 
 
@@ -34,5 +34,5 @@ def test_the_size_must_be_a_multiple_of_f(model, size, nearest):
 
 def test_what_is_not_finite_is_no_picture(model):
     torch.nn.init.constant_(model.decoder.conv_out.bias, math.nan)
-    with pytest.raises(ValueError, match="a decoded sample in fp32 has NaN or infinity; try"):
+    with pytest.raises(ValueError, match="the decoded image in fp32 has NaN or infinity: "):
         next(sample_prior(model, 1, 8))

@@ -1,0 +1,1 @@
+"""Encode a data set, and measure its latents."""

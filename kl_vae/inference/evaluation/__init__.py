@@ -1,0 +1,1 @@
+"""Measure autoencoders on a data set."""

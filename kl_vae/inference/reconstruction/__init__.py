@@ -1,0 +1,1 @@
+"""Reconstruct a data set: pictures, figures, a gallery."""

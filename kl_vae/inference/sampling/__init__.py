@@ -1,0 +1,1 @@
+"""Pictures from latents: of a Gaussian, between images, of posteriors."""

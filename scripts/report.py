@@ -1,0 +1,10 @@
+"""`kl-vae report` from a checkout, without installing it."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from kl_vae.cli.main import main  # noqa: E402
+
+sys.exit(main(command="report"))

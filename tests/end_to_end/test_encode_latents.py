@@ -1,0 +1,191 @@
+"""`kl-vae encode --out` as a user types it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from kl_vae import AutoEncoderKL
+from kl_vae.benchmark.latents import write_pictures
+from kl_vae.cli.main import main
+from kl_vae.data import (
+    LatentDataset,
+    center_crop,
+    list_images,
+    read_image,
+    resize_short_side,
+    to_float,
+)
+from kl_vae.distribution import DiagonalGaussianDistribution
+from kl_vae.formats.checkpoint import write_checkpoint
+
+pytest.importorskip("safetensors")
+
+COMMAND = ["encode", "--checkpoint", "model.pt", "--num-workers", "0", "--images", "images"]
+OUT = [*COMMAND, "--out", "out", "--shard-size", "4"]
+
+
+@pytest.fixture
+def project(
+    tmp_path: Path,
+    tiny_ddconfig: dict[str, Any],
+    tiny_model: AutoEncoderKL,
+    make_images: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """A working directory with model.pt and nine pictures of two classes in `images`."""
+    monkeypatch.chdir(tmp_path)
+    params = {"ddconfig": tiny_ddconfig, "embed_dim": 3}
+    content = {"model": tiny_model.state_dict(), "config": {"model": {"params": params}}, "step": 7}
+    write_checkpoint(Path("model.pt"), content)
+    make_images(tmp_path / "images" / "cat", 5)
+    make_images(tmp_path / "images" / "dog", 4, size=(18, 33))
+    return tmp_path
+
+
+def test_latents_and_statistics_in_one_pass(
+    project: Path, tiny_model: AutoEncoderKL, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("images/cat/bad.png").write_bytes(b"nothing of the kind")
+    command = [*OUT, "--labels", "--flip", "--dtype", "fp32", "--num-workers", "1"]
+    assert main([*command, "--statistics", "measured.pt"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("skipped images/cat/bad.png: not an image") == 1
+    measured = AutoEncoderKL.from_checkpoint("measured.pt")
+    assert measured.latents is not None
+    latents = LatentDataset("out", "both")
+    assert latents.index.checkpoint == "model.pt"
+    assert latents.index.statistics.scale_factor == measured.latents.scale_factor
+    assert latents.index.statistics.std == measured.latents.std
+    size = sum(path.stat().st_size for path in Path("out").glob("*.safetensors")) / 1e6
+    lines = captured.out.splitlines()
+    assert lines[0].startswith("9 images, 3 channels: scale_factor ")
+    assert lines[-2:] == [
+        "the weights and these statistics are in measured.pt",
+        f"9 images in 3 shards ({size:.1f} MB) in out: "
+        f"scale_factor {measured.latents.scale_factor:.4g}, 1 skipped",
+    ]
+    assert latents.index.classes == ("cat", "dog")
+    assert [sample.label for sample in latents] == 2 * ([0] * 5 + [1] * 4)
+
+    sample = latents[6]
+    assert sample.name == "dog/001.png"
+    x = center_crop(resize_short_side(read_image("images/dog/001.png", 3), 16), 16)
+    images = torch.stack([to_float(x), to_float(x.flip(2))])
+    with torch.no_grad():
+        expected = tiny_model.eval().encode(images)
+    stored = torch.stack([sample.latents, latents[9 + 6].latents])
+    torch.testing.assert_close(stored, expected.parameters)
+    z = DiagonalGaussianDistribution(stored).sample(torch.Generator().manual_seed(0))
+    assert z.shape == (2, 3, 8, 8)
+
+    before = {path: path.read_bytes() for path in Path("out").iterdir()}
+    assert main([*command, "--statistics", "measured.pt", "--resume"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[-2:] == [
+        "measured.pt exists and is left as it is",
+        f"{lines[-1]}; complete, verified",
+    ]
+    assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
+
+
+def test_the_statistics_are_those_of_the_measurement(project: Path) -> None:
+    assert main([*COMMAND, "--statistics", "alone.pt"]) == 0
+    assert main([*OUT, "--statistics", "beside.pt", "--batch-size", "3"]) == 0
+    alone, beside = (
+        torch.load(path, weights_only=True)["config"]["model"]["params"]["latents"]
+        for path in ("alone.pt", "beside.pt")
+    )
+    for key, value in alone.items():
+        assert beside[key] == pytest.approx(value, rel=1e-6, abs=1e-7), key
+
+
+def test_a_missing_shard_is_mended(project: Path) -> None:
+    assert main(OUT) == 0
+    before = {path: path.read_bytes() for path in Path("out").iterdir()}
+    sorted(before)[2].unlink()
+    index = json.loads(Path("out/index.json").read_text())
+    assert index["shards"][1]["number"] == 4
+    assert main([*OUT, "--resume"]) == 0
+    assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (COMMAND, "nothing to write: give --out FOLDER, --statistics FILE, or both"),
+        (
+            [*COMMAND, "--statistics", "s.pt", "--flip"],
+            "--flip: is about files of latents; give --out FOLDER, too",
+        ),
+        (
+            [*COMMAND, "--statistics", "s.pt", "--resume"],
+            "--resume: is about files of latents; give --out FOLDER, too",
+        ),
+        (
+            [*COMMAND, "--statistics", "s.pt", "--seed", "0"],
+            "--seed: is about files of latents; give --out FOLDER, too",
+        ),
+        (
+            [*OUT, "--per-channel"],
+            "--per-channel: is about the file of statistics; give --statistics FILE",
+        ),
+        ([*OUT, "--normalize"], "--normalize: the scale of this model's latents is not known; m"),
+        ([*OUT, "--statistics", "model.pt"], "--statistics model.pt: exists; name a file that"),
+        ([*OUT[:-4], "--out", "model.pt"], "cannot write model.pt/.unfinished (Not a directory); "),
+        ([*OUT, "--labels", "--images", "images/cat"], "images/cat/000.png: has no label, since"),
+    ],
+)
+def test_mistakes_are_one_line_and_nothing_is_written(
+    project: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    before = sorted(Path().rglob("*"))
+    assert main(arguments) == 2
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line.startswith(f"kl-vae encode: error: {message}")
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_the_library_is_asked_for_before_anything_is_encoded(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert main(OUT) == 2
+    message = 'writing safetensors files needs: pip install "kl-vae[formats]"'
+    assert capsys.readouterr().err.splitlines()[-1].endswith(message)
+    assert not Path("out").exists()
+
+
+def test_an_epoch_over_latents_is_measured(
+    project: Path, tiny_ddconfig: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"model": {"params": {"ddconfig": tiny_ddconfig, "embed_dim": 3}}}
+    Path("tiny.yaml").write_text(yaml.safe_dump(config))
+    arguments = "--config tiny.yaml --size 16 --number 20 --batch-size 8 --num-workers 0"
+    arguments += " --repeats 1 --device cpu --out latents.json"
+    assert main(["benchmark", "latents", *arguments.split()]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    figures = json.loads(Path("latents.json").read_text())
+    assert figures["number"] == 20 and figures["checked"] == 8
+    assert figures["ratio"] == figures["encode_seconds"] / figures["epochs"]["median"] > 1.0
+    assert printed[0].startswith("20 images of 16 x 16 by tiny.yaml, and their moments in fp16 (0.")
+    assert f"| {figures['ratio']:.1f} |" in printed[4]
+    message = (
+        "Of 8 images the latents that were read are compared with the model's and are the same"
+    )
+    assert printed[-3].startswith(message)
+
+
+@pytest.mark.parametrize("channels", [1, 4, 5])
+def test_pictures_of_any_channels(tmp_path: Path, channels: int) -> None:
+    write_pictures(tmp_path / "images", 2, 16, channels)
+    folder = tmp_path / "images"
+    path, _ = list_images(folder, channels)
+    assert read_image(folder / path, channels).shape == (channels, 16, 16)

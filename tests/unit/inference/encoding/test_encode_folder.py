@@ -1,0 +1,352 @@
+"""Folders of latents: what is in them, and how they are taken up again."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kl_vae import AutoEncoderKL
+from kl_vae.data import BadImage, FolderSource, ImageDataset, LatentDataset, list_images, to_float
+from kl_vae.distributed import Ranks
+from kl_vae.inference.encoding.encode import LatentEncoding
+from kl_vae.inference.encoding.stored_latents import EncodeConfig
+from kl_vae.inference.ledger import FOLDER
+from kl_vae.latents import LatentNormalization
+from kl_vae.randomness import generator_for
+
+pytest.importorskip("safetensors")
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CONFIG = EncodeConfig(shard_size=3, batch_size=2, num_workers=0, dtype="fp32")
+SHARDS = [f"latents-0000{i}-of-00003.safetensors" for i in range(3)]
+
+
+@pytest.fixture
+def images(tmp_path: Path, make_images: Callable[..., Path]) -> Path:
+    """Seven pictures of 16 x 16, which makes shards of 3, 3 and 1."""
+    return make_images(tmp_path / "images", 7, size=(16, 16))
+
+
+def dataset_of(folder: Path) -> ImageDataset:
+    source = FolderSource(folder, list(list_images(folder, 3)), 3)
+    return ImageDataset(source, 16, 16, flip=False, seed=0, training=False)
+
+
+def encode(
+    model: AutoEncoderKL,
+    images: Path | ImageDataset,
+    out: Path,
+    resume: bool = False,
+    **changed: Any,
+) -> tuple[LatentEncoding, list[BadImage]]:
+    """Encode to the end; return the work and the images that were left out by it."""
+    config = dataclasses.replace(CONFIG, **changed)
+    dataset = dataset_of(images) if isinstance(images, Path) else images
+    work = LatentEncoding(model, dataset, out, config, ALONE, "model.pt", resume)
+    skipped: list[BadImage] = []
+    work.run(lambda _, bad: skipped.extend(bad))
+    work.finish()
+    return work, skipped
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def in_batches(model: AutoEncoderKL, folder: Path, mirrored: bool = False) -> Tensor:
+    """The moments [7, 4, 4, 4], encoded in the batches of the shards."""
+    dataset = dataset_of(folder)
+    x = torch.stack([to_float(dataset.source.read(i)) for i in range(len(dataset))])
+    x = x.flip(3) if mirrored else x
+    with torch.no_grad():
+        return torch.cat(
+            [model.encode(x[a:b]).parameters for a, b in ((0, 2), (2, 3), (3, 5), (5, 6), (6, 7))]
+        )
+
+
+def stored(folder: Path, view: Any = "latents") -> Tensor:
+    return torch.stack([sample.latents for sample in LatentDataset(folder, view)])
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_moments_are_stored_bit_for_bit(
+    model: AutoEncoderKL, images: Path, tmp_path: Path, dtype: Any
+) -> None:
+    encode(model, images, tmp_path / "out", dtype=dtype, flip=True)
+    expected = in_batches(model, images)
+    assert torch.equal(stored(tmp_path / "out"), expected.to(DTYPES[dtype]))
+    mirrored = in_batches(model, images, mirrored=True)
+    assert not torch.equal(mirrored, expected)
+    assert torch.equal(stored(tmp_path / "out", "flipped"), mirrored.to(DTYPES[dtype]))
+
+
+def test_modes_and_samples(model: AutoEncoderKL, images: Path, tmp_path: Path) -> None:
+    encode(model, images, tmp_path / "mode", what="mode")
+    mean, logvar = in_batches(model, images).chunk(2, 1)
+    assert torch.equal(stored(tmp_path / "mode"), mean)
+    encode(model, images, tmp_path / "sample", what="sample", flip=True, seed=5)
+    noise = [
+        torch.randn(2, 4, 4, generator=generator_for("encode", 5, f"{i:03d}.png", "latents"))
+        for i in range(7)
+    ]
+    sample = mean + (0.5 * logvar).exp() * torch.stack(noise)
+    assert torch.equal(stored(tmp_path / "sample"), sample)
+    moments = in_batches(model, images, mirrored=True)
+    drawn = stored(tmp_path / "sample", "flipped") - moments.chunk(2, 1)[0]
+    assert not torch.allclose(drawn / (0.5 * moments.chunk(2, 1)[1]).exp(), torch.stack(noise))
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_normalised_latents(
+    model: AutoEncoderKL, images: Path, tmp_path: Path, per_channel: bool
+) -> None:
+    model.latents = LatentNormalization(
+        scale_factor=0.5,
+        shift_factor=0.25,
+        mean=(0.5, -1.0),
+        std=(2.0, 3.0),
+        per_channel=per_channel,
+    )
+    for what in ("mode", "moments"):
+        encode(model, images, tmp_path / what, what=what, normalize=True)
+    mean, logvar = in_batches(model, images).chunk(2, 1)
+    normalized = model.normalize_latents(mean)
+    assert torch.equal(stored(tmp_path / "mode"), normalized)
+    stored_mean, stored_logvar = stored(tmp_path / "moments").chunk(2, 1)
+    assert torch.equal(stored_mean, normalized)
+    # (z - shift) / std of a Gaussian has its variance divided by std^2
+    std = torch.tensor([2.0, 3.0]).view(2, 1, 1) if per_channel else torch.tensor(2.0)
+    torch.testing.assert_close(stored_logvar.exp(), logvar.exp() / std.square())
+    index = LatentDataset(tmp_path / "moments").index
+    assert index.settings.normalized and index.settings.normalization is not None
+    raw = LatentDataset(tmp_path / "mode").index.statistics
+    assert index.statistics == raw  # of raw latents, whatever is stored
+    assert raw.mean == pytest.approx(mean.double().mean((0, 2, 3)).tolist(), rel=1e-5)
+
+
+def test_normalising_needs_a_scale(model: AutoEncoderKL, images: Path, tmp_path: Path) -> None:
+    message = "^--normalize: the scale of this model's latents is not known; measure it with kl-vae"
+    with pytest.raises(ValueError, match=message):
+        encode(model, images, tmp_path / "out", normalize=True)
+    assert not (tmp_path / "out").exists()
+
+
+class Failing(FolderSource):
+    """Ends the process, as it were, at one of its images."""
+
+    fails_at = 5
+
+    def read(self, index: int) -> Tensor:
+        if index == self.fails_at:
+            raise RuntimeError("killed")
+        return super().read(index)
+
+
+@pytest.mark.parametrize("fails_at", [1, 5])
+def test_what_is_killed_and_goes_on_ends_as_if_it_had_not_been(
+    model: AutoEncoderKL, images: Path, tmp_path: Path, fails_at: int
+) -> None:
+    encode(model, images, tmp_path / "whole", what="sample", labels=False)
+    out = tmp_path / "out"
+    dataset = dataset_of(images)
+    dataset.source = source = Failing(images, [f"{i:03d}.png" for i in range(7)], 3)
+    source.fails_at = fails_at
+    with pytest.raises(RuntimeError, match="killed"):
+        encode(model, dataset, out, what="sample")
+    assert not (out / "index.json").exists()
+    (out / ".123.tmp").write_bytes(b"what a killed process leaves")
+    with pytest.raises(ValueError, match=r"was ended before it had done all; give --resume"):
+        encode(model, images, out, what="sample")
+    text = r"holds other work \(seed was 0 and is now 1\); give the same again to resume it"
+    with pytest.raises(ValueError, match=text):
+        encode(model, images, out, resume=True, what="sample", seed=1)
+    first = (out / SHARDS[0]).stat().st_mtime_ns if fails_at == 5 else None
+    work, _ = encode(model, images, out, resume=True, what="sample", batch_size=2)
+    assert not work.complete and work.images == (4 if first else 7)
+    assert content(out) == content(tmp_path / "whole")
+    assert first is None or (out / SHARDS[0]).stat().st_mtime_ns == first  # not written again
+
+
+def test_damaged_shards_are_done_again(
+    model: AutoEncoderKL, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    encode(model, images, out)
+    before = content(out)
+    work, _ = encode(model, images, out, resume=True)
+    assert work.complete and content(out) == before
+    (out / SHARDS[0]).write_bytes(before[SHARDS[0]][:-1] + b"?")
+    (out / SHARDS[2]).unlink()
+    (out / "index.json").touch()
+    with caplog.at_level(logging.WARNING):
+        work, _ = encode(model, images, out, resume=True)
+    assert not work.complete and work.images == 4
+    assert [record.message for record in caplog.records] == [
+        f"{name}: damaged or missing, to be encoded again" for name in (SHARDS[0], SHARDS[2])
+    ]
+    assert content(out) == before
+
+
+def test_a_shard_that_is_damaged_before_the_end_is_done_again(
+    model: AutoEncoderKL, images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    encode(model, images, out)
+    before = content(out)
+    # verifying what is complete was killed, after which a shard was cut short
+    config = dataclasses.replace(CONFIG)
+    LatentEncoding(model, dataset_of(images), out, config, ALONE, "model.pt", True)
+    assert (out / FOLDER).exists()
+    (out / SHARDS[1]).write_bytes(before[SHARDS[1]][:50])
+    encode(model, images, out, resume=True)
+    assert content(out) == before
+
+
+def test_complete_latents_are_not_thrown_away(
+    model: AutoEncoderKL, images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    encode(model, images, out)
+    before = content(out)
+    with pytest.raises(ValueError, match="out: holds latents already; give --resume to verify and"):
+        encode(model, images, out)
+    text = r"out: holds other latents \(dtype was 'fp32' and is now 'bf16'; what was 'moments' and"
+    with pytest.raises(ValueError, match=text):
+        encode(model, images, out, resume=True, dtype="bf16", what="mode")
+    torch.nn.init.ones_(model.encoder.conv_in.bias)
+    with pytest.raises(ValueError, match=r"out: holds other latents \(weights was '"):
+        encode(model, images, out, resume=True)
+    assert content(out) == before
+    (out / "index.json").unlink()
+    text = f"out: holds {SHARDS[0]} and no index.json; remove what there is of latents, or give"
+    with pytest.raises(ValueError, match=text):
+        encode(model, images, out, resume=True)
+
+
+def test_images_that_cannot_be_used_are_left_out(
+    model: AutoEncoderKL, images: Path, tmp_path: Path
+) -> None:
+    for i in (0, 1, 2, 4):  # all of the first shard
+        (images / f"{i:03d}.png").write_bytes(b"nothing of the kind")
+    work, skipped = encode(model, images, tmp_path / "out", flip=True)
+    latents = LatentDataset(tmp_path / "out", "both")
+    assert [shard.number for shard in latents.index.shards] == [0, 2, 1]
+    assert latents.index.skipped == len(skipped) == 4
+    assert [x.name for x in latents.index.shards[0].skipped] == [x.name for x in skipped[:3]]
+    assert latents.index.shards[1].skipped[0].reason.startswith("not an image: the bytes are none")
+    assert [sample.name for sample in latents] == 2 * ["003.png", "005.png", "006.png"]
+    latents.verify()
+    for path in images.iterdir():
+        path.write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match="^none of the 7 images can be used, for the reasons abov"):
+        encode(model, images, tmp_path / "none")
+    assert not content(tmp_path / "none")
+
+
+def test_values_beyond_fp16(
+    model: AutoEncoderKL, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with torch.no_grad():
+        model.quant_conv.bias[0] = 1e5
+    text = r"000.png: has a latent of (1e\+05|1\d{5}|9\d{4}).*, beyond what fp16 holds; give --dtyp"
+    with pytest.raises(ValueError, match=text):
+        encode(model, images, tmp_path / "out", dtype="fp16")
+    # an encoder in fp16 gives infinity, which fp32 does not
+    with caplog.at_level(logging.WARNING):
+        encode(model, images, tmp_path / "fp16", dtype="bf16", precision="fp16")
+    assert caplog.messages[0].endswith(
+        "000.png and 1 more of its batch: NaN or infinity in fp16; redone in fp32"
+    )
+    expected = in_batches(model, images).bfloat16()
+    torch.testing.assert_close(stored(tmp_path / "fp16"), expected)
+
+
+class Labelled(FolderSource):
+    """Images that come with a label, as those of tar files do."""
+
+    texts: Sequence[str | None] = ("3", "0\n", "7", "3", "3", "1", "2")
+
+    def label_text(self, index: int) -> str | None:
+        return self.texts[index]
+
+
+def test_labels_of_folders_and_of_the_source(
+    model: AutoEncoderKL, images: Path, tmp_path: Path
+) -> None:
+    for i, folder in enumerate(["b", "a", "\u00e4", "a", "Z", "b", "b"]):
+        (images / folder / "deep").mkdir(parents=True, exist_ok=True)
+        (images / f"{i:03d}.png").rename(images / folder / "deep" / f"{i:03d}.png")
+    encode(model, images, tmp_path / "out", labels=True)
+    latents = LatentDataset(tmp_path / "out")
+    assert latents.index.classes == ("Z", "a", "b", "\u00e4")
+    assert [(x.label, x.name[-7:]) for x in latents] == [
+        (0, "004.png"), (1, "001.png"), (1, "003.png"), (2, "000.png"), (2, "005.png"),
+        (2, "006.png"), (3, "002.png"),
+    ]  # fmt: skip
+
+    dataset = dataset_of(images)
+    paths = dataset.source.paths  # type: ignore[attr-defined]
+    dataset.source = source = Labelled(images, paths, 3)
+    encode(model, dataset, tmp_path / "given", labels=True)
+    given = LatentDataset(tmp_path / "given")
+    assert given.index.classes is None
+    assert [x.label for x in given] == [3, 0, 7, 3, 3, 1, 2]
+    source.texts = ("3", "0", "7", "3", "3", "1", "3")
+    with pytest.raises(ValueError, match="holds other latents .labels was '"):
+        encode(model, dataset, tmp_path / "given", resume=True, labels=True)
+    for text, message in (
+        ("-1", "its label is '-1'; give each image an integer of at least 0, or"),
+        (None, "has no label; give each image an integer"),
+    ):
+        source.texts = ("3", text, "7", "3", "3", "1", "2")
+        with pytest.raises(ValueError, match=message):
+            encode(model, dataset, tmp_path / "bad", labels=True)
+
+
+def test_images_without_a_label(model: AutoEncoderKL, images: Path, tmp_path: Path) -> None:
+    text = "000.png: has no label, since it lies in no subfolder of what is given as --images; put"
+    with pytest.raises(ValueError, match=text):
+        encode(model, images, tmp_path / "out", labels=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"what": "mean"}, "what='mean': give one of moments, sample, mode"),
+        ({"dtype": "fp8"}, "dtype='fp8': give one of fp32, fp16, bf16"),
+        ({"precision": "fp8"}, "precision='fp8': give one of fp32, bf16, fp16"),
+        ({"shard_size": 0}, "shard_size=0: give at least 1"),
+        ({"batch_size": 0}, "batch_size=0: give at least 1"),
+    ],
+)
+def test_settings_are_checked(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EncodeConfig(**changed)
+
+
+def test_what_cannot_be_written_is_an_error(
+    model: AutoEncoderKL, images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    (out / SHARDS[0]).mkdir(parents=True)
+    (out / FOLDER).mkdir()
+    (out / SHARDS[0] / "something").touch()
+    with pytest.raises(
+        ValueError, match="cannot write .*; make room and permission for it, and go"
+    ):
+        encode(model, images, out)
+    (out / SHARDS[0] / "something").unlink()
+    (out / SHARDS[0]).rmdir()
+    (out / "index.json").mkdir()
+    with pytest.raises(
+        ValueError, match="index.json in it; give a folder that kl-vae encode --out"
+    ):
+        encode(model, images, out, resume=True)

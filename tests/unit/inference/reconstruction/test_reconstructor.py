@@ -1,0 +1,188 @@
+"""Units of images, their pictures and their records."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kl_vae import AutoEncoderKL
+from kl_vae.data import FolderSource, read_image, to_float
+from kl_vae.inference.images import load_images
+from kl_vae.inference.picture_files import PNG, PictureFormat, as_saved
+from kl_vae.inference.reconstruction.background import Background
+from kl_vae.inference.reconstruction.config import ReconstructConfig
+from kl_vae.inference.reconstruction.figures import measure
+from kl_vae.inference.reconstruction.output_files import OutputFiles
+from kl_vae.inference.reconstruction.reconstruct import reconstruct
+from kl_vae.inference.reconstruction.reconstructor import Reconstructor, unit_size
+from kl_vae.randomness import generator_for
+
+SIZES = [(24, 20), (9, 30), (24, 20), (22, 19), (13, 13), (21, 17)]
+
+
+@pytest.fixture
+def source(tmp_path: Path, make_images: Callable[..., Path]) -> FolderSource:
+    """Six pictures of four padded sizes, and a bad file between them."""
+    for i, size in enumerate(SIZES):
+        make_images(tmp_path / "images" / str(i), 1, size)
+    (tmp_path / "images" / "3bad.png").touch()
+    paths = [f"{i}/000.png" for i in range(6)]
+    paths.insert(4, "3bad.png")
+    return FolderSource(tmp_path / "images", paths, channels=3)
+
+
+def do(
+    model: AutoEncoderKL,
+    source: FolderSource,
+    out: Path,
+    config: ReconstructConfig | None = None,
+    unit: range | None = None,
+    picture_format: PictureFormat = PNG,
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    gallery: bool = True,
+) -> tuple[dict[str, Any], list[str]]:
+    """Do one unit; return its record and what it said."""
+    config = config or ReconstructConfig()
+    files = OutputFiles.of(out, source, picture_format, gallery)
+    said: list[str] = []
+    images = load_images(source, unit or range(len(source)), resize=config.resize, crop=config.crop)
+    with Background(1) as background:
+        record = Reconstructor(
+            model, source, files, config, perceptual, background, said.append
+        ).do(images)
+    return json.loads(json.dumps(record, allow_nan=False)), said
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def test_a_unit_is_recorded_in_the_order_of_its_images(
+    model: AutoEncoderKL, source: FolderSource, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    record, said = do(model, source, out, unit=range(1, 7))
+    assert [figures["index"] for figures in record["images"]] == [1, 2, 3, 5, 6]
+    assert record["skipped"] == [[4, "the file is empty"]]
+    assert said == [f"skipped {source.root}/3bad.png: the file is empty"]
+    for figures in record["images"]:
+        index = figures["index"]
+        picture = read_image(out / f"{source.key(index)}", 3)
+        original = read_image(out / "gallery" / "originals" / source.key(index), 3)
+        assert torch.equal(original, source.read(index))
+        expected = as_saved(reconstruct(model, to_float(original)))
+        assert (picture.int() - expected.int()).abs().max() <= 1  # of another batch
+        assert figures == asdict(measure(index, original, picture))
+        with Image.open(
+            out / "gallery" / "thumbnails" / source.key(index).replace("png", "jpg")
+        ) as thumbnail:
+            assert thumbnail.size == (original.shape[2], original.shape[1])
+    assert len(tree(out)) == 15
+    again, _ = do(model, source, tmp_path / "again", unit=range(1, 7))
+    assert again == record
+    assert tree(tmp_path / "again") == tree(out)
+
+
+def test_noise_depends_on_seed_and_name_alone(
+    model: AutoEncoderKL, source: FolderSource, tmp_path: Path
+) -> None:
+    def sample(seed: int, unit: range, batch_size: int) -> Tensor:
+        config = ReconstructConfig(mode="sample", seed=seed, batch_size=batch_size)
+        do(model, source, tmp_path / "out", config, unit, gallery=False)
+        return read_image(tmp_path / "out" / "2" / "000.png", 3).int()
+
+    expected = as_saved(
+        reconstruct(
+            model,
+            to_float(source.read(2)),
+            generator=generator_for("reconstruct", 5, "2/000.png"),
+        )
+    )
+    assert (sample(5, range(7), 8) - expected.int()).abs().max() <= 1
+    assert (sample(5, range(2, 3), 1) - expected.int()).abs().max() == 0
+    assert (sample(6, range(7), 8) - expected.int()).abs().max() > 1
+
+
+def test_resize_and_crop_are_of_the_original_as_well(
+    model: AutoEncoderKL, source: FolderSource, tmp_path: Path
+) -> None:
+    record, said = do(model, source, tmp_path / "out", ReconstructConfig(resize=16, crop=12))
+    assert {(f["width"], f["height"]) for f in record["images"]} == {(12, 12)}
+    with Image.open(tmp_path / "out" / "gallery" / "originals" / "0" / "000.png") as original:
+        assert original.size == (12, 12)
+    _, said = do(model, source, tmp_path / "more", ReconstructConfig(crop=20), gallery=False)
+    assert f"skipped {source.name(1)}: 9 x 30 is smaller than the crop of 20; resize it" in said
+    assert not (tmp_path / "more" / "gallery").exists()
+
+
+def test_the_figures_are_those_before_a_lossy_format(
+    model: AutoEncoderKL, source: FolderSource, tmp_path: Path
+) -> None:
+    png, _ = do(model, source, tmp_path / "png")
+    jpg, _ = do(model, source, tmp_path / "jpg", picture_format=PictureFormat("jpg", 10))
+    assert jpg == png
+    assert (tmp_path / "jpg" / "0" / "000.jpg").exists()
+
+
+def test_lpips_is_recorded(model: AutoEncoderKL, source: FolderSource, tmp_path: Path) -> None:
+    def distance(x: Tensor, y: Tensor) -> Tensor:
+        return torch.full((1,), float(x.shape[2]))
+
+    record, _ = do(model, source, tmp_path / "out", perceptual=distance)
+    assert [f["lpips"] for f in record["images"]] == [float(height) for _, height in SIZES]
+
+
+def test_what_is_redone_is_named_once(
+    model: AutoEncoderKL, source: FolderSource, tmp_path: Path
+) -> None:
+    """The last convolution overflows where it is computed in half precision."""
+    model.decoder.conv_out.register_forward_hook(
+        lambda module, args, y: y / 0 if y.dtype == torch.bfloat16 else y
+    )
+    record, said = do(
+        model, source, tmp_path / "out", ReconstructConfig(precision="bf16"), range(2)
+    )
+    assert [figures["redone_in_fp32"] for figures in record["images"]] == [True, True]
+    assert said == [f"{source.name(i)}: NaN or infinity in bf16; redone in fp32" for i in range(2)]
+
+
+def test_what_cannot_be_reconstructed_leaves_no_file(
+    model: AutoEncoderKL, source: FolderSource, tmp_path: Path
+) -> None:
+    torch.nn.init.constant_(model.decoder.conv_out.bias, math.nan)
+    record, said = do(model, source, tmp_path / "out")
+    assert record["images"] == []
+    assert len(record["skipped"]) == 7
+    assert f"skipped {source.name(0)}: the reconstruction in fp32 has NaN or infinity" in said[1]
+    assert tree(tmp_path / "out") == {}
+
+
+def test_a_picture_longer_than_its_format_is_skipped(model: AutoEncoderKL, tmp_path: Path) -> None:
+    Image.new("RGB", (16500, 1)).save(tmp_path / "a.png")
+    source = FolderSource(tmp_path, ["a.png"], channels=3)
+    record, _ = do(model, source, tmp_path / "out", picture_format=PictureFormat("webp"))
+    reason = "16500 x 1: a webp has sides of up to 16383 pixels; give png"
+    assert record["skipped"] == [[0, reason]]
+
+
+def test_a_file_that_cannot_be_written_is_an_error(
+    model: AutoEncoderKL, source: FolderSource, tmp_path: Path
+) -> None:
+    (tmp_path / "out" / "0" / "000.png").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"cannot write .*000\.png \(Is a directory\); make room"):
+        do(model, source, tmp_path / "out")
+
+
+def test_the_size_of_units() -> None:
+    sizes = [unit_size(number) for number in (1, 500, 1000, 4096, 10**6)]
+    assert sizes == [8, 8, 15, 64, 64]

@@ -1,0 +1,50 @@
+"""The model that a command was asked to use, the same on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kl_vae import AutoEncoderKL
+from kl_vae.distributed import Ranks
+from kl_vae.formats.checkpoint import write_checkpoint
+from kl_vae.inference.load import load_model_on, model_fingerprint
+
+
+def test_ranks_that_have_read_other_weights_do_not_go_on(
+    tiny_model: AutoEncoderKL, tiny_ddconfig: dict[str, Any], tmp_path: Path
+) -> None:
+    """As happens where a run saves between the moments at which two ranks read it."""
+    path = tmp_path / "model.pt"
+    params = {"ddconfig": tiny_ddconfig, "embed_dim": 3}
+    content = {"model": tiny_model.state_dict(), "config": {"model": {"params": params}}, "step": 1}
+    write_checkpoint(path, content)
+
+    class Second(Ranks):
+        def on_first(self, work: Callable[[], Any]) -> Any:
+            return "what rank 0 has read"
+
+    with pytest.raises(ValueError) as caught:
+        load_model_on(Second(1, 2, torch.device("cpu")), str(path), None)
+    assert str(caught.value) == (
+        f"{path}: rank 1 has read other weights than rank 0, since its run goes on; give one file "
+        "of its checkpoints"
+    )
+    model = load_model_on(Ranks(0, 1, torch.device("cpu")), str(path), None)
+    assert model_fingerprint(model) == model_fingerprint(tiny_model)
+
+
+def test_the_fingerprint_is_of_weights_and_architecture(
+    tiny_model: AutoEncoderKL, tiny_ddconfig: dict[str, Any]
+) -> None:
+    before = model_fingerprint(tiny_model)
+    other = AutoEncoderKL({**tiny_ddconfig, "tanh_out": True}, embed_dim=3)
+    other.load_state_dict(tiny_model.state_dict())
+    assert model_fingerprint(other) != before
+    with torch.no_grad():
+        tiny_model.decoder.conv_out.bias[0] += 1e-3
+    assert model_fingerprint(tiny_model) != before
