@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kl_vae import AutoEncoderKL
+from kl_vae.benchmark import tiling
 from kl_vae.cli.main import main
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -138,3 +140,49 @@ def test_loading(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
         baseline = next(iter(figures["timings"].values()))["median"]
         assert figures["ratios"][name] == pytest.approx(timing["median"] / baseline)
         assert table[name][2] == f"{figures['ratios'][name]:.2f}"
+
+
+def test_tiling_as_a_user_types_it(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--config tiny.yaml --sizes 64x32 --what decode --ways exact --device cpu"
+    more = "--plot tiling.png --out tiling.json"
+    assert main(["benchmark", "tiling", *arguments.split(), *more.split()]) == 0
+    printed = capsys.readouterr().out
+    assert "tiny.yaml, one image, fp32, each call in a process of its own, 1 of each" in printed
+    assert "| decode | 64 x 32 | whole | " in printed and "| decode | 64 x 32 | exact | " in printed
+    assert (project / "tiling.png").stat().st_size > 10_000
+    whole, exact = json.loads((project / "tiling.json").read_text())["measured"]
+    assert whole["way"] == "whole" and exact["way"] == "exact"
+    assert exact["difference"] < 1e-4 and exact["peak"] > exact["added"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--checkpoint x", "--checkpoint and --images: give both, or neither"),
+        ("--plot none/x.png", "--plot none/x.png: give a file in a folder that exists"),
+        ("--sizes 33x32", "size=33: must be a multiple of 2; give 32"),
+    ],
+)
+def test_mistakes_about_tiling_are_one_line(
+    project: Path, capsys: pytest.CaptureFixture[str], arguments: str, message: str
+) -> None:
+    command = ["benchmark", "tiling", "--config", "tiny.yaml", "--device", "cpu"]
+    assert main([*command, *arguments.split()]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(message)
+
+
+def test_pictures_are_larger_than_the_tiles_that_blend_them(
+    project: Path,
+    tiny_model: AutoEncoderKL,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tiny_model.save_compvis("tiny.safetensors")
+    monkeypatch.setattr(tiling, "measure", lambda *_: iter(()))  # has tests of its own
+    command = ["benchmark", "tiling", "--config", "tiny.yaml", "--device", "cpu"]
+    blended = ["--checkpoint", "tiny.safetensors", "--images", "images"]
+    assert main([*command, *blended, "--tile", "8"]) == 0
+    assert "| blend, tiles of 8, overlap 2 | " in capsys.readouterr().out
+    assert main([*command, *blended]) == 2
+    message = "not larger than --tile 256; give larger pictures, or smaller tiles"
+    assert message in capsys.readouterr().err

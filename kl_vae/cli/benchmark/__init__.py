@@ -2,7 +2,7 @@
 
 import argparse
 
-from kl_vae.cli.benchmark import loading, optimizer, recipes, safety, step
+from kl_vae.cli.benchmark import latents, listing, loading, optimizer, recipes, safety, step, tiling
 
 HELP = "measure steps, optimisers, training recipes and more on this machine"
 
@@ -11,7 +11,10 @@ BENCHMARKS = {
     "optimizer": optimizer,
     "safety": safety,
     "loading": loading,
+    "listing": listing,
+    "latents": latents,
     "recipes": recipes,
+    "tiling": tiling,
 }
 
 
