@@ -1,7 +1,8 @@
-"""Write a file or a folder whole or not at all."""
+"""Write a file or a folder whole or not at all, and tell whether one is what it was."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import secrets
@@ -82,6 +83,15 @@ def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None
         _remove(temporary)
         raise
     _flush(path.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, 64 hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _remove(path: Path) -> None:

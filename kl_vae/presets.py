@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kl_vae.ddconfig import DDConfig
+from kl_vae.files import sha256_of
 from kl_vae.formats.architecture import Architecture, infer_architecture
-from kl_vae.formats.checkpoint import sha256_of
 from kl_vae.formats.hub import is_hub_name
 from kl_vae.formats.reading import Weights
 from kl_vae.latents import LatentNormalization

@@ -84,6 +84,8 @@ def _measure(
         if on_cuda:
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
+        else:
+            _forget_the_peak()
         before = torch.cuda.memory_allocated(device) if on_cuda else _memory("VmRSS")
         start = time.perf_counter()
         call()
@@ -94,6 +96,14 @@ def _measure(
         connection.send(Cost(seconds, before, peak))
     except Exception as error:  # the parent says it in one line
         connection.send(f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def _forget_the_peak() -> None:
+    """Let `VmHWM` begin anew, where the system can: loading may have taken more than the call."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5)
+    except OSError:
+        pass
 
 
 def _memory(key: str) -> int:

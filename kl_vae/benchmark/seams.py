@@ -102,7 +102,11 @@ def _diffusers(model: AutoEncoderKL, folder: Path, tile: int) -> Callable[[Tenso
     from diffusers import AutoencoderKL
 
     model.save_pretrained(folder)
-    theirs = AutoencoderKL.from_pretrained(folder).to(model.get_last_layer().device).eval()
+    theirs = (
+        AutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False)
+        .to(model.get_last_layer().device)
+        .eval()
+    )
     theirs.enable_tiling()
     theirs.tile_sample_min_size = tile
     theirs.tile_latent_min_size = tile // model.downsampling_factor

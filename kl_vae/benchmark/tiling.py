@@ -233,7 +233,11 @@ def _ours(folder: Path, what: What, way: str, device: str) -> Callable[[Tensor],
 def _theirs(folder: Path, what: What, way: str, device: str) -> Callable[[Tensor], Tensor]:
     from diffusers import AutoencoderKL
 
-    model = AutoencoderKL.from_pretrained(folder / "diffusers").to(device).eval()
+    model = (
+        AutoencoderKL.from_pretrained(folder / "diffusers", low_cpu_mem_usage=False)
+        .to(device)
+        .eval()
+    )
     if way == TILED:
         model.enable_tiling()
         model.tile_sample_min_size = TILE

@@ -5,7 +5,6 @@ n images, z latent channels, h and w the latents' height and width.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -16,12 +15,12 @@ from torch import Tensor
 from kl_vae.data.images import display_name
 from kl_vae.data.latent_index import LatentSettings, ShardEntry
 from kl_vae.data.paths import PathList
+from kl_vae.files import sha256_of
 
 KEYS = "keys"  # of the images: JSON in the file's metadata
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 _AGAIN = "copy it again, or give the command that wrote it once more, with --resume"
-_BLOCK = 1 << 20  # bytes
 
 
 class LatentShard(NamedTuple):
@@ -76,7 +75,7 @@ def check_size(path: Path, entry: ShardEntry) -> None:
 def is_whole(path: Path, entry: ShardEntry) -> bool:
     """Whether a file is there with the size and the sha256 that the index says."""
     try:
-        return path.stat().st_size == entry.bytes and _sha256(path) == entry.sha256
+        return path.stat().st_size == entry.bytes and sha256_of(path) == entry.sha256
     except OSError:
         return False
 
@@ -91,11 +90,3 @@ def _expected(
     if settings.labels is not None:
         expected["labels"] = ([entry.number], torch.int64)
     return expected
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast
 
 import torch
 
-from kl_vae.files import write_atomically, write_text_atomically
+from kl_vae.files import sha256_of, write_atomically, write_text_atomically
 from kl_vae.formats.torch_file import read_torch_file
 
 FORMAT = "kl_vae.checkpoint.1"
@@ -130,12 +130,3 @@ def _write_digest(path: Path, digest: str) -> None:
 
 def _digest_path(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file, 64 hex digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -13,13 +13,22 @@ README = CHECKOUT / "README.md"
 
 
 COMMANDS = {  # some of those that a page shows
-    "README.md": {"train", "reconstruct", "sample", "encode", "convert", "benchmark"},
+    "README.md": {
+        *("train", "report", "reconstruct", "evaluate", "encode", "sample", "convert"),
+        "benchmark",
+    },
     "docs/checkpoints.md": {"encode", "convert"},
+    "docs/evaluate.md": {"evaluate"},
+    "docs/large_images.md": {"benchmark"},
+    "docs/latents.md": {"encode"},
+    "docs/sample.md": {"sample", "encode"},
 }
 
 
 def blocks(language: str, page: Path = README) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    # all of them, lest the end of one be taken for the beginning of another
+    found = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [block for its_language, block in found if its_language == language]
 
 
 def test_the_python_code_runs_in_its_order() -> None:
@@ -31,7 +40,7 @@ def test_the_python_code_runs_in_its_order() -> None:
     assert names["total"].requires_grad  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/checkpoints.md"])
+@pytest.mark.parametrize("page", list(COMMANDS))
 def test_the_commands_are_those_of_the_program(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each `kl-vae ...` line parses, and its config and overrides load."""
     from kl_vae.cli import main as cli

@@ -14,7 +14,7 @@ import torch
 from kl_vae import AutoEncoderKL
 from kl_vae.config import load_model_params
 from kl_vae.ddconfig import DDConfig
-from kl_vae.formats.checkpoint import sha256_of
+from kl_vae.files import sha256_of
 from kl_vae.latents import LatentNormalization
 from kl_vae.presets import PRESETS, Preset, find_preset
 
