@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import closing
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from kl_vae.cli.arguments import CHECKPOINT, add_image_arguments, add_work_arguments
+from kl_vae.cli.work import loaded_units
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -211,21 +210,11 @@ def _work(
     from tqdm import tqdm
 
     from kl_vae.inference.evaluation.images import write_features
-    from kl_vae.inference.images import load_images
 
-    own = ledger.share(len(units))
-    indices = [index for unit in own for index in units[unit]]
-    images = load_images(
-        source, indices, resize=config.resize, crop=config.crop, num_workers=args.num_workers
-    )
-    hidden = None if ranks.is_first else True  # None: no bar where stderr is a file
-    with (
-        closing(images),
-        tqdm(images, total=len(indices), unit="image", disable=hidden) as progress,
-    ):
-        read = iter(progress)
-        for unit in own:
-            record, features = evaluator.unit(islice(read, len(units[unit])))
+    size = {"resize": config.resize, "crop": config.crop, "num_workers": args.num_workers}
+    with loaded_units(source, units, ledger, ranks, **size) as loaded:
+        for unit, images in loaded:
+            record, features = evaluator.unit(images)
             for index, reason in record["skipped"]:
                 tqdm.write(f"skipped {source.name(index)}: {reason}", file=sys.stderr)
             if features is not None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from kl_vae.cli.reconstruct_arguments import add_arguments
+from kl_vae.cli.work import loaded_units
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -162,21 +161,13 @@ def _do_units(
     """Do this rank's part of the units."""
     from tqdm import tqdm
 
-    from kl_vae.inference.images import load_images
     from kl_vae.inference.reconstruction.background import Background
 
-    own = ledger.share(len(units))
-    indices = [index for unit in own for index in units[unit]]
-    images = load_images(
-        source, indices, resize=args.resize, crop=args.crop, num_workers=args.num_workers
-    )
-    hidden = None if ranks.is_first else True  # None: no bar where stderr is a file
+    size = {"resize": args.resize, "crop": args.crop, "num_workers": args.num_workers}
     with (
-        closing(images),
         Background(args.num_workers) as background,
-        tqdm(images, total=len(indices), unit="image", disable=hidden) as progress,
+        loaded_units(source, units, ledger, ranks, **size) as loaded,
     ):
         reconstructor = make(background, lambda line: tqdm.write(line, file=sys.stderr))
-        read = iter(progress)
-        for unit in own:
-            ledger.write(unit, reconstructor.do(islice(read, len(units[unit]))))
+        for unit, images in loaded:
+            ledger.write(unit, reconstructor.do(images))

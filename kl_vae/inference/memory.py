@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path, PurePosixPath
 
 import torch
+
+_C_LIBRARY = ctypes.CDLL(None) if os.name == "posix" else None
 
 # where cgroup version 2 and 1 keep limit and usage, and what of the usage the kernel gives back
 _CGROUPS = (
@@ -53,6 +56,13 @@ def free_on_host(root: Path) -> int | None:
             used -= _table(group / "memory.stat").get(reclaimable, 0)
             left.append(max(0, most - used))
     return min(left)
+
+
+def give_back_memory(device: torch.device) -> None:
+    """Let the system have what is free between the tensors of the CPU; only glibc keeps it."""
+    trim = getattr(_C_LIBRARY, "malloc_trim", None) if device.type == "cpu" else None
+    if trim is not None:
+        trim(0)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

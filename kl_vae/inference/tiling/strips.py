@@ -13,9 +13,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kl_vae.inference.memory import give_back_memory
 from kl_vae.inference.tiling.moments import Moments
 
 Strips = Iterator[Tensor]
+
+# after so many that are held: between strips that stay the C library keeps what was let go
+_GIVE_BACK_BYTES = 256 * 2**20
 
 
 @dataclass
@@ -30,9 +34,14 @@ class FeatureMap:
     def collect(cls, strips: Iterable[Tensor], dim: int) -> FeatureMap:
         """Hold all of a stream; the moments are taken while each strip is still in the cache."""
         collected = cls(dim)
+        held = 0
         for strip in strips:
             collected.moments.add(strip)
             collected.strips.append(strip)
+            held += strip.nbytes
+            if held >= _GIVE_BACK_BYTES:
+                give_back_memory(strip.device)
+                held = 0
         return collected
 
     def drain(self) -> Strips:
