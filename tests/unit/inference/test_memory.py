@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from kl_vae.inference.memory import free_memory, free_on_host, is_out_of_memory
+from kl_vae.inference.memory import (
+    free_memory,
+    free_on_host,
+    give_back_memory,
+    is_out_of_memory,
+)
 
 CPU = torch.device("cpu")
 
@@ -74,3 +81,18 @@ def test_errors_that_say_that_memory_did_not_suffice() -> None:
     assert is_out_of_memory(error.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA"))
     assert not is_out_of_memory(RuntimeError("the sizes must match"))
+
+
+def test_what_lies_free_between_tensors_is_given_back() -> None:
+    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("only glibc keeps it")
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    tensors = [torch.ones(25_000) for _ in range(2000)]  # 200 MB
+    del tensors[::2]
+    before = resident()
+    give_back_memory(torch.device("cpu"))
+    assert before - resident() > 60e6
+    give_back_memory(torch.device("meta"))  # other devices have allocators of their own
