@@ -12,8 +12,6 @@ from kl_vae.data.images import (
     display_name,
     read_image,
     read_size,
-    to_float,
-    to_uint8,
 )
 from kl_vae.data.joined import JoinedSource
 from kl_vae.data.latents import LatentDataset, LatentSample
@@ -34,6 +32,7 @@ from kl_vae.data.transforms import (
     random_recolor,
     resize_short_side,
 )
+from kl_vae.data.value_range import normalized, to_float, to_uint8
 
 __all__ = [
     "ARRAY_EXTENSIONS",
@@ -69,6 +68,7 @@ __all__ = [
     "held_out",
     "is_shard",
     "list_images",
+    "normalized",
     "open_root",
     "permutation",
     "pil_to_tensor",

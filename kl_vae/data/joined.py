@@ -37,10 +37,10 @@ class JoinedSource:
         """Return the number of images."""
         return self._ends[-1]
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int, short_side: int | None = None) -> Tensor:
         """Return [C,H,W] of the part that holds the image."""
         part, own = self._find(index)
-        return part.read(own)
+        return part.read(own, short_side)
 
     def size(self, index: int) -> tuple[int, int]:
         """Return (height, width) without decoding."""

@@ -52,8 +52,8 @@ class NamedSource:
         """Return the number of images."""
         return len(self._images)
 
-    def read(self, index: int) -> Tensor:
-        """Return [C,H,W], uint8."""
+    def read(self, index: int, short_side: int | None = None) -> Tensor:
+        """Return [C,H,W], uint8; these are small, so that `short_side` is left alone."""
         return pil_to_tensor(Image.fromarray(self._images[index]), self.channels)
 
     def size(self, index: int) -> tuple[int, int]:

@@ -31,8 +31,11 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Return the number of images."""
 
-    def read(self, index: int) -> Tensor:
-        """Return [C,H,W], uint8 or float32 in [0, 1]; ImageError where that cannot be."""
+    def read(self, index: int, short_side: int | None = None) -> Tensor:
+        """Return [C,H,W], uint8 or float32 in [0, 1]; ImageError where that cannot be.
+
+        With `short_side` it may be smaller than it is stored, but its short side no less.
+        """
 
     def size(self, index: int) -> tuple[int, int]:
         """Return (height, width) without decoding."""
@@ -118,9 +121,10 @@ class FolderSource:
         """Return the number of files."""
         return len(self.paths)
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int, short_side: int | None = None) -> Tensor:
         """Decode a file into [C,H,W], uint8 or float32 in [0, 1]; see `read_image`."""
-        return read_image(self.root / self.paths[index], self.channels, self.max_pixels)
+        path = self.root / self.paths[index]
+        return read_image(path, self.channels, self.max_pixels, short_side)
 
     def size(self, index: int) -> tuple[int, int]:
         """Return (height, width) from the file's header; see `read_size`."""

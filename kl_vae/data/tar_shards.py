@@ -81,13 +81,15 @@ class TarSource:
         """Return the number of images."""
         return len(self.keys)
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int, short_side: int | None = None) -> Tensor:
         """Decode a member into [C,H,W], uint8 or float32 in [0, 1]; see `read_image`."""
 
         def open_stream() -> BinaryIO:
             return self._open(index)
 
-        return read_image_from(open_stream, self.name(index), self.channels, self.max_pixels)
+        return read_image_from(
+            open_stream, self.name(index), self.channels, self.max_pixels, short_side
+        )
 
     def size(self, index: int) -> tuple[int, int]:
         """Return (height, width) from the image's header; see `read_size`."""

@@ -73,6 +73,16 @@ def random_recolor(image: Tensor, generator: Generator) -> Tensor:
     return blended if image.is_floating_point() else blended.round().to(image.dtype)
 
 
+def channels_inside(image: Tensor) -> Tensor:
+    """Copy [C,H,W] so that in memory it is [H,W,C], and no part of something larger.
+
+    Of one channel both orders are the same, and it has the strides of [C,H,W].
+    """
+    if len(image) == 1:
+        return image.clone(memory_format=torch.contiguous_format)
+    return image.permute(1, 2, 0).clone(memory_format=torch.contiguous_format).permute(2, 0, 1)
+
+
 def _check_fits(image: Tensor, size: int) -> None:
     height, width = image.shape[-2:]
     if min(height, width) < size:
