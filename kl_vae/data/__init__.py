@@ -27,6 +27,7 @@ from kl_vae.data.split import fingerprint, held_out, split
 from kl_vae.data.tar_shards import TarSource
 from kl_vae.data.transforms import (
     center_crop,
+    channels_inside,
     random_crop,
     random_flip,
     random_recolor,
@@ -62,6 +63,7 @@ __all__ = [
     "batch_loader",
     "build_datasets",
     "center_crop",
+    "channels_inside",
     "collate",
     "display_name",
     "fingerprint",
