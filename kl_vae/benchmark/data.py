@@ -124,20 +124,25 @@ def compare_feeds(
         ValueError: there are tar shards, fewer images than a batch holds, or smaller than a crop.
     """
     source = _source(folder)
+    _sampler(source, loading, 0)  # or an error before anything is measured
     feeds = []
     with _one_thread():
         for resize in resizes:
             ImageDataset(source, loading.crop, resize, False, 0, training=True).check_sizes()
             for number in workers:
                 passes = _passes(folder, source, loading, resize, number)
-                rates: dict[str, list[float]] = {name: [] for name in passes}
-                names = list(passes)
-                for repeat in range(repeats):
-                    first = repeat % len(names)  # none always follows the same one
-                    for name in names[first:] + names[:first]:
-                        rates[name].append(passes[name]())
-                feeds.append(Feed(resize, number, rates))
+                feeds.append(Feed(resize, number, _by_turns(passes, repeats)))
     return feeds
+
+
+def _by_turns(passes: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    names = list(passes)
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    for repeat in range(repeats):
+        first = repeat % len(names)  # none always follows the same one
+        for name in names[first:] + names[:first]:
+            rates[name].append(passes[name]())
+    return rates
 
 
 def draft_psnr(folder: Path, resize: int) -> float | None:
@@ -169,8 +174,7 @@ def _passes(
         dataset = ImageDataset(
             source, loading.crop, resize, flip=True, seed=0, training=True, draft=draft
         )
-        size, steps = loading.batch_size, loading.batches(workers)
-        sampler = StepSampler(len(source), size, size, 0, 1, 0, 0, steps)
+        sampler = _sampler(source, loading, workers)
         loader = batch_loader(dataset, sampler, workers, pin_memory=False, timeout_seconds=0)
         return _rate(map(_arrived, loader), loading, workers)
 
@@ -179,6 +183,13 @@ def _passes(
 
     passes: dict[str, Callable[[], float]] = {THEIRS: theirs, OURS: partial(ours, False)}
     return passes if resize is None else {**passes, DRAFTED: partial(ours, True)}
+
+
+def _sampler(source: FolderSource, loading: Loading, workers: int) -> StepSampler:
+    size = loading.batch_size
+    return StepSampler(
+        len(source), size, size, 0, 1, seed=0, start_step=0, total_steps=loading.batches(workers)
+    )
 
 
 def _arrived(batch: Batch) -> Tensor:

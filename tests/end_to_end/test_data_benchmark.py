@@ -22,7 +22,9 @@ def test_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    arguments = "--images 8 --size 96 --crop 24 --batch-size 4 --workers 0 1 --repeats 2 --out d.json"
+    arguments = (
+        "--images 8 --size 96 --crop 24 --batch-size 4 --workers 0 1 --repeats 2 --out d.json"
+    )
     assert main(["benchmark", "data", *arguments.split()]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("Crops of 24 x 24 in batches of 4, one thread a process, 2 passes of")

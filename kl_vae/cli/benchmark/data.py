@@ -45,9 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers",
         nargs="+",
         type=not_negative,
-        default=[0, 1, 2],
         metavar="N",
-        help="numbers of processes that decode; 0: this one (default: 0 1 2)",
+        help="numbers of processes that decode; 0: this one (default: 0 1 2, as there are cores)",
     )
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="default: 32")
     parser.add_argument(
@@ -76,18 +75,16 @@ def run(args: argparse.Namespace) -> int:
     check_out(args.out)
     if args.folder is not None and not args.folder.is_dir():
         raise ValueError(f"--folder {args.folder}: give a folder of pictures")
-    for number in args.workers:
+    workers = args.workers or range(workers_that_fit(2) + 1)
+    for number in workers:
         if workers_that_fit(number) < number:
             raise ValueError(f"--workers {number}: give no more than there are cores")
     loading = Loading(args.crop, args.batch_size, args.images)
     resizes = [size or None for size in args.resize or (args.crop, 0)]
     with folder_of(args.folder, args.images, args.size) as folder:
-        feeds = compare_feeds(folder, loading, resizes, args.workers, args.repeats)
+        feeds = compare_feeds(folder, loading, resizes, workers, args.repeats)
         changes = {size: draft_psnr(folder, size) for size in resizes if size is not None}
-    notes = [
-        f"\nResized to {size}, " + ("no image is so large that data.draft changes it." if psnr is None else f"data.draft=true gives {psnr:.1f} dB PSNR against JPEGs that are decoded whole.")
-        for size, psnr in changes.items()
-    ]
+    notes = [_note(size, psnr) for size, psnr in changes.items()]
     heading = (
         f"Crops of {args.crop} x {args.crop} in batches of {args.batch_size}, one thread a "
         f"process, {args.repeats} passes of each by turns"
@@ -105,3 +102,12 @@ def run(args: argparse.Namespace) -> int:
     }
     report(args, heading, "\n".join([table(feeds), *notes]), torch.device("cpu"), figures)
     return 0
+
+
+def _note(resize: int, psnr: float | None) -> str:
+    if psnr is None:
+        return f"\nResized to {resize}, no image is so large that data.draft changes it."
+    return (
+        f"\nResized to {resize}, data.draft=true gives {psnr:.1f} dB PSNR against JPEGs that are "
+        "decoded whole."
+    )

@@ -5,7 +5,6 @@ import logging
 import struct
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 

@@ -153,4 +153,6 @@ def test_memory_is_that_of_the_crop_alone_and_in_its_order(channels: int) -> Non
     layout = torch.contiguous_format if channels == 1 else torch.channels_last
     assert batch.images.is_contiguous(memory_format=layout)
     # of one channel torch takes the strides for those of either layout
-    assert batch.images.stride() == torch.empty(2, channels, 64, 80).to(memory_format=layout).stride()
+    assert (
+        batch.images.stride() == torch.empty(2, channels, 64, 80).to(memory_format=layout).stride()
+    )
