@@ -41,8 +41,8 @@ def pil_to_tensor(image: Image.Image, channels: int) -> Tensor:
         if white is not None:
             tile = _deep_grey_to_8_bits(tile, white)
         converted[rows, columns] = np.asarray(_in_mode_of(channels, tile))
-    pixels = torch.from_numpy(converted)  # [H,W] or [H,W,C]
-    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
+    result = torch.from_numpy(converted)  # [H,W] or [H,W,C]
+    return result[None] if channels == 1 else result.permute(2, 0, 1)
 
 
 def _in_mode_of(channels: int, image: Image.Image) -> Image.Image:
