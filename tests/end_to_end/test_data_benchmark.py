@@ -80,7 +80,7 @@ def test_mistakes_are_one_line(
         "there are tar shards, which ImageFolder cannot read: give pictures"
     )
     assert "40 x 30, smaller than the crop of 32: set data.resize" in refusal(
-        "--folder few --crop 32 --resize 0"
+        "--folder few --crop 32 --resize 0 --batch-size 2"
     )
     assert "fewer images (2) than one global batch (3)" in refusal(
         "--folder few --crop 8 --batch-size 3"
