@@ -27,6 +27,7 @@ from kl_vae.data import (
     FolderSource,
     ImageDataset,
     StepSampler,
+    Wanted,
     batch_loader,
     open_root,
     resize_short_side,
@@ -154,7 +155,7 @@ def draft_psnr(folder: Path, resize: int) -> float | None:
     squares, values = 0.0, 0
     for index in range(min(len(source), _COMPARED)):
         whole = resize_short_side(source.read(index), resize)
-        drafted = resize_short_side(source.read(index, DRAFT_MARGIN * resize), resize)
+        drafted = resize_short_side(source.read(index, Wanted(DRAFT_MARGIN * resize)), resize)
         squares += (whole.double() - drafted.double()).square().sum().item()
         values += whole.numel()
     return 10.0 * math.log10(255.0**2 * values / squares) if squares else None

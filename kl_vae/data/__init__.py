@@ -34,6 +34,7 @@ from kl_vae.data.transforms import (
     resize_short_side,
 )
 from kl_vae.data.value_range import normalized, to_float, to_uint8
+from kl_vae.data.wanted import Wanted
 
 __all__ = [
     "ARRAY_EXTENSIONS",
@@ -60,6 +61,7 @@ __all__ = [
     "StoredSource",
     "TarSource",
     "ValidationConfig",
+    "Wanted",
     "batch_loader",
     "build_datasets",
     "center_crop",

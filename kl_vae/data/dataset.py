@@ -3,24 +3,28 @@
 Shapes: C channels; an image is [C,crop,crop].
 """
 
+from collections.abc import Callable
+from functools import partial
+from inspect import signature
 from typing import NamedTuple
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from kl_vae.data.images import ImageError
 from kl_vae.data.sampler import Key
 from kl_vae.data.source import Source
 from kl_vae.data.transforms import (
-    center_crop,
+    center_place,
     channels_inside,
-    random_crop,
     random_flip,
+    random_place,
     random_recolor,
     resize_short_side,
 )
 from kl_vae.data.value_range import to_float
+from kl_vae.data.wanted import Wanted
 from kl_vae.randomness import generator_for
 
 # images that are tried in place of a bad one; where a few in a hundred are bad, one or two do
@@ -80,6 +84,8 @@ class ImageDataset(Dataset[Sample]):
         self.training = training
         self.recolor = recolor
         self.draft = draft
+        # a source of somebody's own may know of nothing but an index
+        self._takes_wanted = "wanted" in signature(source.read).parameters
 
     @property
     def fingerprint(self) -> str:
@@ -99,7 +105,7 @@ class ImageDataset(Dataset[Sample]):
                 chosen = self._replacement(epoch, index, attempt)
             name = self.source.name(chosen)
             try:
-                image = self._prepare(self._read(chosen), epoch, index)
+                image = self._prepare(chosen, epoch, index)
                 return Sample(image, position, name, tuple(bad))
             except ValueError as error:  # ImageError, or one of the transforms, which know no names
                 bad.append(BadImage(name, str(error).removeprefix(f"{name}: ")))
@@ -133,24 +139,26 @@ class ImageDataset(Dataset[Sample]):
         generator = generator_for("replacement", self.seed, epoch, index, attempt)
         return int(torch.randint(len(self), (), generator=generator))
 
-    def _read(self, index: int) -> Tensor:
-        if self.resize is None or not (self.draft and self.training):
-            return self.source.read(index)
-        return self.source.read(index, DRAFT_MARGIN * self.resize)
-
-    def _prepare(self, image: Tensor, epoch: int, index: int) -> Tensor:
-        if self.resize is not None:
-            image = resize_short_side(image, self.resize)
-        if self.training:
-            image = self._drawn(image, generator_for("augment", self.seed, epoch, index))
-        else:
-            image = channels_inside(center_crop(image, self.crop))
+    def _prepare(self, chosen: int, epoch: int, index: int) -> Tensor:
+        generator = generator_for("augment", self.seed, epoch, index)
+        place = partial(random_place, size=self.crop, generator=generator)
+        image = channels_inside(
+            self._crop(chosen, place if self.training else partial(center_place, size=self.crop))
+        )
+        if self.training and self.flip:
+            image = random_flip(image, generator)
+        if self.training and self.recolor:
+            image = random_recolor(image, generator)
         return image if image.dtype == torch.uint8 else to_float(image)
 
-    def _drawn(self, image: Tensor, generator: Generator) -> Tensor:
-        image = channels_inside(random_crop(image, self.crop, generator))
-        if self.flip:
-            image = random_flip(image, generator)
-        if self.recolor:
-            image = random_recolor(image, generator)
-        return image
+    def _crop(self, chosen: int, place: Callable[[int, int], tuple[slice, slice]]) -> Tensor:
+        """Read an image and cut a square out of it; where it can be, no more of it is read."""
+        if self.resize is None:
+            if self._takes_wanted:
+                return self.source.read(chosen, Wanted(region=place))
+            return Wanted(region=place).cut(self.source.read(chosen))
+        if self.draft and self.training and self._takes_wanted:
+            image = self.source.read(chosen, Wanted(short_side=DRAFT_MARGIN * self.resize))
+        else:
+            image = self.source.read(chosen)
+        return Wanted(region=place).cut(resize_short_side(image, self.resize))

@@ -17,6 +17,7 @@ from torch import Tensor
 from kl_vae.data.arrays import array_size, read_array
 from kl_vae.data.pil_modes import pil_to_tensor
 from kl_vae.data.readers import draft, load_upright, open_image, orientation, tile_size
+from kl_vae.data.wanted import EVERYTHING, Wanted
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 ARRAY_EXTENSIONS = (".npy",)
@@ -60,7 +61,7 @@ def read_image(
     path: str | os.PathLike[str],
     channels: int,
     max_pixels: int = MAX_PIXELS,
-    short_side: int | None = None,
+    wanted: Wanted = EVERYTHING,
 ) -> Tensor:
     """Decode a file into [C,H,W], in memory [H,W,C] as it is in the file.
 
@@ -69,7 +70,7 @@ def read_image(
     A `.npy` file of [H,W,C] (or [H,W] where C is 1) gives uint8 as stored;
     uint16 and floats in [0, 1] give float32 in [0, 1].
 
-    With `short_side` a JPEG may be decoded smaller, see `draft`, but its short side no less.
+    Where less than everything is `wanted`, less is converted, and a JPEG may be decoded smaller.
 
     This takes at most 100 MB of memory and, for an image file, 24 bytes a pixel of
     `max_pixels` and 50 a byte of the file; for a `.npy` file its size and 4 bytes a value.
@@ -82,10 +83,10 @@ def read_image(
     with _errors_named(display_name(path)):
         _check_regular(path)
         if _is_array(path.name):
-            return _read_array(path, channels, max_pixels)
+            return wanted.cut(_read_array(path, channels, max_pixels))
         with path.open("rb") as stream:
-            image = _decode(stream, os.fspath(path), max_pixels, short_side)
-            return pil_to_tensor(image, channels)
+            image = _decode(stream, os.fspath(path), max_pixels, wanted)
+            return pil_to_tensor(image, channels, wanted)
 
 
 def read_image_from(
@@ -93,7 +94,7 @@ def read_image_from(
     name: str,
     channels: int,
     max_pixels: int = MAX_PIXELS,
-    short_side: int | None = None,
+    wanted: Wanted = EVERYTHING,
 ) -> Tensor:
     """`read_image` of what a stream holds, such as a part of a larger file.
 
@@ -102,7 +103,7 @@ def read_image_from(
         name: what an error calls the image; where it ends in `.npy`, the stream holds an array.
         channels: C.
         max_pixels: larger images are refused before they are decoded.
-        short_side: as in `read_image`.
+        wanted: as in `read_image`.
 
     Raises:
         ImageError: as in `read_image`.
@@ -110,8 +111,8 @@ def read_image_from(
     with _errors_named(name), open_stream() as stream:
         _check_not_empty(stream)
         if _is_array(name):
-            return _read_array(stream, channels, max_pixels)
-        return pil_to_tensor(_decode(stream, "", max_pixels, short_side), channels)
+            return wanted.cut(_read_array(stream, channels, max_pixels))
+        return pil_to_tensor(_decode(stream, "", max_pixels, wanted), channels, wanted)
 
 
 @contextmanager
@@ -171,12 +172,10 @@ def _picture_size(stream: BinaryIO, filename: str) -> tuple[int, int]:
     return (width, height) if orientation(image) >= 5 else (height, width)
 
 
-def _decode(
-    stream: BinaryIO, filename: str, max_pixels: int, short_side: int | None
-) -> Image.Image:
+def _decode(stream: BinaryIO, filename: str, max_pixels: int, wanted: Wanted) -> Image.Image:
     image = open_image(stream, filename)
     _check_pixels(image.height, image.width, max_pixels)
     _check_pixels(*tile_size(image), max_pixels, "tiles of ")
-    if short_side is not None:
-        draft(image, short_side)
+    if wanted.short_side is not None:
+        draft(image, wanted.short_side)
     return load_upright(image)

@@ -35,21 +35,39 @@ def resize_short_side(image: Tensor, size: int) -> Tensor:
     return resized.clamp_(0, 1) if resized.is_floating_point() else resized
 
 
-def random_crop(image: Tensor, size: int, generator: Generator) -> Tensor:
-    """Cut [C,size,size] out of a place drawn uniformly."""
-    _check_fits(image, size)
-    height, width = image.shape[-2:]
+def random_place(height: int, width: int, size: int, generator: Generator) -> tuple[slice, slice]:
+    """Draw the rows and columns of a square of side `size` uniformly.
+
+    Raises:
+        ValueError: the image is smaller.
+    """
+    _check_fits(height, width, size)
     top = int(torch.randint(height - size + 1, (), generator=generator))
     left = int(torch.randint(width - size + 1, (), generator=generator))
-    return image[:, top : top + size, left : left + size]
+    return slice(top, top + size), slice(left, left + size)
+
+
+def center_place(height: int, width: int, size: int) -> tuple[slice, slice]:
+    """Return the rows and columns in the middle; an odd rest of one is left below and right.
+
+    Raises:
+        ValueError: the image is smaller.
+    """
+    _check_fits(height, width, size)
+    top, left = (height - size) // 2, (width - size) // 2
+    return slice(top, top + size), slice(left, left + size)
+
+
+def random_crop(image: Tensor, size: int, generator: Generator) -> Tensor:
+    """Cut [C,size,size] out of a place drawn uniformly."""
+    rows, columns = random_place(image.shape[-2], image.shape[-1], size, generator)
+    return image[:, rows, columns]
 
 
 def center_crop(image: Tensor, size: int) -> Tensor:
     """Cut [C,size,size] out of the middle; an odd rest of one pixel is left below and right."""
-    _check_fits(image, size)
-    height, width = image.shape[-2:]
-    top, left = (height - size) // 2, (width - size) // 2
-    return image[:, top : top + size, left : left + size]
+    rows, columns = center_place(image.shape[-2], image.shape[-1], size)
+    return image[:, rows, columns]
 
 
 def random_flip(image: Tensor, generator: Generator) -> Tensor:
@@ -83,8 +101,7 @@ def channels_inside(image: Tensor) -> Tensor:
     return image.permute(1, 2, 0).clone(memory_format=torch.contiguous_format).permute(2, 0, 1)
 
 
-def _check_fits(image: Tensor, size: int) -> None:
-    height, width = image.shape[-2:]
+def _check_fits(height: int, width: int, size: int) -> None:
     if min(height, width) < size:
         raise ValueError(
             f"{width} x {height} is smaller than the crop of {size}: "

@@ -17,6 +17,7 @@ from kl_vae.data import (
     ImageError,
     SourceConfig,
     TarSource,
+    Wanted,
     build_datasets,
     open_root,
     read_image,
@@ -60,7 +61,7 @@ def test_the_fraction(
     tmp_path: Path, size: tuple[int, int], short_side: int, expected: tuple[int, int]
 ) -> None:
     path = save(tmp_path, "a.jpg", jpeg(*size))
-    image = read_image(path, 3, short_side=short_side)
+    image = read_image(path, 3, wanted=Wanted(short_side))
     assert tuple(image.shape[:0:-1]) == expected
     if expected == size:
         assert torch.equal(image, read_image(path, 3))
@@ -72,7 +73,7 @@ def test_what_is_resized_has_the_size_and_nearly_the_values_of_the_whole(
 ) -> None:
     path = save(tmp_path, "a.jpg", jpeg(*size, progressive=True))
     whole = resize_short_side(read_image(path, 3), 128)
-    image = read_image(path, 3, short_side=256)
+    image = read_image(path, 3, wanted=Wanted(256))
     assert min(image.shape[1:]) < min(size)
     drafted = resize_short_side(image, 128)
     assert drafted.shape == whole.shape
@@ -83,7 +84,7 @@ def test_what_is_resized_has_the_size_and_nearly_the_values_of_the_whole(
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation(tmp_path: Path, orientation: int) -> None:
     path = save(tmp_path, "a.jpg", jpeg(512, 256, orientation=orientation))
-    whole, drafted = read_image(path, 1), read_image(path, 1, short_side=128)
+    whole, drafted = read_image(path, 1), read_image(path, 1, wanted=Wanted(128))
     assert drafted.shape == (1, whole.shape[1] // 2, whole.shape[2] // 2)
     difference = resize_short_side(whole, 128).int() - drafted.int()
     assert difference.abs().float().mean() < 3
@@ -94,16 +95,16 @@ def test_other_formats_and_modes(tmp_path: Path) -> None:
     for suffix in ("png", "webp", "tif"):
         picture.save(tmp_path / f"a.{suffix}")
         whole = read_image(tmp_path / f"a.{suffix}", 3)
-        assert torch.equal(read_image(tmp_path / f"a.{suffix}", 3, short_side=32), whole)
+        assert torch.equal(read_image(tmp_path / f"a.{suffix}", 3, wanted=Wanted(32)), whole)
     for mode in ("L", "CMYK"):
         picture.convert(mode).save(tmp_path / f"{mode}.jpg", quality=95)
-        assert read_image(tmp_path / f"{mode}.jpg", 3, short_side=32).shape == (3, 32, 32)
+        assert read_image(tmp_path / f"{mode}.jpg", 3, wanted=Wanted(32)).shape == (3, 32, 32)
 
 
 def test_the_limit_of_pixels_is_that_of_the_file(tmp_path: Path) -> None:
     path = save(tmp_path, "a.jpg", jpeg(256, 256))
     with pytest.raises(ImageError, match="256 x 256 pixels are more than max_pixels=1000"):
-        read_image(path, 3, max_pixels=1000, short_side=8)
+        read_image(path, 3, max_pixels=1000, wanted=Wanted(8))
 
 
 def test_training_alone_is_decoded_smaller_and_always_alike(tmp_path: Path) -> None:
