@@ -70,11 +70,13 @@ class Feed:
         resize: short side before the crop, in pixels; None: as the images are.
         workers: processes; 0: that which asks.
         rates: images a second.
+        draft_psnr: dB, of what `draft` gives against decoding whole; None: it changes nothing.
     """
 
     resize: int | None
     workers: int
     rates: dict[str, list[float]]
+    draft_psnr: float | None = None
 
     def ratio(self, name: str) -> float:
         """Median over the rounds of how many times torchvision's images are read."""
@@ -90,9 +92,16 @@ class Feed:
 
 
 def table(feeds: Sequence[Feed]) -> str:
-    """A Markdown table."""
+    """A Markdown table, and below it what `draft` changes."""
     head = "| resized to | workers | | images/s | lowest to highest | ratio |"
-    return "\n".join([head, "|---|---|---|---|---|---|", *(r for f in feeds for r in f.rows())])
+    notes = {
+        feed.resize: f"\nResized to {feed.resize}, crops by draft have {feed.draft_psnr:.1f} dB "
+        "PSNR against those of JPEGs that are decoded whole."
+        for feed in feeds
+        if feed.draft_psnr is not None
+    }
+    rows = [row for feed in feeds for row in feed.rows()]
+    return "\n".join([head, "|---|---|---|---|---|---|", *rows, *notes.values()])
 
 
 @contextmanager
@@ -130,9 +139,12 @@ def compare_feeds(
     with _one_thread():
         for resize in resizes:
             ImageDataset(source, loading.crop, resize, False, 0, training=True).check_sizes()
+            psnr = None if resize is None else _draft_psnr(source, resize)
             for number in workers:
                 passes = _passes(folder, source, loading, resize, number)
-                feeds.append(Feed(resize, number, _by_turns(passes, repeats)))
+                if psnr is None:  # it would be the same once more
+                    del passes[DRAFTED]
+                feeds.append(Feed(resize, number, _by_turns(passes, repeats), psnr))
     return feeds
 
 
@@ -146,12 +158,8 @@ def _by_turns(passes: dict[str, Callable[[], float]], repeats: int) -> dict[str,
     return rates
 
 
-def draft_psnr(folder: Path, resize: int) -> float | None:
-    """PSNR in dB of images that are decoded smaller, against those decoded whole; both resized.
-
-    None: not one is so large that it is decoded smaller.
-    """
-    source = _source(folder)
+def _draft_psnr(source: FolderSource, resize: int) -> float | None:
+    """Of some images; None: not one is so large that it is decoded smaller."""
     squares, values = 0.0, 0
     for index in range(min(len(source), _COMPARED)):
         whole = resize_short_side(source.read(index), resize)
@@ -182,8 +190,7 @@ def _passes(
     def theirs() -> float:
         return _rate(_image_folder(folder, loading, resize, workers), loading, workers)
 
-    passes: dict[str, Callable[[], float]] = {THEIRS: theirs, OURS: partial(ours, False)}
-    return passes if resize is None else {**passes, DRAFTED: partial(ours, True)}
+    return {THEIRS: theirs, OURS: partial(ours, False), DRAFTED: partial(ours, True)}
 
 
 def _sampler(source: FolderSource, loading: Loading, workers: int) -> StepSampler:

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     """
     import torch
 
-    from kl_vae.benchmark.data import Loading, compare_feeds, draft_psnr, folder_of, table
+    from kl_vae.benchmark.data import Loading, compare_feeds, folder_of, table
     from kl_vae.cli.benchmark.shared import check_out, report
     from kl_vae.data.loader import workers_that_fit
 
@@ -83,8 +83,6 @@ def run(args: argparse.Namespace) -> int:
     resizes = [size or None for size in args.resize or (args.crop, 0)]
     with folder_of(args.folder, args.images, args.size) as folder:
         feeds = compare_feeds(folder, loading, resizes, workers, args.repeats)
-        changes = {size: draft_psnr(folder, size) for size in resizes if size is not None}
-    notes = [_note(size, psnr) for size, psnr in changes.items()]
     heading = (
         f"Crops of {args.crop} x {args.crop} in batches of {args.batch_size}, one thread a "
         f"process, {args.repeats} passes of each by turns"
@@ -94,20 +92,11 @@ def run(args: argparse.Namespace) -> int:
             {
                 **{"resize": feed.resize, "workers": feed.workers, "images_per_second": feed.rates},
                 "ratios": {name: feed.ratio(name) for name in feed.rates},
+                "draft_psnr": feed.draft_psnr,
             }
             for feed in feeds
         ],
-        "draft_psnr": {str(size): psnr for size, psnr in changes.items()},
         "crop": args.crop,
     }
-    report(args, heading, "\n".join([table(feeds), *notes]), torch.device("cpu"), figures)
+    report(args, heading, table(feeds), torch.device("cpu"), figures)
     return 0
-
-
-def _note(resize: int, psnr: float | None) -> str:
-    if psnr is None:
-        return f"\nResized to {resize}, no image is so large that data.draft changes it."
-    return (
-        f"\nResized to {resize}, data.draft=true gives {psnr:.1f} dB PSNR against JPEGs that are "
-        "decoded whole."
-    )
