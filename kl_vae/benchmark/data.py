@@ -1,7 +1,7 @@
 """What the loader feeds, against torchvision's ImageFolder with the usual transforms.
 
-Both read the same files in a `DataLoader` of the same settings, and a batch counts when it is
-float32 in [-1, 1]: torchvision's workers make it so, ours is made so where it arrives.
+Both read the same files in a `DataLoader` of the same settings. Torchvision gives float32 in [-1, 1],
+ours gives uint8, which the device makes floats; what that takes here is measured as well.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from kl_vae.training.step import to_device
 
 CHANNELS = 3  # ImageFolder gives no other
 OURS = "ours"
+FLOATS = "ours, and made floats here"
 DRAFTED = "ours, data.draft=true"
 THEIRS = "torchvision"
 _COMPARED = 64  # images of which it is said what `draft` changes
@@ -179,18 +180,23 @@ def _source(folder: Path) -> FolderSource:
 def _passes(
     folder: Path, source: FolderSource, loading: Loading, resize: int | None, workers: int
 ) -> dict[str, Callable[[], float]]:
-    def ours(draft: bool) -> float:
+    def ours(draft: bool = False, floats: bool = False) -> float:
         dataset = ImageDataset(
             source, loading.crop, resize, flip=True, seed=0, training=True, draft=draft
         )
         sampler = _sampler(source, loading, workers)
         loader = batch_loader(dataset, sampler, workers, pin_memory=False, timeout_seconds=0)
-        return _rate(map(_arrived, loader), loading, workers)
+        return _rate(map(_arrived, loader) if floats else loader, loading, workers)
 
     def theirs() -> float:
         return _rate(_image_folder(folder, loading, resize, workers), loading, workers)
 
-    return {THEIRS: theirs, OURS: partial(ours, False), DRAFTED: partial(ours, True)}
+    return {
+        THEIRS: theirs,
+        OURS: ours,
+        FLOATS: partial(ours, floats=True),
+        DRAFTED: partial(ours, draft=True),
+    }
 
 
 def _sampler(source: FolderSource, loading: Loading, workers: int) -> StepSampler:

@@ -55,8 +55,8 @@ class DataConfig:
     cropping (None: as it is), `crop` that of a crop's sides (None: the model's
     resolution), both in pixels. `recolor` blends half of the training crops with
     a permutation of their channels: to a small set of images it adds the colours
-    that they lack. `draft` decodes training images that are JPEGs and more than twice
-    as large as `resize` at a half, a quarter or an eighth of their size.
+    that they lack. `draft` decodes training images that are JPEGs at a half, a quarter or an
+    eighth of their size, where that is twice `resize` or more.
     Of a run's files at most `max_bad_fraction` may be unusable.
     `listing_cache`: whether the list of a large folder, or of a shard, is kept between runs.
     """

@@ -30,7 +30,10 @@ def resize_short_side(image: Tensor, size: int) -> Tensor:
             f"{width} x {height} pixels would become {new_width} x {new_height} at a short side "
             f"of {size}: leave the file out, or resize to less"
         )
-    resized = F.interpolate(image[None], (new_height, new_width), mode="bicubic", antialias=True)[0]
+    # image[None] has no strides by which torch sees that channels are inside: it would copy it
+    inside = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    batch = image[None] if image.is_contiguous() else inside
+    resized = F.interpolate(batch, (new_height, new_width), mode="bicubic", antialias=True)[0]
     # bicubic overshoots at edges; torch clamps uint8 alone
     return resized.clamp_(0, 1) if resized.is_floating_point() else resized
 
