@@ -1,7 +1,7 @@
 """What the loader feeds, against torchvision's ImageFolder with the usual transforms.
 
-Both read the same files in a `DataLoader` of the same settings. Torchvision gives float32 in [-1, 1],
-ours gives uint8, which the device makes floats; what that takes here is measured as well.
+Both read the same files in a `DataLoader` of the same settings. Torchvision gives float32 in
+[-1, 1], ours gives uint8, which the device makes floats; what that takes here is measured as well.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ from kl_vae.randomness import generator_for
 
 # images that are tried in place of a bad one; where a few in a hundred are bad, one or two do
 MAX_REPLACEMENTS = 100
-# times the side that an image is resized to: to what a JPEG may be decoded, see `draft`. The crops of
-# photographs are then 43 to 55 dB (median 48) from those of whole decoding; with 1 they are 35 to 55
+# a JPEG is decoded to no less than so many times what it is then resized to, see `draft`: crops of
+# photographs are 43 to 55 dB PSNR (median 48) from those of whole decoding, and with 1 from 35 on
 DRAFT_MARGIN = 2
 # headers that are read before a run: seconds on a disk, where those of a million take minutes
 MAX_CHECKED = 10_000

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kl_vae.data import FolderSource, ImageDataset, list_images
+from kl_vae.data import FolderSource, ImageDataset, Wanted, list_images
 from kl_vae.data.dataset import MAX_REPLACEMENTS
 
 
@@ -196,3 +196,45 @@ def test_colours_are_drawn_anew_in_each_epoch(root: Path) -> None:
     assert all(torch.equal(crop, data[epoch, 1, 0].image) for epoch, crop in enumerate(crops))
     data.training = False
     assert torch.equal(data[3, 1, 0].image, whole)
+
+
+class IndexAlone:
+    """A source of somebody's own, whose `read` knows of an index and of nothing else."""
+
+    channels, fingerprint = 3, "0" * 32
+
+    def __init__(self, source: FolderSource) -> None:
+        self.source = source
+        self.name = source.name
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, index: int) -> torch.Tensor:
+        return self.source.read(index)
+
+
+@pytest.mark.parametrize("resize", [None, 18])
+def test_sources_may_know_of_an_index_alone(root: Path, resize: int | None) -> None:
+    data = dataset(root, resize=resize)
+    own = ImageDataset(IndexAlone(data.source), 16, resize, True, 0, training=True, draft=True)
+    for index in range(3):
+        assert torch.equal(own[4, index, 0].image, data[4, index, 0].image)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_of_a_large_image_the_crop_alone_is_converted(
+    root: Path, monkeypatch: pytest.MonkeyPatch, training: bool
+) -> None:
+    data = dataset(root, training=training)
+    shapes, read = [], data.source.read
+
+    def noting(index: int, wanted: Wanted) -> torch.Tensor:
+        image = read(index, wanted)
+        shapes.append(tuple(image.shape))
+        assert image.untyped_storage().nbytes() == image.numel()
+        return image
+
+    monkeypatch.setattr(data.source, "read", noting)
+    assert not any(data[0, index, 0].bad for index in range(3))
+    assert shapes == [(3, 16, 16)] * 3
