@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kl_vae.benchmark.recipes import Entry, Setting
-from kl_vae.data import ImageDataset, build_datasets
+from kl_vae.data import ImageDataset, build_datasets, normalized
 from kl_vae.inference.grid import image_grid
 from kl_vae.inference.metrics import psnr, ssim
 from kl_vae.inference.picture_files import as_picture, as_saved
@@ -100,7 +100,7 @@ def pictures(setting: Setting, entries: Sequence[Entry], number: int) -> Tensor:
     models = [AutoEncoderKL.from_checkpoint(setting.run_folder(e, 0)) for e in entries]
     dataset = _validation_set(setting.run_config(entries[0], 0))
     chosen = range(0, len(dataset), max(1, len(dataset) // number))[:number]
-    images = [dataset[0, i, i].image[None] for i in chosen]
+    images = [_image(dataset, i) for i in chosen]
     shown = [*images, *(model(x, sample_posterior=False)[0] for model in models for x in images)]
     cells = [as_picture(as_saved(x[0]), models[0].to_rgb) for x in shown]
     return image_grid(cells, len(images))
@@ -123,11 +123,16 @@ def _measure(
     """Mean PSNR (dB), SSIM and perceptual distance of the mode's reconstructions."""
     figures = []
     for i in range(len(dataset)):
-        image = dataset[0, i, i].image[None]
+        image = _image(dataset, i)
         reconstruction = model(image, sample_posterior=False)[0].clamp(-1.0, 1.0)
         figures.append([f(image, reconstruction).item() for f in (psnr, ssim, perceptual)])
     mean_psnr, mean_ssim, mean_perceptual = map(statistics.mean, zip(*figures, strict=True))
     return mean_psnr, mean_ssim, mean_perceptual
+
+
+def _image(dataset: ImageDataset, index: int) -> Tensor:
+    """An image, [1, C, H, W] in [-1, 1]."""
+    return normalized(dataset[0, index, index].image[None].contiguous())
 
 
 def _read_points(run: Path) -> Iterator[Point]:

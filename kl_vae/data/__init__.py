@@ -12,8 +12,6 @@ from kl_vae.data.images import (
     display_name,
     read_image,
     read_size,
-    to_float,
-    to_uint8,
 )
 from kl_vae.data.joined import JoinedSource
 from kl_vae.data.latents import LatentDataset, LatentSample
@@ -29,11 +27,14 @@ from kl_vae.data.split import fingerprint, held_out, split
 from kl_vae.data.tar_shards import TarSource
 from kl_vae.data.transforms import (
     center_crop,
+    channels_inside,
     random_crop,
     random_flip,
     random_recolor,
     resize_short_side,
 )
+from kl_vae.data.value_range import normalized, to_float, to_uint8
+from kl_vae.data.wanted import Wanted
 
 __all__ = [
     "ARRAY_EXTENSIONS",
@@ -60,15 +61,18 @@ __all__ = [
     "StoredSource",
     "TarSource",
     "ValidationConfig",
+    "Wanted",
     "batch_loader",
     "build_datasets",
     "center_crop",
+    "channels_inside",
     "collate",
     "display_name",
     "fingerprint",
     "held_out",
     "is_shard",
     "list_images",
+    "normalized",
     "open_root",
     "permutation",
     "pil_to_tensor",

@@ -43,7 +43,9 @@ def build_datasets(
 
     def dataset(source: Source, training: bool) -> ImageDataset:
         return ImageDataset(
-            source, crop, config.resize, config.flip, seed, training, config.recolor
+            *(source, crop, config.resize, config.flip, seed, training),
+            recolor=config.recolor,
+            draft=config.draft,
         )
 
     return dataset(training, True), None if validation is None else dataset(validation, False)

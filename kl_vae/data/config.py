@@ -55,7 +55,9 @@ class DataConfig:
     cropping (None: as it is), `crop` that of a crop's sides (None: the model's
     resolution), both in pixels. `recolor` blends half of the training crops with
     a permutation of their channels: to a small set of images it adds the colours
-    that they lack. Of a run's files at most `max_bad_fraction` may be unusable.
+    that they lack. `draft` decodes training images that are JPEGs at a half, a quarter or an
+    eighth of their size, where that is twice `resize` or more.
+    Of a run's files at most `max_bad_fraction` may be unusable.
     `listing_cache`: whether the list of a large folder, or of a shard, is kept between runs.
     """
 
@@ -66,6 +68,7 @@ class DataConfig:
     crop: int | None = None
     flip: bool = True
     recolor: bool = False
+    draft: bool = True
     num_workers: int = 4
     max_pixels: int = MAX_PIXELS
     max_bad_fraction: float = 0.01

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from kl_vae.data.arrays import array_size, read_array
 from kl_vae.data.pil_modes import pil_to_tensor
-from kl_vae.data.readers import load_upright, open_image, orientation, tile_size
+from kl_vae.data.readers import draft, load_upright, open_image, orientation, tile_size
+from kl_vae.data.wanted import EVERYTHING, Wanted
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 ARRAY_EXTENSIONS = (".npy",)
@@ -57,13 +57,20 @@ def read_size_from(open_stream: Callable[[], BinaryIO], name: str) -> tuple[int,
         return array_size(stream) if _is_array(name) else _picture_size(stream, "")
 
 
-def read_image(path: str | os.PathLike[str], channels: int, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Decode a file into [C,H,W].
+def read_image(
+    path: str | os.PathLike[str],
+    channels: int,
+    max_pixels: int = MAX_PIXELS,
+    wanted: Wanted = EVERYTHING,
+) -> Tensor:
+    """Decode a file into [C,H,W], in memory [H,W,C] as it is in the file.
 
     An image file gives uint8 with C = 1, 3 or 4: its EXIF orientation applied,
     the first frame of several, transparency composited on white where C is not 4.
     A `.npy` file of [H,W,C] (or [H,W] where C is 1) gives uint8 as stored;
     uint16 and floats in [0, 1] give float32 in [0, 1].
+
+    Where less than everything is `wanted`, less is converted, and a JPEG may be decoded smaller.
 
     This takes at most 100 MB of memory and, for an image file, 24 bytes a pixel of
     `max_pixels` and 50 a byte of the file; for a `.npy` file its size and 4 bytes a value.
@@ -76,13 +83,18 @@ def read_image(path: str | os.PathLike[str], channels: int, max_pixels: int = MA
     with _errors_named(display_name(path)):
         _check_regular(path)
         if _is_array(path.name):
-            return _read_array(path, channels, max_pixels)
+            return wanted.cut(_read_array(path, channels, max_pixels))
         with path.open("rb") as stream:
-            return pil_to_tensor(_decode(stream, os.fspath(path), max_pixels), channels)
+            image = _decode(stream, os.fspath(path), max_pixels, wanted)
+            return pil_to_tensor(image, channels, wanted)
 
 
 def read_image_from(
-    open_stream: Callable[[], BinaryIO], name: str, channels: int, max_pixels: int = MAX_PIXELS
+    open_stream: Callable[[], BinaryIO],
+    name: str,
+    channels: int,
+    max_pixels: int = MAX_PIXELS,
+    wanted: Wanted = EVERYTHING,
 ) -> Tensor:
     """`read_image` of what a stream holds, such as a part of a larger file.
 
@@ -91,6 +103,7 @@ def read_image_from(
         name: what an error calls the image; where it ends in `.npy`, the stream holds an array.
         channels: C.
         max_pixels: larger images are refused before they are decoded.
+        wanted: as in `read_image`.
 
     Raises:
         ImageError: as in `read_image`.
@@ -98,18 +111,8 @@ def read_image_from(
     with _errors_named(name), open_stream() as stream:
         _check_not_empty(stream)
         if _is_array(name):
-            return _read_array(stream, channels, max_pixels)
-        return pil_to_tensor(_decode(stream, "", max_pixels), channels)
-
-
-def to_float(image: Tensor) -> Tensor:
-    """Map uint8, or floats in [0, 1], to float32 in [-1, 1]; any shape."""
-    return image / 127.5 - 1 if image.dtype == torch.uint8 else image.float() * 2 - 1
-
-
-def to_uint8(image: Tensor) -> Tensor:
-    """Map floats in [-1, 1] to uint8, rounded; what lies outside is clamped; any shape."""
-    return ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+            return wanted.cut(_read_array(stream, channels, max_pixels))
+        return pil_to_tensor(_decode(stream, "", max_pixels, wanted), channels, wanted)
 
 
 @contextmanager
@@ -169,8 +172,10 @@ def _picture_size(stream: BinaryIO, filename: str) -> tuple[int, int]:
     return (width, height) if orientation(image) >= 5 else (height, width)
 
 
-def _decode(stream: BinaryIO, filename: str, max_pixels: int) -> Image.Image:
+def _decode(stream: BinaryIO, filename: str, max_pixels: int, wanted: Wanted) -> Image.Image:
     image = open_image(stream, filename)
     _check_pixels(image.height, image.width, max_pixels)
     _check_pixels(*tile_size(image), max_pixels, "tiles of ")
+    if wanted.short_side is not None:
+        draft(image, wanted.short_side)
     return load_upright(image)

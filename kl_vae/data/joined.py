@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from kl_vae.data.source import Source
+from kl_vae.data.wanted import EVERYTHING, Wanted
 
 
 class JoinedSource:
@@ -37,10 +38,10 @@ class JoinedSource:
         """Return the number of images."""
         return self._ends[-1]
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int, wanted: Wanted = EVERYTHING) -> Tensor:
         """Return [C,H,W] of the part that holds the image."""
         part, own = self._find(index)
-        return part.read(own)
+        return part.read(own, wanted)
 
     def size(self, index: int) -> tuple[int, int]:
         """Return (height, width) without decoding."""

@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, default_collate
 
 from kl_vae.data.dataset import BadImage, ImageDataset, Sample
 from kl_vae.data.sampler import Key
+from kl_vae.data.value_range import normalized
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 class Batch(NamedTuple):
     """Samples of one rank, in the order of the sampler."""
 
-    images: Tensor  # [B,C,H,W], float32 in [-1, 1]; zeros where there is no image
+    images: Tensor  # [B,C,H,W], uint8 or float32 in [-1, 1], see `normalized`; zeros: no image
     positions: Tensor  # [B], int64: in the global batch, or in the validation set
     names: tuple[str, ...]  # of the B files; empty where there is no image
     bad: tuple[BadImage, ...]  # files that could not be used
@@ -50,11 +51,29 @@ class Batch(NamedTuple):
 def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples into a batch."""
     return Batch(
-        images=torch.stack([sample.image for sample in samples]),
+        images=_stacked([sample.image for sample in samples]),
         positions=torch.tensor([sample.position for sample in samples]),
         names=tuple(sample.name for sample in samples),
         bad=tuple(image for sample in samples for image in sample.bad),
     )
+
+
+def _stacked(images: Sequence[Tensor]) -> Tensor:
+    """Stack [C,H,W] to [B,C,H,W], in memory [B,H,W,C] as crops are: of each row bytes are copied.
+
+    Where some are floats all become floats.
+    """
+    if len({image.dtype for image in images}) > 1:
+        images = [normalized(image) for image in images]
+    if len(images[0]) == 1:
+        return _shared_stack(images)
+    return _shared_stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+
+
+def _shared_stack(tensors: Sequence[Tensor]) -> Tensor:
+    # in a worker it stacks them in memory that the main process sees, so that nothing is sent
+    stacked: Tensor = default_collate(list(tensors))
+    return stacked
 
 
 def batch_loader(

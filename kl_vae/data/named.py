@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kl_vae.data.images import display_name
 from kl_vae.data.pil_modes import MODE_BY_CHANNELS, pil_to_tensor
+from kl_vae.data.wanted import EVERYTHING, Wanted
 
 _CLASSES = {"cifar10": "CIFAR10", "fashion-mnist": "FashionMNIST"}  # torchvision's
 NAMED = tuple(_CLASSES)
@@ -52,9 +53,9 @@ class NamedSource:
         """Return the number of images."""
         return len(self._images)
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int, wanted: Wanted = EVERYTHING) -> Tensor:
         """Return [C,H,W], uint8."""
-        return pil_to_tensor(Image.fromarray(self._images[index]), self.channels)
+        return pil_to_tensor(Image.fromarray(self._images[index]), self.channels, wanted)
 
     def size(self, index: int) -> tuple[int, int]:
         """Return (height, width), the same for every image."""

@@ -9,17 +9,21 @@ from PIL import Image
 from torch import Tensor
 
 from kl_vae.data.tiles import tiles
+from kl_vae.data.wanted import EVERYTHING, Wanted
 
 # what shows through transparency: white, as on a page
 BACKGROUND = 255
 MODE_BY_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
-def pil_to_tensor(image: Image.Image, channels: int) -> Tensor:
+def pil_to_tensor(image: Image.Image, channels: int, wanted: Wanted = EVERYTHING) -> Tensor:
     """Convert a Pillow image to uint8 [C,H,W]: grey, RGB or RGBA.
+
+    In memory it is [H,W,C], as it was decoded: to resize, cut and stack that is faster.
 
     Grey is ITU-R 601 luminance. Transparency is composited on white, or kept
     where `channels` is 4. 16-bit greys are scaled to 8 bits by their value.
+    Of a region that is `wanted` the values are those it has in the whole image.
     Beside the image and the result this takes memory for one tile.
 
     Raises:
@@ -31,28 +35,35 @@ def pil_to_tensor(image: Image.Image, channels: int) -> Tensor:
             f"save [height, width, {channels}] arrays as .npy"
         )
     white = _white(image) if image.mode.startswith(("I", "F")) else None
-    converted = torch.empty(channels, image.height, image.width, dtype=torch.uint8)
-    for rows, columns in tiles(image.height, image.width):
-        tile = image.crop((columns.start, rows.start, columns.stop, rows.stop))
+    wanted_rows, wanted_columns = wanted.places(image.height, image.width)
+    top, left = wanted_rows.start, wanted_columns.start
+    height, width = wanted_rows.stop - top, wanted_columns.stop - left
+    converted = np.empty((height, width) if channels == 1 else (height, width, channels), np.uint8)
+    for rows, columns in tiles(height, width):
+        box = (left + columns.start, top + rows.start, left + columns.stop, top + rows.stop)
+        tile = image if box == (0, 0, *image.size) else image.crop(box)
         if white is not None:
             tile = _deep_grey_to_8_bits(tile, white)
-        pixels = np.array(_in_mode_of(channels, tile))  # [h,w] or [h,w,C]
-        if channels > 1:
-            pixels = pixels.transpose(2, 0, 1)
-        converted[:, rows, columns] = torch.from_numpy(pixels)
-    return converted
+        converted[rows, columns] = np.asarray(_in_mode_of(channels, tile))
+    result = torch.from_numpy(converted)  # [H,W] or [H,W,C]
+    return result[None] if channels == 1 else result.permute(2, 0, 1)
 
 
 def _in_mode_of(channels: int, image: Image.Image) -> Image.Image:
+    mode = MODE_BY_CHANNELS[channels]
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = _converted(image, "RGBA")
         if channels != 4:
             opaque = Image.new("RGB", image.size, (BACKGROUND,) * 3)
             opaque.paste(image, mask=image.getchannel("A"))
             image = opaque
     elif image.mode not in ("1", "L", "RGB"):
         image = image.convert("RGB")  # the one mode to which every colour space converts
-    return image.convert(MODE_BY_CHANNELS[channels])
+    return _converted(image, mode)
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    return image if image.mode == mode else image.convert(mode)  # which would copy
 
 
 def _white(image: Image.Image) -> int:

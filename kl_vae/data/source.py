@@ -15,6 +15,7 @@ from torch import Tensor
 from kl_vae.data.images import MAX_PIXELS, display_name, read_image, read_size
 from kl_vae.data.paths import PathList, integers
 from kl_vae.data.split import fingerprint, fingerprint_of
+from kl_vae.data.wanted import EVERYTHING, Wanted
 
 
 class Source(Protocol):
@@ -31,8 +32,11 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Return the number of images."""
 
-    def read(self, index: int) -> Tensor:
-        """Return [C,H,W], uint8 or float32 in [0, 1]; ImageError where that cannot be."""
+    def read(self, index: int, wanted: Wanted = EVERYTHING) -> Tensor:
+        """Return [C,H,W], uint8 or float32 in [0, 1]; ImageError where that cannot be.
+
+        It is that part of it that is `wanted`.
+        """
 
     def size(self, index: int) -> tuple[int, int]:
         """Return (height, width) without decoding."""
@@ -118,9 +122,10 @@ class FolderSource:
         """Return the number of files."""
         return len(self.paths)
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int, wanted: Wanted = EVERYTHING) -> Tensor:
         """Decode a file into [C,H,W], uint8 or float32 in [0, 1]; see `read_image`."""
-        return read_image(self.root / self.paths[index], self.channels, self.max_pixels)
+        path = self.root / self.paths[index]
+        return read_image(path, self.channels, self.max_pixels, wanted)
 
     def size(self, index: int) -> tuple[int, int]:
         """Return (height, width) from the file's header; see `read_size`."""

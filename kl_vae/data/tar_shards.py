@@ -22,6 +22,7 @@ from kl_vae.data.paths import PathList, integers
 from kl_vae.data.split import fingerprint_of
 from kl_vae.data.tar_files import PartOf, RandomFiles
 from kl_vae.data.tar_index import SIDECARS, index_shard, joined
+from kl_vae.data.wanted import EVERYTHING, Wanted
 
 logger = logging.getLogger(__name__)
 
@@ -81,13 +82,15 @@ class TarSource:
         """Return the number of images."""
         return len(self.keys)
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int, wanted: Wanted = EVERYTHING) -> Tensor:
         """Decode a member into [C,H,W], uint8 or float32 in [0, 1]; see `read_image`."""
 
         def open_stream() -> BinaryIO:
             return self._open(index)
 
-        return read_image_from(open_stream, self.name(index), self.channels, self.max_pixels)
+        return read_image_from(
+            open_stream, self.name(index), self.channels, self.max_pixels, wanted
+        )
 
     def size(self, index: int) -> tuple[int, int]:
         """Return (height, width) from the image's header; see `read_size`."""

@@ -30,26 +30,47 @@ def resize_short_side(image: Tensor, size: int) -> Tensor:
             f"{width} x {height} pixels would become {new_width} x {new_height} at a short side "
             f"of {size}: leave the file out, or resize to less"
         )
-    resized = F.interpolate(image[None], (new_height, new_width), mode="bicubic", antialias=True)[0]
+    # image[None] has no strides by which torch sees that channels are inside: it would copy it
+    inside = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    batch = image[None] if image.is_contiguous() else inside
+    resized = F.interpolate(batch, (new_height, new_width), mode="bicubic", antialias=True)[0]
     # bicubic overshoots at edges; torch clamps uint8 alone
     return resized.clamp_(0, 1) if resized.is_floating_point() else resized
 
 
-def random_crop(image: Tensor, size: int, generator: Generator) -> Tensor:
-    """Cut [C,size,size] out of a place drawn uniformly."""
-    _check_fits(image, size)
-    height, width = image.shape[-2:]
+def random_place(height: int, width: int, size: int, generator: Generator) -> tuple[slice, slice]:
+    """Draw the rows and columns of a square of side `size` uniformly.
+
+    Raises:
+        ValueError: the image is smaller.
+    """
+    _check_fits(height, width, size)
     top = int(torch.randint(height - size + 1, (), generator=generator))
     left = int(torch.randint(width - size + 1, (), generator=generator))
-    return image[:, top : top + size, left : left + size]
+    return slice(top, top + size), slice(left, left + size)
+
+
+def center_place(height: int, width: int, size: int) -> tuple[slice, slice]:
+    """Return the rows and columns in the middle; an odd rest of one is left below and right.
+
+    Raises:
+        ValueError: the image is smaller.
+    """
+    _check_fits(height, width, size)
+    top, left = (height - size) // 2, (width - size) // 2
+    return slice(top, top + size), slice(left, left + size)
+
+
+def random_crop(image: Tensor, size: int, generator: Generator) -> Tensor:
+    """Cut [C,size,size] out of a place drawn uniformly."""
+    rows, columns = random_place(image.shape[-2], image.shape[-1], size, generator)
+    return image[:, rows, columns]
 
 
 def center_crop(image: Tensor, size: int) -> Tensor:
     """Cut [C,size,size] out of the middle; an odd rest of one pixel is left below and right."""
-    _check_fits(image, size)
-    height, width = image.shape[-2:]
-    top, left = (height - size) // 2, (width - size) // 2
-    return image[:, top : top + size, left : left + size]
+    rows, columns = center_place(image.shape[-2], image.shape[-1], size)
+    return image[:, rows, columns]
 
 
 def random_flip(image: Tensor, generator: Generator) -> Tensor:
@@ -73,8 +94,17 @@ def random_recolor(image: Tensor, generator: Generator) -> Tensor:
     return blended if image.is_floating_point() else blended.round().to(image.dtype)
 
 
-def _check_fits(image: Tensor, size: int) -> None:
-    height, width = image.shape[-2:]
+def channels_inside(image: Tensor) -> Tensor:
+    """Copy [C,H,W] so that in memory it is [H,W,C], and no part of something larger.
+
+    Of one channel both orders are the same, and it has the strides of [C,H,W].
+    """
+    if len(image) == 1:
+        return image.clone(memory_format=torch.contiguous_format)
+    return image.permute(1, 2, 0).clone(memory_format=torch.contiguous_format).permute(2, 0, 1)
+
+
+def _check_fits(height: int, width: int, size: int) -> None:
     if min(height, width) < size:
         raise ValueError(
             f"{width} x {height} is smaller than the crop of {size}: "

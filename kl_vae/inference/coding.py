@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from kl_vae.data import normalized
 from kl_vae.device import autocast
 from kl_vae.distribution import DiagonalGaussianDistribution
 from kl_vae.inference.memory import is_out_of_memory
@@ -33,11 +34,11 @@ def encode_images(
     tiling: Tiling = _AUTO,
     names: Sequence[str] | None = None,
 ) -> DiagonalGaussianDistribution:
-    """Encode images [B, C, H, W] in [-1, 1]; the posteriors are on the CPU.
+    """Encode images [B, C, H, W] in [-1, 1], or uint8; the posteriors are on the CPU.
 
     Args:
         model: in eval mode.
-        images: on any device; f divides their sides.
+        images: on any device; f divides their sides. uint8 is mapped to [-1, 1] on the model's.
         precision: fp32, bf16 or fp16.
         tiling: how images that are large for the memory are cut up.
         names: of the B images, for messages.
@@ -47,6 +48,8 @@ def encode_images(
     """
 
     def encode(x: Tensor) -> Tensor:
+        if x.dtype == torch.uint8:
+            x = normalized(x.contiguous())
         return encode_tiled(model, x, tiling).parameters
 
     size = (images.shape[2], images.shape[3])

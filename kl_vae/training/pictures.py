@@ -8,7 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from kl_vae.data import ImageDataset
+from kl_vae.data import ImageDataset, normalized
 from kl_vae.inference.grid import comparison_grid, image_grid
 from kl_vae.inference.picture_files import as_picture, as_saved
 from kl_vae.inference.sampling.prior import sample_prior
@@ -35,7 +35,8 @@ def draw_pictures(model: AutoEncoderKL, val_set: ImageDataset, number: int) -> d
 
     with evaluating(model):
         samples = (val_set[0, i, i] for i in range(len(val_set)))
-        images = [sample.image for sample in islice((x for x in samples if x.name), number)]
+        usable = islice((sample for sample in samples if sample.name), number)
+        images = [normalized(sample.image.contiguous()) for sample in usable]
         reconstructions = [model(x[None].to(device), sample_posterior=False)[0][0] for x in images]
         pictures = {
             "reconstructions": comparison_grid(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kl_vae.data import Batch
+from kl_vae.data import Batch, normalized
 from kl_vae.device import autocast
 from kl_vae.distributed.ranks import Ranks
 from kl_vae.equivariance import Equivariance
@@ -169,6 +169,7 @@ def latent_noise(model: AutoEncoderKL, batch: Batch, purpose: str, *key: int) ->
 
 
 def to_device(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:
-    """Move a batch [B, C, H, W] to the device, in the memory layout of the model."""
+    """Move a batch [B, C, H, W] to the device, there float32 in [-1, 1] in the model's layout."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return images.to(device, non_blocking=True).contiguous(memory_format=layout)
+    # uint8 until then: a quarter of the bytes to move
+    return normalized(images.to(device, non_blocking=True).contiguous(memory_format=layout))

@@ -2,7 +2,17 @@
 
 import argparse
 
-from kl_vae.cli.benchmark import latents, listing, loading, optimizer, recipes, safety, step, tiling
+from kl_vae.cli.benchmark import (
+    data,
+    latents,
+    listing,
+    loading,
+    optimizer,
+    recipes,
+    safety,
+    step,
+    tiling,
+)
 
 HELP = "measure steps, optimisers, training recipes and more on this machine"
 
@@ -15,6 +25,7 @@ BENCHMARKS = {
     "latents": latents,
     "recipes": recipes,
     "tiling": tiling,
+    "data": data,
 }
 
 

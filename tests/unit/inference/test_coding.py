@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kl_vae import AutoEncoderKL
+from kl_vae.data import to_float
 from kl_vae.inference.coding import decode_latents, encode_images
 
 Z = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -20,6 +21,14 @@ def test_they_are_those_of_the_model(model: AutoEncoderKL) -> None:
         images, moments = model.decode(Z), model.encode(X).parameters
     torch.testing.assert_close(decode_latents(model, Z), images.clamp(-1.0, 1.0))
     torch.testing.assert_close(encode_images(model, X).parameters, moments)
+
+
+def test_bytes_are_the_same_as_floats(model: AutoEncoderKL) -> None:
+    images = torch.randint(0, 256, X.shape, dtype=torch.uint8)
+    moments = encode_images(model, to_float(images)).parameters
+    for layout in (torch.contiguous_format, torch.channels_last):
+        given = images.contiguous(memory_format=layout)
+        assert torch.equal(encode_images(model, given).parameters, moments)
 
 
 def test_what_is_too_much_for_fp16_is_done_again(
