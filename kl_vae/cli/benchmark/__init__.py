@@ -2,12 +2,30 @@
 
 import argparse
 
-from kl_vae.cli.benchmark import latents, listing, loading, optimizer, recipes, safety, step, tiling
+from kl_vae.cli.benchmark import (
+    coding,
+    everything,
+    latents,
+    listing,
+    loading,
+    memory,
+    optimizer,
+    recipes,
+    safety,
+    scaling,
+    step,
+    tiling,
+)
 
 HELP = "measure steps, optimisers, training recipes and more on this machine"
 
 BENCHMARKS = {
+    "encode": coding,
+    "decode": coding,
     "step": step,
+    "memory": memory,
+    "all": everything,
+    "scaling": scaling,
     "optimizer": optimizer,
     "safety": safety,
     "loading": loading,
