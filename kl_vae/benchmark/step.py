@@ -84,8 +84,9 @@ class StepComparison:
                 f"{', '.join(networks)}: forward + backward passes a step, counted by hooks (the "
                 "autoencoder's at its encoder).",
                 f"In fp32 the autoencoder's gradients of both agree to {self.difference:.1e}.",
-                f"Our step needs {self.flops / 1e9:.4g} GFLOP (convolutions and matrix products) and "
-                f"runs at {self.share:.0%} of a matrix product's {self.product_rate / 1e9:.0f} GFLOP/s.",
+                f"Our step needs {self.flops / 1e9:.4g} GFLOP (convolutions and matrix products), "
+                f"at {self.share:.0%} of a matrix product's rate, which is "
+                f"{self.product_rate / 1e9:.0f} GFLOP/s.",
             ]
         )
 

@@ -23,7 +23,7 @@ def why_no_twin(ddconfig: DDConfig, embed_dim: int | None) -> str | None:
 
 
 def build_twin(ddconfig: DDConfig, embed_dim: int | None) -> Any:
-    """diffusers' module of an architecture, with random weights, in eval mode on the CPU.
+    """The module of diffusers of an architecture, with random weights, in eval mode on the CPU.
 
     Raises:
         ValueError: diffusers cannot express it.
@@ -35,7 +35,7 @@ def build_twin(ddconfig: DDConfig, embed_dim: int | None) -> Any:
 
 
 def twin_of(model: AutoEncoderKL) -> Any:
-    """diffusers' module with the weights of ours, on its device.
+    """The module of diffusers with the weights of ours, on its device.
 
     Raises:
         ValueError: diffusers cannot express it.

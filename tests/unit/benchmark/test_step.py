@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kl_vae.benchmark.published import PublishedStep, gradient_difference, noting_gradients
 from kl_vae.benchmark.gan_step import build_step, write_random_vgg
+from kl_vae.benchmark.published import PublishedStep, gradient_difference, noting_gradients
 from kl_vae.benchmark.step import compare_steps
 from kl_vae.benchmark.timing import Passes
 from kl_vae.data import Batch
