@@ -11,6 +11,7 @@ import dataclasses
 from typing import Literal
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,7 +36,7 @@ def count_flops(
     is forward and backward; its loss and its update, which are no products, are not in it. Nothing
     is computed, so that any size takes no time and no memory.
     """
-    with torch.device("meta"):
+    with FakeTensorMode():
         model = AutoEncoderKL(dataclasses.replace(ddconfig, dropout=0.0), embed_dim)
         images = torch.empty(batch_size, ddconfig.in_channels, size, size)
         side = size // model.downsampling_factor
@@ -90,8 +91,9 @@ def count_gan_flops(model: AutoEncoderKL, batch_size: int, size: int) -> int:
 
     `model` has an adversary that learns and counts from the first step on. It stays as it is.
     """
-    with torch.device("meta"):
-        copied = copy.deepcopy(model).to("meta")
+    with FakeTensorMode() as shapes_alone:
+        tensors = (*model.parameters(), *model.buffers())
+        copied = copy.deepcopy(model, {id(x): shapes_alone.from_tensor(x) for x in tensors})
         images = torch.empty(batch_size, model.config.in_channels, size, size)
         side = size // model.downsampling_factor
         noise = torch.empty(batch_size, model.latent_channels, side, side)
@@ -99,7 +101,7 @@ def count_gan_flops(model: AutoEncoderKL, batch_size: int, size: int) -> int:
         assert adversary is not None
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             out = copied.step(images, 0, "train", noise=noise)
-            out.total.backward()
+            out.total.backward()  # type: ignore[no-untyped-call]
             loss, _ = adversary.discriminator_loss(out.target, out.reconstruction.detach())
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
     return counter.get_total_flops()
