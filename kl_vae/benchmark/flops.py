@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from kl_vae.ddconfig import DDConfig
 from kl_vae.device import PRECISIONS
@@ -42,14 +43,31 @@ def count_flops(
         side = size // model.downsampling_factor
         latents = torch.empty(batch_size, model.latent_channels, side, side)
         # the attention as two products, which every version of torch counts alike
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        with _Counter() as counter, sdpa_kernel(SDPBackend.MATH):
             if work == "step":
                 reconstruction, posterior = model(images, noise=latents)
                 (reconstruction.mean() + posterior.kl().mean()).backward()
             else:
                 with torch.no_grad():
                     model.encode(images) if work == "encode" else model.decode(latents)
-    return counter.get_total_flops()
+    return counter.flops
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up torch's formulas; its own FlopCounterMode cannot take a gradient at an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 class MatrixProduct:
@@ -99,9 +117,9 @@ def count_gan_flops(model: AutoEncoderKL, batch_size: int, size: int) -> int:
         noise = torch.empty(batch_size, model.latent_channels, side, side)
         adversary = copied.adversary
         assert adversary is not None
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        with _Counter() as counter, sdpa_kernel(SDPBackend.MATH):
             out = copied.step(images, 0, "train", noise=noise)
             out.total.backward()  # type: ignore[no-untyped-call]
             loss, _ = adversary.discriminator_loss(out.target, out.reconstruction.detach())
             loss.backward()  # type: ignore[no-untyped-call]
-    return counter.get_total_flops()
+    return counter.flops

@@ -9,10 +9,15 @@ import pytest
 import yaml
 
 from kl_vae import AutoEncoderKL
-from kl_vae.benchmark import tiling
+from kl_vae.benchmark import flops, tiling
 from kl_vae.cli.main import main
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flops, "_SIDE", 64)
 
 
 def rows(markdown: str) -> dict[str, list[str]]:

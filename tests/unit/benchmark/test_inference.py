@@ -7,11 +7,17 @@ import pytest
 import torch
 
 from kl_vae import AutoEncoderKL
+from kl_vae.benchmark import flops
 from kl_vae.benchmark.inference import coder, coding_input, measure_coding, their_ways, ways
 from kl_vae.benchmark.twin import build_twin, twin_of, why_no_twin
 from kl_vae.ddconfig import DDConfig
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flops, "_SIDE", 64)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from kl_vae.benchmark import plain_comparison
+from kl_vae.benchmark import flops, plain_comparison
 from kl_vae.benchmark.plain_comparison import WHOLE_STEP, compare_plain_steps
 from kl_vae.benchmark.plain_step import (
     KL_WEIGHT,
@@ -21,6 +21,11 @@ from kl_vae.errors import RunError
 from kl_vae.formats.diffusers_layout import to_diffusers
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flops, "_SIDE", 64)
 
 
 @pytest.fixture
