@@ -42,8 +42,9 @@ def count_flops(
         images = torch.empty(batch_size, ddconfig.in_channels, size, size)
         side = size // model.downsampling_factor
         latents = torch.empty(batch_size, model.latent_channels, side, side)
+        counter = _Counter()
         # the attention as two products, which every version of torch counts alike
-        with _Counter() as counter, sdpa_kernel(SDPBackend.MATH):
+        with counter, sdpa_kernel(SDPBackend.MATH):
             if work == "step":
                 reconstruction, posterior = model(images, noise=latents)
                 (reconstruction.mean() + posterior.kl().mean()).backward()
@@ -53,12 +54,12 @@ def count_flops(
     return counter.flops
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up torch's formulas; its own FlopCounterMode cannot take a gradient at an input."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops: int = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -117,7 +118,8 @@ def count_gan_flops(model: AutoEncoderKL, batch_size: int, size: int) -> int:
         noise = torch.empty(batch_size, model.latent_channels, side, side)
         adversary = copied.adversary
         assert adversary is not None
-        with _Counter() as counter, sdpa_kernel(SDPBackend.MATH):
+        counter = _Counter()
+        with counter, sdpa_kernel(SDPBackend.MATH):
             out = copied.step(images, 0, "train", noise=noise)
             out.total.backward()  # type: ignore[no-untyped-call]
             loss, _ = adversary.discriminator_loss(out.target, out.reconstruction.detach())

@@ -151,7 +151,7 @@ def _as_it_is(module: Any) -> Any:
 
 
 def _channels_last(module: nn.Module) -> nn.Module:
-    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    return module.to(memory_format=torch.channels_last)
 
 
 def _cast(module: nn.Module, precision: str) -> nn.Module:
