@@ -8,6 +8,8 @@ from typing import Any
 
 from kl_vae.benchmark.measurement import MATRIX_PRODUCT, Measurement
 
+_LINES = ("-", "--", ":", "-.")  # of numbers of images
+
 
 def matplotlib_figure() -> Any:
     """Return matplotlib's Figure.
@@ -73,6 +75,3 @@ def plot_growth(measurements: Sequence[Measurement], path: Path, title: str) -> 
     axes[0].legend(fontsize="small")
     figure.suptitle(title, fontsize="small")
     save_figure(figure, path)
-
-
-_LINES = ("-", "--", ":", "-.")

@@ -272,6 +272,9 @@ def test_scaling(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures = json.loads((project / "s.json").read_text())
     assert table["2 ranks x 1 thread"][2] == f"{figures['speed']:.3f}"
     assert figures.items() >= {"ranks": 2, "threads": 2, "batch_size": 2}.items()
+    assert figures["norm_difference"] < 1e-5
+    for key in ("single", "several", "apart", "exchange"):
+        assert figures[key]["low"] > 0.0
 
 
 @pytest.mark.parametrize(

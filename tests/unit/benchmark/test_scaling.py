@@ -3,14 +3,12 @@
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from kl_vae.benchmark.groups import Actions, Group
-from kl_vae.benchmark.scaling import Job, Scaling, compare_scaling
+from kl_vae.benchmark.scaling import Scaling
 from kl_vae.benchmark.timing import Timing
-from kl_vae.ddconfig import DDConfig
 from kl_vae.distributed.ranks import Ranks
 from kl_vae.errors import RunError
 
@@ -29,13 +27,6 @@ def test_what_follows_by_hand() -> None:
     assert lines[-1].startswith("The exchange adds 0.5 s to a step; 75% of it is hidden behind")
     hidden = Scaling(2, 2, at(4.0), at(4.4), at(4.5), at(2.0), 1e-7)
     assert (hidden.exposed, hidden.overlap) == (0.0, 1.0)
-
-
-def test_one_rank_and_two_take_the_same_step(tiny_ddconfig: dict[str, Any]) -> None:
-    job = Job(DDConfig.from_dict(tiny_ddconfig), 3, 16, global_batch_size=2)
-    result = compare_scaling(job, ranks=2, threads=2, repeats=1)
-    assert result.norm_difference < 1e-5
-    assert min(result.single.low, result.several.low, result.apart.low, result.exchange.low) > 0.0
 
 
 def prepare(work: str, ranks: Ranks) -> Actions:
