@@ -60,7 +60,7 @@ def measure_coding(
 ) -> Iterator[list[Measurement]]:
     """Time every way on the same images, by turns with each other and with a matrix product.
 
-    Yields a list for each number and size of images. The weights are random, the same for all.
+    Yields a list for each number and size of images. The weights are those of `random_model`.
     Without diffusers (see `why_no_twin`) there are ours alone.
 
     Args:
@@ -74,8 +74,7 @@ def measure_coding(
         precision: fp32, bf16 or fp16, by autocast.
         compiled: time both also as torch.compile makes them.
     """
-    torch.manual_seed(0)
-    model = AutoEncoderKL(ddconfig, embed_dim).eval().to(device)
+    model = random_model(ddconfig, embed_dim).to(device)
     calls: dict[str, Callable[[Tensor], Tensor]] = {}
     if why_no_twin(ddconfig, embed_dim) is None:
         twin = twin_of(model)
@@ -113,6 +112,21 @@ def measure_coding(
                 )
                 for name, result in results.items()
             ]
+
+
+@torch.no_grad()
+def random_model(ddconfig: DDConfig, embed_dim: int | None) -> AutoEncoderKL:
+    """Random weights, always the same, that decode latents of unit variance to about [-1, 1].
+
+    A difference of images is then what it is for a trained model.
+    """
+    torch.manual_seed(0)
+    model = AutoEncoderKL(ddconfig, embed_dim).eval()
+    z = coding_input("decode", (1, model.latent_channels, 8, 8))
+    largest = model.decode(z).abs().max()
+    for parameter in model.decoder.conv_out.parameters():
+        parameter /= largest
+    return model
 
 
 def coding_input(work: Coding, shape: tuple[int, ...]) -> Tensor:

@@ -20,6 +20,7 @@ from kl_vae.benchmark.gan_step import build_step
 from kl_vae.benchmark.measurement import MATRIX_PRODUCT
 from kl_vae.benchmark.published import PublishedStep, gradient_difference, noting_gradients
 from kl_vae.benchmark.timing import Passes, Timing, alternate, counting
+from kl_vae.benchmark.twin import why_no_twin
 from kl_vae.data import Batch
 from kl_vae.ddconfig import DDConfig
 from kl_vae.losses.lpips import LPIPS
@@ -45,6 +46,7 @@ class StepComparison:
     Attributes:
         published: as latent-diffusion runs it.
         ours: as training runs it.
+        diffusers: the published sequence with diffusers' modules; None: it cannot be had.
         difference: of their gradients (see `gradient_difference`).
         flops: operations that our step needs (see `count_gan_flops`).
         product_rate: FLOP/s of a large matrix product, timed by turns with both.
@@ -52,6 +54,7 @@ class StepComparison:
 
     published: StepResult
     ours: StepResult
+    diffusers: StepResult | None
     difference: float
     flops: int
     product_rate: float
@@ -73,7 +76,10 @@ class StepComparison:
             f"| step | median s | low to high s | times ours | {' | '.join(networks)} |",
             f"|---|---|---|---|{'---|' * len(networks)}",
         ]
-        for name, result in (("published", self.published), ("ours", self.ours)):
+        results = {"published": self.published, "ours": self.ours}
+        if self.diffusers is not None:
+            results = {"published, diffusers' modules": self.diffusers, **results}
+        for name, result in results.items():
             ratio = result.timing.median / self.ours.timing.median
             passes = [f"{x.forward} + {x.backward}" for x in result.passes.values()]
             lines.append(f"| {name} | {result.timing.cells} | {ratio:.2f} | {' | '.join(passes)} |")
@@ -124,6 +130,7 @@ def compare_steps(
     """
     ours = build_step(ddconfig, embed_dim, device, batch_size, perceptual, perceptual_features)
     published = PublishedStep.beside(ours)
+    assert isinstance(published.model, AutoEncoderKL)
     generator = generator_for("benchmark", size)
     images = torch.rand(batch_size, ddconfig.in_channels, size, size, generator=generator)
     batch = Batch(2.0 * images - 1.0, torch.arange(batch_size), ("-",) * batch_size, ())
@@ -157,10 +164,14 @@ def compare_steps(
         "ours": lambda: ours(repeat(batch)),
         MATRIX_PRODUCT: product,
     }
+    if why_no_twin(ddconfig, embed_dim) is None:
+        theirs = PublishedStep.with_twin(ours)
+        candidates["diffusers"] = lambda: theirs(batch)
     timings = alternate(candidates, repeats, device)
     return StepComparison(
         StepResult(timings["published"], published_passes),
         StepResult(timings["ours"], our_passes),
+        StepResult(timings["diffusers"], published_passes) if "diffusers" in timings else None,
         difference,
         count_gan_flops(ours.state.model, batch_size, size),
         product.flops / timings[MATRIX_PRODUCT].median,

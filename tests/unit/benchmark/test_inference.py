@@ -8,7 +8,14 @@ import torch
 
 from kl_vae import AutoEncoderKL
 from kl_vae.benchmark import flops
-from kl_vae.benchmark.inference import coder, coding_input, measure_coding, their_ways, ways
+from kl_vae.benchmark.inference import (
+    coder,
+    coding_input,
+    measure_coding,
+    random_model,
+    their_ways,
+    ways,
+)
 from kl_vae.benchmark.twin import build_twin, twin_of, why_no_twin
 from kl_vae.ddconfig import DDConfig
 
@@ -59,6 +66,14 @@ def test_a_model_that_diffusers_cannot_express_comes_alone(ddconfig: DDConfig) -
     assert said.startswith("Ours alone: diffusers cannot express this model: embed_dim=3: it has")
     with pytest.raises(ValueError, match="diffusers cannot express this model: embed_dim=3"):
         build_twin(ddconfig, 3)
+
+
+def test_images_of_random_weights_have_the_size_of_images(ddconfig: DDConfig) -> None:
+    model = random_model(ddconfig, 3)
+    image = model.decode(coding_input("decode", (1, 3, 16, 16)))
+    assert 0.5 < image.abs().max() < 2.0
+    again = random_model(ddconfig, 3).get_last_layer()
+    assert torch.equal(again, model.get_last_layer())
 
 
 def test_sizes_and_numbers_are_swept(ddconfig: DDConfig) -> None:

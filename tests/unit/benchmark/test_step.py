@@ -73,6 +73,19 @@ def test_both_steps_give_the_same_gradients(ours: TrainingStep) -> None:
     assert gradient_difference(our_discriminators, published_discriminators) < 1e-4
 
 
+def test_with_the_modules_of_diffusers_it_is_the_same_step(ddconfig: DDConfig) -> None:
+    pytest.importorskip("diffusers")
+    ours = build_step(ddconfig, 4, CPU, 2, Edges())
+    noise = latent_noise(ours.state.model, batch(), "posterior", 0, 0)
+    steps = PublishedStep.beside(ours), PublishedStep.with_twin(ours)
+    norms = []
+    for step in steps:
+        with noting_gradients(step.optimizer) as gradients:
+            step(batch(), noise)
+        norms.append(torch.stack([x.norm() for x in gradients]).norm())
+    torch.testing.assert_close(norms[0], norms[1], rtol=1e-4, atol=0.0)
+
+
 def test_both_steps_move_the_weights_alike(ours: TrainingStep) -> None:
     # of a larger rate and eps, so that rounding shows as rounding
     config = dataclasses.replace(ours.config.optimizer, learning_rate=1e-3, eps=1.0)
