@@ -125,7 +125,7 @@ def random_model(ddconfig: DDConfig, embed_dim: int | None) -> AutoEncoderKL:
     z = coding_input("decode", (1, model.latent_channels, 8, 8))
     largest = model.decode(z).abs().max()
     for parameter in model.decoder.conv_out.parameters():
-        parameter /= largest
+        parameter.div_(largest)
     return model
 
 
