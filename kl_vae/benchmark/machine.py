@@ -11,9 +11,9 @@ CPUINFO = Path("/proc/cpuinfo")  # Linux alone
 
 
 def describe_machine(device: torch.device, cpuinfo: Path = CPUINFO) -> str:
-    """One line: the processor, the threads that torch uses of it, the GPU if used, and torch."""
-    threads = torch.get_num_threads()
-    parts = [f"{_processor(cpuinfo)} ({threads} thread{'s' if threads > 1 else ''})"]
+    """One line: the processor, what torch uses of it, the GPU where it is used, and torch."""
+    threads, kind = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    parts = [f"{_processor(cpuinfo)} ({threads} thread{'s' if threads > 1 else ''}, {kind})"]
     if device.type == "cuda":
         parts.append(torch.cuda.get_device_name(device))
     elif device.type != "cpu":

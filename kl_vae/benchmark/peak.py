@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from kl_vae.errors import RunError
+from kl_vae.inference.memory import give_back_memory
 
 _STATUS = Path("/proc/self/status")  # Linux alone
 
@@ -63,7 +64,7 @@ def cost_of(
         process.join()
         raise RunError(
             f"a measurement ended without a word (exit code {process.exitcode}): mostly memory ran "
-            "out; give smaller --sizes"
+            "out; give smaller images"
         ) from None
     process.join()
     if isinstance(answer, str):
@@ -80,6 +81,7 @@ def _measure(
     try:
         torch.set_num_threads(threads)
         call = prepare()
+        give_back_memory(device)  # what preparing has left is not the call's
         on_cuda = device.type == "cuda"
         if on_cuda:
             torch.cuda.synchronize(device)

@@ -10,16 +10,43 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kl_vae.benchmark.twin import twin_of
 from kl_vae.data import Batch
 from kl_vae.device import autocast
+from kl_vae.losses.adversarial import LPIPSWithDiscriminator
 from kl_vae.model import AutoEncoderKL
 from kl_vae.optimizer import build_optimizer
 from kl_vae.training.step import TrainingStep, to_device
+
+
+class TwinWithLoss(nn.Module):
+    """The modules of diffusers with the weights and the loss of ours, for a PublishedStep."""
+
+    def __init__(self, model: AutoEncoderKL) -> None:
+        super().__init__()
+        self.twin: Any = twin_of(model).train()
+        self.adversary: LPIPSWithDiscriminator | None = copy.deepcopy(model.adversary)
+
+    def forward(self, images: Tensor, *, noise: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Images [B, C, H, W] -> their reconstruction and their posterior, as diffusers' class."""
+        posterior = self.twin.encode(images).latent_dist
+        noise = torch.randn_like(posterior.mean) if noise is None else noise.to(posterior.mean)
+        return self.twin.decode(posterior.mean + posterior.std * noise).sample, posterior
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Those of the autoencoder."""
+        return list(self.twin.parameters())
+
+    def get_last_layer(self) -> Tensor:
+        """The weight of the last convolution, [C, ch, 3, 3]."""
+        weight: Tensor = self.twin.decoder.conv_out.weight
+        return weight
 
 
 @dataclass
@@ -38,14 +65,14 @@ class PublishedStep:
     adaptive weighting.
 
     Attributes:
-        model: whose loss is a LPIPSWithDiscriminator with LPIPS.
+        model: whose loss is a LPIPSWithDiscriminator with LPIPS; ours, or diffusers'.
         optimizer: over the autoencoder.
         discriminator_optimizer: over the discriminator.
         channels_last: memory layout of the images, as of the model.
         precision: fp32 or bf16, by autocast. (fp16 would need a gradient scaler.)
     """
 
-    model: AutoEncoderKL
+    model: AutoEncoderKL | TwinWithLoss
     optimizer: torch.optim.Optimizer
     discriminator_optimizer: torch.optim.Optimizer
     channels_last: bool = True
@@ -61,14 +88,24 @@ class PublishedStep:
     @classmethod
     def beside(cls, ours: TrainingStep) -> PublishedStep:
         """The same step as `ours`: on a copy of its model, with optimisers of the same kind."""
-        model, config = copy.deepcopy(ours.state.model), ours.config
+        return cls._of(copy.deepcopy(ours.state.model), ours, ours.config.training.channels_last)
+
+    @classmethod
+    def with_twin(cls, ours: TrainingStep) -> PublishedStep:
+        """The same with diffusers' modules, in their layout."""
+        return cls._of(TwinWithLoss(ours.state.model), ours, channels_last=False)
+
+    @classmethod
+    def _of(
+        cls, model: AutoEncoderKL | TwinWithLoss, ours: TrainingStep, channels_last: bool
+    ) -> PublishedStep:
         assert model.adversary is not None
-        discriminator = model.adversary.discriminator
+        discriminator, config = model.adversary.discriminator, ours.config
         return cls(
             model,
             build_optimizer(model.own_parameters(), config.optimizer),
             build_optimizer(discriminator.parameters(), config.discriminator_optimizer),
-            config.training.channels_last,
+            channels_last,
             config.training.precision,
         )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from kl_vae.benchmark.step import build_step
+from kl_vae.benchmark.gan_step import build_step
 from kl_vae.benchmark.timing import Timing, alternate
 from kl_vae.data import Batch
 from kl_vae.ddconfig import DDConfig

@@ -6,40 +6,29 @@ B batch, C channels.
 from __future__ import annotations
 
 import dataclasses
-import math
-import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
+from kl_vae.benchmark.flops import MatrixProduct, count_gan_flops
+from kl_vae.benchmark.gan_step import build_step
+from kl_vae.benchmark.measurement import MATRIX_PRODUCT
 from kl_vae.benchmark.published import PublishedStep, gradient_difference, noting_gradients
 from kl_vae.benchmark.timing import Passes, Timing, alternate, counting
+from kl_vae.benchmark.twin import why_no_twin
 from kl_vae.data import Batch
 from kl_vae.ddconfig import DDConfig
-from kl_vae.distributed.ranks import Ranks
 from kl_vae.losses.lpips import LPIPS
 from kl_vae.model import AutoEncoderKL
-from kl_vae.optimizer import DiscriminatorOptimizerConfig, OptimizerConfig
 from kl_vae.randomness import generator_for
-from kl_vae.training.bad_images import BadImages
-from kl_vae.training.config import ModelConfig, ModelParams, RunConfig, TrainingConfig
-from kl_vae.training.prepare import build_model, build_state, wrap
-from kl_vae.training.step import TrainingStep, latent_noise
+from kl_vae.training.step import latent_noise
 
 MAX_DIFFERENCE = 1e-3  # of float32 gradients; above it the two steps are not the same step
-
-# as published, but for a rate so small that all steps that are timed work on the same weights
-_ADAM: dict[str, Any] = {
-    "name": "adam",
-    "betas": (0.5, 0.9),
-    "eps": 1e-8,
-    "learning_rate": 1e-6,
-    "clip_grad_norm": None,
-}
 
 
 @dataclass(frozen=True)
@@ -52,16 +41,33 @@ class StepResult:
 
 @dataclass(frozen=True)
 class StepComparison:
-    """Both steps, and how far their gradients lie apart (see `gradient_difference`)."""
+    """Both steps.
+
+    Attributes:
+        published: as latent-diffusion runs it.
+        ours: as training runs it.
+        diffusers: the published sequence with diffusers' modules; None: it cannot be had.
+        difference: of their gradients (see `gradient_difference`).
+        flops: operations that our step needs (see `count_gan_flops`).
+        product_rate: FLOP/s of a large matrix product, timed by turns with both.
+    """
 
     published: StepResult
     ours: StepResult
+    diffusers: StepResult | None
     difference: float
+    flops: int
+    product_rate: float
 
     @property
     def ratio(self) -> float:
         """How many times as long the published step takes, by the medians."""
         return self.published.timing.median / self.ours.timing.median
+
+    @property
+    def share(self) -> float:
+        """Our rate as a part of the matrix product's."""
+        return self.flops / self.ours.timing.median / self.product_rate
 
     def markdown(self) -> str:
         """A table, and below it what its columns mean."""
@@ -70,7 +76,10 @@ class StepComparison:
             f"| step | median s | low to high s | times ours | {' | '.join(networks)} |",
             f"|---|---|---|---|{'---|' * len(networks)}",
         ]
-        for name, result in (("published", self.published), ("ours", self.ours)):
+        results = {"published": self.published, "ours": self.ours}
+        if self.diffusers is not None:
+            results = {"published, diffusers' modules": self.diffusers, **results}
+        for name, result in results.items():
             ratio = result.timing.median / self.ours.timing.median
             passes = [f"{x.forward} + {x.backward}" for x in result.passes.values()]
             lines.append(f"| {name} | {result.timing.cells} | {ratio:.2f} | {' | '.join(passes)} |")
@@ -81,6 +90,9 @@ class StepComparison:
                 f"{', '.join(networks)}: forward + backward passes a step, counted by hooks (the "
                 "autoencoder's at its encoder).",
                 f"In fp32 the autoencoder's gradients of both agree to {self.difference:.1e}.",
+                f"Our step needs {self.flops / 1e9:.4g} GFLOP (convolutions and matrix products), "
+                f"at {self.share:.0%} of a matrix product's rate, which is "
+                f"{self.product_rate / 1e9:.0f} GFLOP/s.",
             ]
         )
 
@@ -118,6 +130,7 @@ def compare_steps(
     """
     ours = build_step(ddconfig, embed_dim, device, batch_size, perceptual, perceptual_features)
     published = PublishedStep.beside(ours)
+    assert isinstance(published.model, AutoEncoderKL)
     generator = generator_for("benchmark", size)
     images = torch.rand(batch_size, ddconfig.in_channels, size, size, generator=generator)
     batch = Batch(2.0 * images - 1.0, torch.arange(batch_size), ("-",) * batch_size, ())
@@ -145,73 +158,24 @@ def compare_steps(
     training = dataclasses.replace(ours.config.training, precision=precision)
     ours.config = dataclasses.replace(ours.config, training=training)
     published.precision = precision
-    timings = alternate(
-        {"published": lambda: published(batch), "ours": lambda: ours(repeat(batch))},
-        repeats,
-        device,
-    )
+    product = MatrixProduct(device, precision)
+    candidates: dict[str, Callable[[], object]] = {
+        "published": lambda: published(batch),
+        "ours": lambda: ours(repeat(batch)),
+        MATRIX_PRODUCT: product,
+    }
+    if why_no_twin(ddconfig, embed_dim) is None:
+        theirs = PublishedStep.with_twin(ours)
+        candidates["diffusers"] = lambda: theirs(batch)
+    timings = alternate(candidates, repeats, device)
     return StepComparison(
         StepResult(timings["published"], published_passes),
         StepResult(timings["ours"], our_passes),
+        StepResult(timings["diffusers"], published_passes) if "diffusers" in timings else None,
         difference,
+        count_gan_flops(ours.state.model, batch_size, size),
+        product.flops / timings[MATRIX_PRODUCT].median,
     )
-
-
-def build_step(
-    ddconfig: DDConfig,
-    embed_dim: int | None,
-    device: torch.device,
-    batch_size: int,
-    perceptual: str | nn.Module = "vgg",
-    perceptual_features: str | Path | None = None,
-) -> TrainingStep:
-    """Build our step in fp32 (see `compare_steps`)."""
-    with tempfile.TemporaryDirectory() as folder:
-        if perceptual == "vgg" and perceptual_features is None:
-            perceptual_features = write_random_vgg(Path(folder) / "vgg16.pth")
-        params = {
-            "disc_start": 0,
-            "disc_in_channels": ddconfig.out_ch,
-            "disc_weight": 0.5,
-            "kl_weight": 1e-6,
-            "learn_logvar": False,  # no published optimiser holds it
-            "perceptual": perceptual,
-            "perceptual_linear": False,
-            "perceptual_features": perceptual_features,
-        }
-        model_params = ModelParams(
-            ddconfig=dataclasses.replace(ddconfig, dropout=0.0),
-            embed_dim=embed_dim,
-            lossconfig={"target": "lpips_with_discriminator", "params": params},
-        )
-        config = RunConfig(
-            model=ModelConfig(params=model_params),
-            optimizer=OptimizerConfig(**_ADAM),
-            discriminator_optimizer=DiscriminatorOptimizerConfig(**_ADAM),
-            training=TrainingConfig(global_batch_size=batch_size, max_steps=1),
-        )
-        ranks = Ranks(0, 1, device)
-        model = build_model(config, ranks, resuming=False)
-    state = build_state(config, model, {}, "")
-    bad_images = BadImages(None, ranks, number=batch_size, max_fraction=0.0)
-    return TrainingStep(state, *wrap(model, ranks), config, ranks, 1, bad_images)
-
-
-def write_random_vgg(path: Path) -> Path:
-    """Write random weights of VGG16's features, as LPIPS reads them; return the path."""
-    import torchvision
-
-    with torch.device("meta"):
-        shapes = torchvision.models.vgg16(weights=None).features.state_dict()
-    torch.manual_seed(0)
-    tensors = {
-        key: torch.randn(x.shape) * math.sqrt(2.0 / x[0].numel())  # He et al. 2015
-        if x.ndim == 4
-        else torch.zeros(x.shape)
-        for key, x in shapes.items()
-    }
-    torch.save(tensors, path)
-    return path
 
 
 def _networks(model: AutoEncoderKL) -> dict[str, nn.Module]:

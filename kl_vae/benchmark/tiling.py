@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from kl_vae.benchmark.peak import Cost, cost_of
+from kl_vae.benchmark.plots import matplotlib_figure, save_figure
 from kl_vae.ddconfig import DDConfig
 from kl_vae.errors import RunError
 from kl_vae.model import AutoEncoderKL
@@ -169,23 +170,7 @@ def plot(measured: Sequence[Measured], path: Path, machine: str) -> None:
             axis.grid(True, which="both", alpha=0.3)
     axes[0][0].legend()
     figure.suptitle(machine, fontsize="small")
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--plot {path}: cannot be written ({error}); give a .png") from error
-
-
-def matplotlib_figure() -> Any:
-    """Return matplotlib's Figure.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError('plots need matplotlib: pip install "kl-vae[plots]"') from None
-    return Figure
+    save_figure(figure, path)
 
 
 def _key(m: Measured) -> tuple[str, int, int]:

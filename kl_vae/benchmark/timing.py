@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,3 +109,22 @@ def counting(networks: Mapping[str, nn.Module]) -> Iterator[dict[str, Passes]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def synchronisations(call: Callable[[], object], device: torch.device) -> int | None:
+    """How often a call lets the CPU wait for the GPU, as torch's sync debug mode sees it.
+
+    None on other devices, which know no such waiting.
+    """
+    if device.type != "cuda":
+        return None
+    _synchronize(device)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)

@@ -9,10 +9,15 @@ import pytest
 import yaml
 
 from kl_vae import AutoEncoderKL
-from kl_vae.benchmark import tiling
+from kl_vae.benchmark import flops, tiling
 from kl_vae.cli.main import main
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flops, "_SIDE", 64)
 
 
 def rows(markdown: str) -> dict[str, list[str]]:
@@ -24,10 +29,11 @@ def rows(markdown: str) -> dict[str, list[str]]:
 def test_steps_as_a_user_types_it(project: Path) -> None:
     command = [sys.executable, str(CHECKOUT / "scripts" / "benchmark.py"), "step"]
     command += "--config tiny.yaml --size 32 --repeats 2 --device cpu --out step.json".split()
+    command += ["--loss", "gan"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     first, *_, last = done.stdout.splitlines()
-    assert first == "One GAN step of tiny.yaml: 1 x 32 x 32 images, fp32, 2 of each by turns."
+    assert first == "A training step of tiny.yaml: 1 x 32 x 32 images, fp32, 2 of each by turns."
     assert last.startswith("Measured on ") and "thread" in last and ", torch 2." in last
     table = rows(done.stdout)
     assert table["step"][-3:] == ["autoencoder", "LPIPS", "discriminator"]
@@ -35,7 +41,8 @@ def test_steps_as_a_user_types_it(project: Path) -> None:
     assert table["ours"][-4:] == ["1.00", "1 + 1", "2 + 1", "3 + 3"]
     assert "In fp32 the autoencoder's gradients of both agree to " in done.stdout
 
-    figures = json.loads((project / "step.json").read_text())
+    everything = json.loads((project / "step.json").read_text())
+    figures = everything["gan"]
     assert figures["published"]["passes"]["autoencoder"] == {"forward": 2, "backward": 1}
     assert figures["ours"]["passes"]["autoencoder"] == {"forward": 1, "backward": 1}
     assert figures["difference"] < 1e-3
@@ -43,8 +50,9 @@ def test_steps_as_a_user_types_it(project: Path) -> None:
     assert figures["ratio"] == pytest.approx(medians["published"] / medians["ours"])
     assert table["published"][2] == f"{figures['ratio']:.2f}"
     about = {"benchmark": "step", "config": "tiny.yaml", "size": 32, "batch_size": 1}
-    assert figures.items() >= {**about, "precision": "fp32", "repeats": 2, "device": "cpu"}.items()
-    assert last == f"Measured on {figures['machine']}."
+    about |= {"precision": "fp32", "repeats": 2, "device": "cpu"}
+    assert everything.items() >= about.items() and "plain" not in everything
+    assert last == f"Measured on {everything['machine']}."
 
 
 def test_optimizers(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,7 +71,7 @@ def test_optimizers(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert figures.items() >= {"benchmark": "optimizer", "images": 3, "size": 32}.items()
 
 
-@pytest.mark.parametrize("benchmark", ["step", "optimizer", "safety"])
+@pytest.mark.parametrize("benchmark", ["step", "optimizer", "safety", "memory", "scaling"])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -74,6 +82,7 @@ def test_optimizers(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("--device tpu", "device 'tpu': choose one of auto, cuda, mps, cpu, or cuda:INDEX"),
         ("--out none/out.json", "--out none/out.json: give a file in a folder that exists"),
         ("--out images", "--out images: give a file in a folder that exists"),
+        ("--markdown none/x.md", "--markdown none/x.md: give a file in a folder that exists"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -186,3 +195,128 @@ def test_pictures_are_larger_than_the_tiles_that_blend_them(
     assert main([*command, *blended]) == 2
     message = "not larger than --tile 256; give larger pictures, or smaller tiles"
     assert message in capsys.readouterr().err
+
+
+def test_coding(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("diffusers")
+    sweep = "--sizes 16 32 --batch-sizes 1 2 --repeats 1 --device cpu --threads 1"
+    files = "--plot growth.png --out e.json --markdown e.md"
+    command = ["benchmark", "encode", "--config", "tiny.yaml", *sweep.split(), *files.split()]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("To encode by tiny.yaml, fp32, 1 of each by turns.\n")
+    figures = json.loads((project / "e.json").read_text())
+    measured = figures["measured"]
+    assert len({(m["batch_size"], m["size"]) for m in measured}) == 4
+    ways = [m["way"] for m in measured[: len(measured) // 4]]
+    assert ways[:2] == ["diffusers", "diffusers, channels_last"] and "ours, plain modules" in ways
+    for m in measured:
+        assert m["difference"] < 1e-5 and m["work"] == "encode"
+        assert m["share"] == pytest.approx(m["flops"] / m["timing"]["median"] / m["product_rate"])
+        assert f"| {m['way']} | {m['batch_size']} x {m['size']} x {m['size']} | " in printed
+    assert figures.items() >= {"benchmark": "encode", "precision": "fp32", "repeats": 1}.items()
+    assert "(1 thread" in figures["machine"] and figures["without_diffusers"] is None
+    page = (project / "e.md").read_text()
+    assert page.startswith("## To encode by tiny.yaml, fp32, 1 of each by turns\n\n| way |")
+    assert page.rstrip().endswith(f"Measured on {figures['machine']}.")
+    assert (project / "growth.png").stat().st_size > 10_000
+
+
+def test_without_diffusers_a_line_says_so(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kl_vae.benchmark.twin.find_spec", lambda _: None)
+    arguments = "--config tiny.yaml --sizes 16 --repeats 1 --device cpu --out d.json"
+    assert main(["benchmark", "decode", *arguments.split()]) == 0
+    said = "Ours alone: diffusers is not installed (pip install diffusers)."
+    printed = capsys.readouterr().out
+    assert said in printed and "| diffusers" not in printed
+    assert json.loads((project / "d.json").read_text())["without_diffusers"] == said
+
+
+def test_everything_is_one_report(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--config tiny.yaml --sizes 16 --step-size 32 --repeats 1 --device cpu"
+    more = "--out all.json --markdown all.md --only step encode"
+    assert main(["benchmark", "all", *arguments.split(), *more.split()]) == 0
+    printed = capsys.readouterr().out
+    content = json.loads((project / "all.json").read_text())
+    assert list(content) == ["benchmark", "encode", "step"]
+    assert [m["size"] for m in content["encode"]["measured"][:1]] == [16]
+    assert content["step"]["size"] == 32 and content["step"]["plain"]["measured"]
+    assert content["step"]["gan"]["difference"] < 1e-3
+    page = (project / "all.md").read_text()
+    assert page.startswith("# kl_vae, tiny.yaml\n\n## To encode by tiny.yaml")
+    assert "\n## A training step of tiny.yaml" in page and "A training step of tiny" in printed
+
+
+def test_memory(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kl_vae.benchmark.twin.find_spec", lambda _: None)  # which loads slowly
+    arguments = "--config tiny.yaml --size 32 --device cpu --what encode --out m.json"
+    assert main(["benchmark", "memory", *arguments.split()]) == 0
+    printed = capsys.readouterr().out
+    assert "Memory, tiny.yaml, fp32, 1 of each by turns." in printed
+    figures = json.loads((project / "m.json").read_text())
+    assert figures.items() >= {"benchmark": "memory", "size": 32, "batch_size": 1}.items()
+    for m in figures["measured"]:
+        assert m["peak"] > m["added"] > 0 and m["timing"]["median"] > 0.0
+        assert f"| encode | 1 x 32 x 32 | {m['way']} | {m['peak'] / 1e9:.2f} | " in printed
+
+
+def test_scaling(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--config tiny.yaml --size 16 --threads 2 --repeats 1 --out s.json"
+    assert main(["benchmark", "scaling", *arguments.split()]) == 0
+    table = rows(capsys.readouterr().out)
+    assert table["1 rank x 2 threads"][2] == "1.000"
+    figures = json.loads((project / "s.json").read_text())
+    assert table["2 ranks x 1 thread"][2] == f"{figures['speed']:.3f}"
+    assert figures.items() >= {"ranks": 2, "threads": 2, "batch_size": 2}.items()
+    assert figures["norm_difference"] < 1e-5
+    for key in ("single", "several", "apart", "exchange"):
+        assert figures[key]["low"] > 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("encode --sizes 33", "size=33: must be a multiple of 2; give 32"),
+        ("decode --plot none/x.png", "--plot none/x.png: give a file in a folder that exists"),
+        ("memory --step-size 33", "size=33: must be a multiple of 2; give 32"),
+        ("all --step-size 33", "size=33: must be a multiple of 2; give 32"),
+        (
+            "step --precision fp16 --loss gan",
+            "--precision fp16: the published GAN step has no gradient scaler; give bf16, or "
+            "--loss plain",
+        ),
+        (
+            "scaling --threads 3",
+            "--threads 3: --ranks 2 cannot share it evenly; give a multiple of 2",
+        ),
+        (
+            "scaling --threads 2 --batch-size 3",
+            "--batch-size 3: --ranks 2 cannot share it evenly; give a multiple of 2",
+        ),
+        (
+            "scaling --ranks 1",
+            "--ranks 1: one rank is what the others are compared with; give 2 or more",
+        ),
+    ],
+)
+def test_mistakes_about_comparisons_are_one_line(
+    project: Path, capsys: pytest.CaptureFixture[str], arguments: str, message: str
+) -> None:
+    benchmark, *others = arguments.split()
+    command = ["benchmark", benchmark, "--config", "tiny.yaml", "--device", "cpu", *others]
+    assert main(command) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(message)
+
+
+def test_half_precision_takes_the_plain_step_alone(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = "--config tiny.yaml --size 16 --repeats 1 --device cpu --precision fp16"
+    assert main(["benchmark", "step", *arguments.split(), "--out", "h.json"]) == 0
+    figures = json.loads((project / "h.json").read_text())
+    assert "gan" not in figures and figures["plain"]["measured"][-1]["difference"] is None
+    assert "MSE + KL, forward, backward and AdamW:" in capsys.readouterr().out

@@ -20,6 +20,7 @@ COMMANDS = {  # some of those that a page shows
     "docs/checkpoints.md": {"encode", "convert"},
     "docs/evaluate.md": {"evaluate"},
     "docs/large_images.md": {"benchmark"},
+    "docs/performance.md": {"benchmark"},
     "docs/latents.md": {"encode"},
     "docs/sample.md": {"sample", "encode"},
 }

@@ -3,13 +3,17 @@
 import argparse
 
 from kl_vae.cli.benchmark import (
+    coding,
     data,
+    everything,
     latents,
     listing,
     loading,
+    memory,
     optimizer,
     recipes,
     safety,
+    scaling,
     step,
     tiling,
 )
@@ -17,7 +21,12 @@ from kl_vae.cli.benchmark import (
 HELP = "measure steps, optimisers, training recipes and more on this machine"
 
 BENCHMARKS = {
+    "encode": coding,
+    "decode": coding,
     "step": step,
+    "memory": memory,
+    "all": everything,
+    "scaling": scaling,
     "optimizer": optimizer,
     "safety": safety,
     "loading": loading,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +42,46 @@ def add_model_arguments(parser: argparse.ArgumentParser, size: int | None = None
         help="how often each is timed, by turns (default: 5)",
     )
     parser.add_argument("--device", default="auto", help="auto (default), cuda, cuda:N, mps or cpu")
+    add_output_arguments(parser)
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say where results are written."""
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures here too")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE.md", help="write what is printed here too"
+    )
+
+
+def add_compute_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say how a benchmark computes."""
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="measure all also as torch.compile makes them"
+    )
+    add_threads_argument(parser)
+
+
+def add_threads_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the number of threads."""
+    parser.add_argument(
+        "--threads", type=positive, metavar="N", help="of torch on the CPU (default: its choice)"
+    )
+
+
+@contextmanager
+def using_threads(number: int | None) -> Iterator[int]:
+    """Let torch use so many threads within, or as many as it does; give their number."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield number or before
+    finally:
+        torch.set_num_threads(before)
 
 
 def prepare(args: argparse.Namespace) -> tuple[DDConfig, int | None, torch.device]:
@@ -57,6 +98,7 @@ def prepare(args: argparse.Namespace) -> tuple[DDConfig, int | None, torch.devic
     from kl_vae.training.config import ModelParams
 
     check_out(args.out)
+    check_out(getattr(args, "markdown", None), "--markdown")
     params = from_mapping(ModelParams, load_model_params(args.config), "model.params")
     if params.ddconfig.context_channels:
         raise ValueError(
@@ -81,14 +123,31 @@ def report(
     device: torch.device,
     figures: dict[str, Any],
 ) -> None:
-    """Print heading, table and machine; with --out also write arguments and figures as JSON."""
+    """Print heading, table and machine; write them and the figures where `args` says.
+
+    --out takes the arguments and the figures as JSON, --markdown a section of a page.
+    """
     from kl_vae.benchmark.machine import describe_machine
     from kl_vae.files import write_text_atomically
 
     machine = describe_machine(device)
     print(f"{heading}.\n\n{table}\n\nMeasured on {machine}.")
     if args.out is not None:
-        keys = ("benchmark", "config", "size", "batch_size", "images", "precision", "repeats")
-        about = {key: getattr(args, key) for key in keys if hasattr(args, key)}
+        about = {key: getattr(args, key) for key in _ABOUT if hasattr(args, key)}
         content = {**about, "device": str(device), "machine": machine, **figures}
         write_text_atomically(args.out, json.dumps(content, indent=2) + "\n")
+    if getattr(args, "markdown", None) is not None:
+        text = f"## {heading}\n\n{table}\n\nMeasured on {machine}.\n"
+        write_text_atomically(args.markdown, text)
+
+
+_ABOUT = (
+    "benchmark",
+    "config",
+    "size",
+    "batch_size",
+    "images",
+    "precision",
+    "compile",
+    "repeats",
+)

@@ -17,7 +17,8 @@ def test_the_processor_is_named_as_the_system_names_it(tmp_path: Path) -> None:
         "processor\t: 0\nmodel\t: 85\nmodel name\t: Fast CPU @ 2 GHz\nmodel name\t: x"
     )
     threads = torch.get_num_threads()
-    line = f"Fast CPU @ 2 GHz ({threads} thread{'s' * (threads > 1)}), torch {torch.__version__}"
+    used = f"{threads} thread{'s' * (threads > 1)}, {torch.backends.cpu.get_cpu_capability()}"
+    line = f"Fast CPU @ 2 GHz ({used}), torch {torch.__version__}"
     assert describe_machine(CPU, cpuinfo) == line
 
 

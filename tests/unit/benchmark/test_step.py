@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kl_vae.benchmark.gan_step import build_step, write_random_vgg
 from kl_vae.benchmark.published import PublishedStep, gradient_difference, noting_gradients
-from kl_vae.benchmark.step import build_step, compare_steps, write_random_vgg
+from kl_vae.benchmark.step import compare_steps
 from kl_vae.benchmark.timing import Passes
 from kl_vae.data import Batch
 from kl_vae.ddconfig import DDConfig
@@ -70,6 +71,19 @@ def test_both_steps_give_the_same_gradients(ours: TrainingStep) -> None:
     assert gradient_difference(our_own, published_own) < 1e-4
     assert len(our_discriminators) == len(updater.parameters)
     assert gradient_difference(our_discriminators, published_discriminators) < 1e-4
+
+
+def test_with_the_modules_of_diffusers_it_is_the_same_step(ddconfig: DDConfig) -> None:
+    pytest.importorskip("diffusers")
+    ours = build_step(ddconfig, 4, CPU, 2, Edges())
+    noise = latent_noise(ours.state.model, batch(), "posterior", 0, 0)
+    steps = PublishedStep.beside(ours), PublishedStep.with_twin(ours)
+    norms = []
+    for step in steps:
+        with noting_gradients(step.optimizer) as gradients:
+            step(batch(), noise)
+        norms.append(torch.stack([x.norm() for x in gradients]).norm())
+    torch.testing.assert_close(norms[0], norms[1], rtol=1e-4, atol=0.0)
 
 
 def test_both_steps_move_the_weights_alike(ours: TrainingStep) -> None:
