@@ -14,7 +14,7 @@ import kl_vae
 PACKAGE = Path(kl_vae.__file__).parent
 
 FLOORS = (
-    ("errors", "randomness", "registry", "schema", "device", "files", "version"),
+    ("errors", "randomness", "registry", "schema", "device", "files", "version", "fast"),
     (
         "blocks",
         "attention",
@@ -27,7 +27,7 @@ FLOORS = (
         "equivariance",
         "distributed",
     ),
-    ("encoder", "decoder", "muon", "shapes"),
+    ("encoder", "decoder", "muon", "shapes", "acceleration"),
     ("losses", "formats", "data", "optimizer", "config"),
     ("pretrained", "presets"),
     ("model",),
@@ -50,6 +50,7 @@ SIDEWAYS = {
 # these know less than their floor allows
 KNOWS = {
     "losses": {"blocks", "distribution", "files", "registry"},
+    "fast": set(),
     "formats": {"files"},
     "data": {"files", "randomness", "schema"},
 }
