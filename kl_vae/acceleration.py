@@ -8,8 +8,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from kl_vae.blocks import Upsample
+from kl_vae.blocks import ResnetBlock, Upsample
 from kl_vae.fast.winograd import WinogradConv2d, is_3_by_3
+from kl_vae.fused import FusedResnetBlock
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ def accelerate(
     for module in model.modules():
         if is_3_by_3(module):
             module.__class__ = WinogradConv2d if winograd else nn.Conv2d
+        elif type(module) in (ResnetBlock, FusedResnetBlock):
+            module.__class__ = FusedResnetBlock if winograd else ResnetBlock
         elif isinstance(module, Upsample):
             module.merges = merge_upsampling
     for name, module in model.named_modules():

@@ -21,12 +21,14 @@ B batch, C channels, O channels of the output, H and W height and width, n tiles
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import ceil
+from math import ceil, prod
+from threading import local
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-POINTS = (0.0, 1.0, -1.0, 0.5, -0.5)
+POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)
 
 # of transformed tiles, input and output together: what the cache of a core holds
 TILE_BYTES = 8 * 2**20
@@ -84,7 +86,13 @@ def suits(x: Tensor, weight: Tensor) -> bool:
 
 
 def winograd_convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int] = (1, 1)
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: tuple[int, int] = (1, 1),
+    *,
+    activation: tuple[Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """`F.conv2d(x, weight, bias, padding=padding)` in channels_last, to rounding.
 
@@ -93,6 +101,8 @@ def winograd_convolve(
         weight: [O, C, 3, 3].
         bias: [O] or None.
         padding: rows of zeros above and below, columns of them at the left and right.
+        activation: scale and shift, [B, 1, 1, C] each: silu(scale * x + shift) is convolved.
+        residual: a map of the output's shape, which is added to it.
     """
     batch, channels, height, width = x.shape
     out_channels = weight.shape[0]
@@ -101,15 +111,15 @@ def winograd_convolve(
     images, lines = _piece(batch, down, across, channels + out_channels)
     n = images * lines * across
 
-    kernels = _transformed(weight)  # [36, C, O]
+    kernels = _transformed(weight)  # [36, O, C]
     pixels = x.permute(0, 2, 3, 1)  # [B, H, W, C]
     out = x.new_empty(batch, 4 * down, 4 * across, out_channels)
-    # buffers of one piece; what lies beyond the map stays 0
-    padded = x.new_zeros(images, 4 * lines + 2, 4 * across + 2, channels)
-    tiles = x.new_empty(6, 6, images, lines, across, channels)
-    transformed = x.new_empty(36, n, channels)
-    products = x.new_empty(36, n, out_channels)
-    results = x.new_empty(4, 4, images, lines, across, out_channels)
+    # of one piece
+    padded = _scratch("padded", images, 4 * lines + 2, 4 * across + 2, channels).zero_()
+    tiles = _scratch("tiles", 6, 6, images, lines, across, channels)
+    transformed = _scratch("transformed", 36, n, channels)
+    products = _scratch("products", 36, n, out_channels)
+    results = _scratch("results", 4, 4, images, lines, across, out_channels)
 
     for image in _starts(batch, images):
         for line in _starts(down, lines):
@@ -118,27 +128,49 @@ def winograd_convolve(
             padded[:, : first - top].zero_()
             padded[:, last - top :].zero_()
             inside = padded[:, first - top : last - top, padding[1] : padding[1] + width]
-            inside.copy_(pixels[image : image + images, first:last])
+            piece = pixels[image : image + images, first:last]
+            if activation is None:
+                inside.copy_(piece)
+            else:
+                scale, shift = (y[image : image + images] for y in activation)
+                F.silu(torch.mul(piece, scale, out=inside).add_(shift), inplace=True)
             # [images, lines, across, C, 6, 6]
             tiles.copy_(padded.unfold(1, 6, 4).unfold(2, 6, 4).permute(4, 5, 0, 1, 2, 3))
             torch.mm(_INPUT, tiles.view(36, -1), out=transformed.view(36, -1))
-            torch.bmm(transformed, kernels, out=products)
+            torch.bmm(transformed, kernels.transpose(1, 2), out=products)
             torch.mm(_OUTPUT, products.view(36, -1), out=results.view(16, -1))
-            piece = out[image : image + images, 4 * line : 4 * (line + lines)]
-            piece = piece.view(images, lines, 4, across, 4, out_channels)
-            piece = piece.permute(2, 4, 0, 1, 3, 5)
+            written = out[image : image + images, 4 * line : 4 * (line + lines)]
+            by_tile = written.view(images, lines, 4, across, 4, out_channels)
+            by_tile = by_tile.permute(2, 4, 0, 1, 3, 5)
             if bias is None:
-                piece.copy_(results)
+                by_tile.copy_(results)
             else:
-                torch.add(results, bias, out=piece)
+                torch.add(results, bias, out=by_tile)
+            if residual is not None:
+                added = residual.permute(0, 2, 3, 1)[image : image + images, 4 * line :]
+                added = added[:, : 4 * lines]
+                written[:, : added.shape[1], :columns].add_(added)
     return out[:, :rows, :columns].contiguous().permute(0, 3, 1, 2)
 
 
 def _transformed(weight: Tensor) -> Tensor:
-    """[O, C, 3, 3] -> G g G^T of each, [36, C, O]."""
-    out_channels, channels = weight.shape[:2]
-    kernels = torch.mm(_KERNEL, weight.reshape(-1, 9).t())
-    return kernels.view(36, out_channels, channels).transpose(1, 2)
+    """[O, C, 3, 3] -> G g G^T of each, [36, O, C]."""
+    kernels = _scratch("kernels", 36, *weight.shape[:2])
+    torch.mm(_KERNEL, weight.reshape(-1, 9).t(), out=kernels.view(36, -1))
+    return kernels
+
+
+def _scratch(use: str, *shape: int) -> Tensor:
+    """Memory that is kept from call to call, for each thread and use.
+
+    To get new pages from the system takes several times as long as to write to them.
+    """
+    kept: Tensor | None = getattr(_KEPT, use, None)
+    if kept is None or kept.numel() < prod(shape):
+        with torch.inference_mode(False):  # usable in that mode and out of it
+            kept = torch.empty(prod(shape), device="cpu")
+        setattr(_KEPT, use, kept)
+    return kept[: prod(shape)].view(shape)
 
 
 def _piece(batch: int, down: int, across: int, channels: int) -> tuple[int, int]:
@@ -165,7 +197,9 @@ def _matrices(points: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
     coefficients of prod (x - q), the powers of p over prod (p - q), and the powers of p.
     """
     number = len(points)
-    inputs, kernel, output = (torch.zeros(6, n, dtype=torch.float64, device="cpu") for n in (6, 3, 4))
+    inputs, kernel, output = (
+        torch.zeros(6, n, dtype=torch.float64, device="cpu") for n in (6, 3, 4)
+    )
     for row, p in enumerate(points):
         others = [q for q in points if q != p]
         inputs[row, :number] = _coefficients(others)
@@ -190,3 +224,5 @@ def _coefficients(roots: list[float] | tuple[float, ...]) -> Tensor:
 _INPUT, _KERNEL, _OUTPUT = (
     torch.kron(matrix, matrix).float() for matrix in _matrices(POINTS)
 )  # [36, 36], [36, 9], [16, 36]
+
+_KEPT = local()

@@ -11,7 +11,9 @@ from kl_vae.fast.norm_silu import norm_silu
 
 @pytest.mark.parametrize("keeps_gradients", [False, True])
 @pytest.mark.parametrize("norm", [Normalize(32), nn.Identity(), nn.BatchNorm2d(32)])
-def test_it_is_silu_of_the_norm_and_leaves_its_input(norm: nn.Module, keeps_gradients: bool) -> None:
+def test_it_is_silu_of_the_norm_and_leaves_its_input(
+    norm: nn.Module, keeps_gradients: bool
+) -> None:
     x = torch.randn(2, 32, 3, 5)
     before = x.clone()
     with torch.set_grad_enabled(keeps_gradients):
