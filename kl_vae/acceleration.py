@@ -86,4 +86,4 @@ def _set_layout(model: nn.Module, layout: torch.memory_format, device: str) -> N
         # first ones suffice, and the other weights, which may be mapped files, stay where they are
         first = name.rpartition(".")[2] == "conv_in"
         if isinstance(module, nn.Conv2d) and (first or device != "cpu"):
-            module.to(memory_format=layout)  # type: ignore[call-overload]
+            module.to(memory_format=layout)

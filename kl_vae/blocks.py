@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kl_vae.fast.hooks import has_hooks
 from kl_vae.fast.norm_silu import norm_silu
 from kl_vae.fast.upsample import merging_pays, upsample_and_convolve
 from kl_vae.fast.winograd import is_3_by_3
@@ -135,6 +136,6 @@ class Upsample(nn.Module):
 
     def is_merged(self, x: Tensor) -> bool:
         """Whether x is upsampled and convolved as one."""
-        if not self.with_conv or not is_3_by_3(self.conv):
+        if not self.with_conv or not is_3_by_3(self.conv) or has_hooks(self.conv):
             return False
         return merging_pays(x) if self.merges is None else self.merges

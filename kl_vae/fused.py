@@ -7,10 +7,13 @@ block's maps only its input, what is between its convolutions, and its output ev
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 from torch import Tensor, nn
 
 from kl_vae.blocks import GroupNorm, ResnetBlock
 from kl_vae.fast.group_norm import scale_and_shift
+from kl_vae.fast.hooks import has_hooks
 from kl_vae.fast.winograd import is_3_by_3, suits, winograd_convolve
 
 
@@ -21,33 +24,27 @@ class FusedResnetBlock(ResnetBlock):
     """
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        if self.has_context or not self._suits(x):
+        norm1, conv1, norm2, conv2 = self.norm1, self.conv1, self.norm2, self.conv2
+        drops = self.dropout.training and self.dropout.p > 0.0
+        if (
+            self.has_context
+            or drops
+            or not (is_group_norm(norm1) and is_group_norm(norm2))
+            or not (is_3_by_3(conv1) and is_3_by_3(conv2))
+            or not (suits(x, conv1.weight) and suits(x, conv2.weight))
+            or any(map(has_hooks, (norm1, conv1, norm2, self.dropout, conv2)))
+        ):
             return super().forward(x, context)
-        h = winograd_convolve(
-            x, self.conv1.weight, self.conv1.bias, activation=scale_and_shift(self.norm1, x)
-        )
+        h = winograd_convolve(x, conv1.weight, conv1.bias, activation=scale_and_shift(norm1, x))
         return winograd_convolve(
             h,
-            self.conv2.weight,
-            self.conv2.bias,
-            activation=scale_and_shift(self.norm2, h),
+            conv2.weight,
+            conv2.bias,
+            activation=scale_and_shift(norm2, h),
             residual=self.nin_shortcut(x) if self.has_shortcut else x,
         )
 
-    def _suits(self, x: Tensor) -> bool:
-        drops = self.dropout.training and self.dropout.p > 0.0
-        return (
-            suits(x, self.conv1.weight)
-            and suits(x, self.conv2.weight)
-            and is_group_norm(self.norm1)
-            and is_group_norm(self.norm2)
-            and is_3_by_3(self.conv1)
-            and is_3_by_3(self.conv2)
-            and not drops
-        )
 
-
-def is_group_norm(norm: nn.Module) -> bool:
-    """Whether `norm` computes a group norm, and only that: no subclass of others, no hooks."""
-    hooks = norm._forward_hooks or norm._forward_pre_hooks
-    return type(norm) in (GroupNorm, nn.GroupNorm) and not hooks
+def is_group_norm(norm: nn.Module) -> TypeGuard[nn.GroupNorm]:
+    """Whether `norm` computes a group norm, and only that."""
+    return type(norm) in (GroupNorm, nn.GroupNorm)

@@ -22,7 +22,7 @@ def scale_and_shift(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = x.shape
     rows = max(1, PIECE_BYTES // (4 * batch * channels * width))
     numbers, means, squares = [], [], []
-    for piece in x.permute(0, 2, 3, 1).split(rows, 1):  # [B, rows, W, C]
+    for piece in torch.split(x.permute(0, 2, 3, 1), rows, 1):  # [B, rows, W, C]
         mean = piece.mean((1, 2), keepdim=True)
         numbers.append(piece.shape[1] * width)
         means.append(mean)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kl_vae.fast.hooks import has_hooks
+
 
 def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
     """silu(norm(x)), [B, C, H, W]; x stays as it is.
@@ -14,5 +16,5 @@ def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
     input, and a hook may keep what it sees.
     """
     h: Tensor = norm(x)
-    own = isinstance(norm, nn.GroupNorm) and not norm._forward_hooks
+    own = isinstance(norm, nn.GroupNorm) and not has_hooks(norm)
     return F.silu(h, inplace=own and not torch.is_grad_enabled())
