@@ -130,7 +130,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.is_merged(x):
-            return upsample_and_convolve(x, self.conv.weight, self.conv.bias)
+            return upsample_and_convolve(self.conv, x)
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         return self.conv(x) if self.with_conv else x
 
@@ -138,4 +138,4 @@ class Upsample(nn.Module):
         """Whether x is upsampled and convolved as one."""
         if not self.with_conv or not is_3_by_3(self.conv) or has_hooks(self.conv):
             return False
-        return merging_pays(x) if self.merges is None else self.merges
+        return merging_pays(x, self.conv) if self.merges is None else self.merges

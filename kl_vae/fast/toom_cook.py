@@ -1,7 +1,8 @@
 """The matrices of short convolutions that multiply as little as possible.
 
-Toom (1963), Cook (1966); the form is that of Winograd (1980) and of Lavin & Gray (2016): with 6
-multiplications, A^T [(G g) * (B^T d)] is the convolution of 6 values d with 3 taps g, 4 values.
+Toom (1963), Cook (1966); the form is that of Winograd (1980) and of Lavin & Gray (2016): F(4, r),
+which gives 4 values of the convolution of 3 + r values d with r taps g, is A^T [(G g) * (B^T d)]
+with as many multiplications as there are values d.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ import torch
 from torch import Tensor
 
 
-def matrices(points: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
-    """B^T [6, 6], G [6, 3] and A^T [4, 6] of F(4, 3), for 5 points and infinity, in float64.
+def matrices(points: Sequence[float], taps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """B^T [P, P], G [P, taps] and A^T [4, P] of F(4, taps), for P - 1 points and infinity, float64.
 
     The row of B^T that belongs to a point p has the coefficients of prod (x - q) over the other
     points q, the row of G the powers of p over prod (p - q), the column of A^T the powers of p.
     """
-    inputs, kernel, output = (_zeros(6, columns) for columns in (6, 3, 4))
+    number = 3 + taps
+    assert len(points) == number - 1
+    inputs, kernel, output = (_zeros(number, columns) for columns in (number, taps, 4))
     for row, p in enumerate(points):
         others = [q for q in points if q != p]
         powers = _vector([p**k for k in range(4)])
-        inputs[row, :5] = _coefficients(others)
-        kernel[row] = powers[:3] / _vector([p - q for q in others]).prod()
+        inputs[row, :-1] = _coefficients(others)
+        kernel[row] = powers[:taps] / _vector([p - q for q in others]).prod()
         output[row] = powers
     # at infinity: the highest coefficients
     inputs[-1] = _coefficients(points)

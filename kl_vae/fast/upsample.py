@@ -17,24 +17,30 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from kl_vae.fast.winograd import UPSAMPLED, WinogradConv2d, suits, winograd_convolve
 
 
-def upsample_and_convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, halo: tuple[int, int] = (0, 0)
-) -> Tensor:
-    """[B, C, H, W] -> [B, O, 2H, 2W], with the weight [O, C, 3, 3] of a convolution of padding 1.
-
-    Differentiable in x, weight and bias. Up to rounding it is
-    `F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)`.
+def upsample_and_convolve(conv: nn.Conv2d, x: Tensor, halo: tuple[int, int] = (0, 0)) -> Tensor:
+    """[B, C, H, W] -> [B, O, 2H, 2W]: to rounding `conv(F.interpolate(x, scale_factor=2.0))`.
 
     Args:
+        conv: one that `is_3_by_3`; one of Winograd's takes even fewer multiplications.
         x: the map, or a part of it.
-        weight: of the convolution.
-        bias: [O] or None.
-        halo: lines at either end of H and of W that belong to the parts beside this one: they are
-            taken into account, and not upsampled.
+        halo: lines at either end of H and of W that belong to the parts beside this one (0 or 1):
+            they are taken into account, and not upsampled.
     """
+    if isinstance(conv, WinogradConv2d) and suits(x, conv.weight):
+        padding = (1 - halo[0], 1 - halo[1])
+        return winograd_convolve(x, conv.weight, conv.bias, padding, transforms=UPSAMPLED)
+    return transposed_convolution(x, conv.weight, conv.bias, halo)
+
+
+def transposed_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, halo: tuple[int, int] = (0, 0)
+) -> Tensor:
+    """What is derived above; differentiable in x, weight [O, C, 3, 3] and bias [O]."""
     kernel = _spread(_spread(weight, 2), 3).transpose(0, 1)  # [C, O, 4, 4]
     padding = (1 + 2 * halo[0], 1 + 2 * halo[1])
     return F.conv_transpose2d(x, kernel, bias, stride=2, padding=padding)
@@ -46,6 +52,14 @@ def _spread(weight: Tensor, dim: int) -> Tensor:
     return torch.stack((third, second + third, first + second, first), dim)
 
 
-def merging_pays(x: Tensor) -> bool:
-    """Whether that was measured to be faster than both steps."""
-    return x.device.type == "cpu"
+def merging_pays(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Whether that was measured to be faster than both steps, forward and backward together.
+
+    In half precision it is not; and the kernel of a small map costs more than it saves.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dtype == conv.weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and x.shape[0] * x.shape[2] * x.shape[3] >= 2 * conv.out_channels
+    )

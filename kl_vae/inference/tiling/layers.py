@@ -80,10 +80,7 @@ def upsample(module: Upsample, x: FeatureMap, lines: int) -> FeatureMap:
     doubled: Strips
     if conv is not None and module.is_merged(x.strips[0]):
         halo = (1, 0) if dim == 2 else (0, 1)
-        doubled = (
-            upsample_and_convolve(strip, conv.weight, conv.bias, halo)
-            for strip in with_halo(strips, dim)
-        )
+        doubled = (upsample_and_convolve(conv, strip, halo) for strip in with_halo(strips, dim))
     else:
         doubled = (F.interpolate(strip, scale_factor=2.0, mode="nearest") for strip in strips)
         if conv is not None:

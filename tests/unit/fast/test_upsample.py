@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kl_vae.blocks import Upsample
-from kl_vae.fast.upsample import upsample_and_convolve
+from kl_vae.fast.upsample import transposed_convolution
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -18,7 +18,7 @@ def test_it_is_the_convolution_of_the_upsampled_map(height: int, width: int) -> 
     x = torch.randn(2, 3, height, width, dtype=torch.float64)
     weight, bias = torch.randn(4, 3, 3, 3, dtype=torch.float64), torch.randn(4).double()
     for b in (bias, None):
-        torch.testing.assert_close(upsample_and_convolve(x, weight, b), plain(x, weight, b))
+        torch.testing.assert_close(transposed_convolution(x, weight, b), plain(x, weight, b))
 
 
 def test_its_gradients_and_theirs_are_those_of_the_definition() -> None:
@@ -26,8 +26,8 @@ def test_its_gradients_and_theirs_are_those_of_the_definition() -> None:
         torch.randn(*shape, dtype=torch.float64, requires_grad=True)
         for shape in ((2, 2, 3, 2), (3, 2, 3, 3), (3,))
     ]
-    assert torch.autograd.gradcheck(upsample_and_convolve, arguments)
-    assert torch.autograd.gradgradcheck(upsample_and_convolve, arguments)
+    assert torch.autograd.gradcheck(transposed_convolution, arguments)
+    assert torch.autograd.gradgradcheck(transposed_convolution, arguments)
 
 
 def test_upsample_gives_the_same_merged_or_not_forward_and_backward() -> None:
@@ -86,15 +86,15 @@ def test_the_taps_are_added_in_float32_under_autocast() -> None:
     x, weight = torch.randn(1, 8, 4, 4), torch.randn(8, 8, 3, 3)
     expected = plain(x, weight, None)
     with torch.autocast("cpu", torch.bfloat16):
-        merged = upsample_and_convolve(x, weight, None)
+        merged = transposed_convolution(x, weight, None)
     assert merged.dtype == torch.bfloat16
     assert (merged - expected).abs().max() < 0.01 * expected.abs().max()
 
 
 def test_a_part_of_a_map_needs_a_line_of_its_neighbours() -> None:
     x, weight = torch.randn(1, 3, 6, 5, dtype=torch.float64), torch.randn(4, 3, 3, 3).double()
-    whole = upsample_and_convolve(x, weight, None)
-    part = upsample_and_convolve(x[:, :, 1:5], weight, None, halo=(1, 0))
+    whole = transposed_convolution(x, weight, None)
+    part = transposed_convolution(x[:, :, 1:5], weight, None, halo=(1, 0))
     torch.testing.assert_close(part, whole[:, :, 4:8])
-    part = upsample_and_convolve(x[..., 2:5], weight, None, halo=(0, 1))
+    part = transposed_convolution(x[..., 2:5], weight, None, halo=(0, 1))
     torch.testing.assert_close(part, whole[..., 6:8])

@@ -40,7 +40,7 @@ def test_it_pads_as_it_is_told(padding: tuple[int, int]) -> None:
 def test_pieces_of_any_size_give_the_same(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where they do not divide rows and images, and the last one overlaps the one before."""
     x, weight = torch.randn(3, 4, 21, 8), torch.randn(4, 4, 3, 3)
-    monkeypatch.setattr(winograd, "TILE_BYTES", number * 4 * 36 * 8)
+    monkeypatch.setattr(winograd, "TILES", number)
     expected = F.conv2d(x, weight, padding=1)
     torch.testing.assert_close(winograd_convolve(x, weight, None), expected, rtol=1e-4, atol=1e-4)
 
@@ -103,10 +103,27 @@ def test_activation_and_residual_are_those_of_the_whole_maps(
     number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(winograd, "TILE_BYTES", number * 4 * 36 * 8)
+    monkeypatch.setattr(winograd, "TILES", number)
     x, weight, residual = (torch.randn(*s) for s in ((3, 4, 21, 9), (4, 4, 3, 3), (3, 4, 21, 9)))
     scale, shift = torch.randn(3, 1, 1, 4), torch.randn(3, 1, 1, 4)
     out = winograd_convolve(x, weight, None, activation=(scale, shift), residual=residual)
     activated = F.silu(x * scale.permute(0, 3, 1, 2) + shift.permute(0, 3, 1, 2))
     expected = residual + F.conv2d(activated, weight, padding=1)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch, height, width", [(1, 4, 4), (2, 7, 9), (3, 1, 5)])
+@pytest.mark.parametrize("number", [3, 1000])
+def test_upsampling_is_part_of_it(
+    batch: int, height: int, width: int, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(winograd, "TILES", number)
+    x, weight, bias = torch.randn(batch, 5, height, width), torch.randn(7, 5, 3, 3), torch.randn(7)
+    out = winograd_convolve(x, weight, bias, transforms=winograd.UPSAMPLED)
+    upsampled = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    expected = F.conv2d(upsampled, weight, bias, padding=1)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    if height > 2:  # a part, whose neighbours' lines are there
+        part = winograd_convolve(x, weight, bias, (0, 1), transforms=winograd.UPSAMPLED)
+        torch.testing.assert_close(part, expected[:, :, 2:-2], rtol=1e-4, atol=1e-4)
