@@ -142,3 +142,13 @@ def test_compiling_leaves_the_names_of_the_weights(wide_model: AutoEncoderKL) ->
     assert other.decoder._compiled_call_impl is None
     accelerate(wide_model)
     assert wide_model.decoder._compiled_call_impl is None
+
+
+def test_an_accelerated_model_can_be_traced_as_one_graph(wide_model: AutoEncoderKL) -> None:
+    expected = results(wide_model, images(32, 32))[1]
+    accelerate(wide_model)
+    decoder = torch.compile(wide_model.decoder, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        z = wide_model.encode(images(32, 32)).mode()
+        out = decoder(wide_model.post_quant_conv(z))
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
