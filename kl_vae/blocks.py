@@ -11,6 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kl_vae.fast.hooks import has_hooks
+from kl_vae.fast.norm_silu import norm_silu
+from kl_vae.fast.upsample import merging_pays, upsample_and_convolve
+from kl_vae.fast.winograd import is_3_by_3
 from kl_vae.registry import Registry
 
 NORM_GROUPS = 32
@@ -71,11 +75,11 @@ class ResnetBlock(nn.Module):
         self.has_shortcut = in_channels != out_channels
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(norm_silu(self.norm1, x))
         if self.has_context:
             assert context is not None, "AutoEncoderKL checks the context"
             h = h + self.temb_proj(F.silu(context))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv2(self.dropout(norm_silu(self.norm2, h)))
         out: Tensor = (self.nin_shortcut(x) if self.has_shortcut else x) + h
         return out
 
@@ -110,7 +114,13 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """[B, C, H, W] -> [B, C, 2H, 2W]: nearest, then a convolution if `with_conv`."""
+    """[B, C, H, W] -> [B, C, 2H, 2W]: nearest, then a convolution if `with_conv`.
+
+    Both are computed as one (`kl_vae.fast.upsample`) as `merges` says: None, where that was
+    measured to be faster; False, never; True, wherever it is possible.
+    """
+
+    merges: bool | None = None
 
     def __init__(self, channels: int, with_conv: bool) -> None:
         super().__init__()
@@ -119,5 +129,13 @@ class Upsample(nn.Module):
         self.with_conv = with_conv
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.is_merged(x):
+            return upsample_and_convolve(self.conv, x)
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         return self.conv(x) if self.with_conv else x
+
+    def is_merged(self, x: Tensor) -> bool:
+        """Whether x is upsampled and convolved as one."""
+        if not self.with_conv or not is_3_by_3(self.conv) or has_hooks(self.conv):
+            return False
+        return merging_pays(x, self.conv) if self.merges is None else self.merges

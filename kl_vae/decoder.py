@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kl_vae.blocks import Upsample, zero_residuals
 from kl_vae.ddconfig import DDConfig
+from kl_vae.fast.norm_silu import norm_silu
 from kl_vae.middle import Middle
 from kl_vae.parts import Parts, apply_level
 
@@ -53,7 +53,7 @@ class Decoder(nn.Module):
             h = level(h, context)
         if self.give_pre_end:
             return h
-        h = self.conv_out(F.silu(self.norm_out(h)))
+        h = self.conv_out(norm_silu(self.norm_out, h))
         return h.tanh() if self.tanh_out else h
 
 

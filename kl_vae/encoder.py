@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kl_vae.blocks import Downsample, zero_residuals
 from kl_vae.ddconfig import DDConfig
+from kl_vae.fast.norm_silu import norm_silu
 from kl_vae.middle import Middle
 from kl_vae.parts import Parts, apply_level
 
@@ -48,7 +48,7 @@ class Encoder(nn.Module):
         for level in self.down:
             h = level(h, context)
         h = self.mid(h, context)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        out: Tensor = self.conv_out(norm_silu(self.norm_out, h))
         return out
 
 

@@ -32,6 +32,23 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32"
     )
+    add_speed_arguments(parser)
+
+
+def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say how a model computes."""
+    parser.add_argument(
+        "--fast",
+        choices=("auto", "exact", "off"),
+        default="auto",
+        help="auto (default): all fast ways that the device has, equal to rounding; exact: without "
+        "Winograd's convolutions (CPUs, fp32), which round more; off: the plain modules",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile the model: minutes at first, for many images of one size on a GPU",
+    )
 
 
 def add_picture_arguments(parser: argparse.ArgumentParser) -> None:

@@ -52,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
     with connect(args.device, timeout_seconds=86_400, mends=COMMAND) as ranks:
         if args.statistics is not None:
             ranks.on_first(lambda: _check_new(Path(args.statistics), args.resume))
-        model = load_model_on(ranks, args.checkpoint, args.config, ema=not args.no_ema)
+        model = load_model_on(
+            ranks, args.checkpoint, args.config, not args.no_ema, args.fast, args.compile
+        )
         dataset = _dataset(args, model, ranks)
         last_line = ""
         if args.out is None:

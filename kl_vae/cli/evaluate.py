@@ -6,7 +6,12 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from kl_vae.cli.arguments import CHECKPOINT, add_image_arguments, add_work_arguments
+from kl_vae.cli.arguments import (
+    CHECKPOINT,
+    add_image_arguments,
+    add_speed_arguments,
+    add_work_arguments,
+)
 from kl_vae.cli.work import loaded_units
 
 if TYPE_CHECKING:
@@ -93,6 +98,7 @@ def _add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32"
     )
+    add_speed_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -118,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
         # weights that are missing are noticed first
         networks = _lpips(args, ranks), _inception(args, ranks)
         models = [
-            load_model_on(ranks, checkpoint, config, ema=not args.no_ema)
+            load_model_on(ranks, checkpoint, config, not args.no_ema, args.fast, args.compile)
             for checkpoint, config in zip(args.checkpoint, configs, strict=True)
         ]
         config = _config(args, models, names)

@@ -53,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
     out = resolve_root(args.out)
     # ranks wait for the slowest
     with connect(args.device, timeout_seconds=86_400, mends=COMMAND) as ranks:
-        model = load_model_on(ranks, args.checkpoint, args.config, ema=not args.no_ema)
+        model = load_model_on(
+            ranks, args.checkpoint, args.config, not args.no_ema, args.fast, args.compile
+        )
         check_tiling(model, config.tiling)
         perceptual = _perceptual(args, model, ranks)
         # once, so that the ranks share out the same list
@@ -145,6 +147,8 @@ def _about(
         **asdict(config),
         "format": picture_format.name,
         "quality": picture_format.quality,
+        "fast": args.fast,
+        "compile": args.compile,
         "lpips": args.lpips,
         "device": ranks.device.type,
     }

@@ -46,12 +46,14 @@ def run(args: argparse.Namespace) -> int:
     out = resolve_root(args.out)
     with connect(args.device, timeout_seconds=86_400, mends=COMMAND) as ranks:
         ranks.on_first(lambda: check_output_folder(out))
-        model = load_model_on(ranks, args.checkpoint, args.config, ema=not args.no_ema)
+        model = load_model_on(
+            ranks, args.checkpoint, args.config, not args.no_ema, args.fast, args.compile
+        )
         size = model.config.resolution if args.size is None else args.size
         check_size(size, model.downsampling_factor)
         canvas = Canvas(model, out, size, args.precision, tiling)
         plan = plan_for(args, canvas, ranks)
-        common = ("seed", "batch_size", "precision", "tiling", "tile", "overlap")
+        common = ("seed", "batch_size", "precision", "fast", "compile", "tiling", "tile", "overlap")
         identity = {
             "from": args.source,
             **{key: getattr(args, key) for key in common},

@@ -7,20 +7,26 @@ from hashlib import blake2b
 
 import torch
 
+from kl_vae.acceleration import accelerate_as
 from kl_vae.distributed import Ranks
 from kl_vae.distributed.agreement import checksums
 from kl_vae.model import AutoEncoderKL
 
 
 def load_model_on(
-    ranks: Ranks, checkpoint: str, config: str | None, ema: bool = True
+    ranks: Ranks,
+    checkpoint: str,
+    config: str | None,
+    ema: bool = True,
+    fast: str = "auto",
+    compile: bool = False,
 ) -> AutoEncoderKL:
     """`load_model` on each rank's device; all of them call this.
 
     Raises:
         ValueError: as `load_model`, or the ranks have read different weights.
     """
-    model = load_model(checkpoint, config, ranks.device, ema)
+    model = load_model(checkpoint, config, ranks.device, ema, fast, compile)
     found = model_fingerprint(model)
     if ranks.on_first(lambda: found) != found:
         raise ValueError(
@@ -37,7 +43,12 @@ def model_fingerprint(model: AutoEncoderKL) -> str:
 
 
 def load_model(
-    checkpoint: str, config: str | None, device: torch.device, ema: bool = True
+    checkpoint: str,
+    config: str | None,
+    device: torch.device,
+    ema: bool = True,
+    fast: str = "auto",
+    compile: bool = False,
 ) -> AutoEncoderKL:
     """Load a checkpoint in eval mode, to encode and decode without a context.
 
@@ -46,9 +57,11 @@ def load_model(
         config: a config file, or a shipped config's name; None: as the checkpoint says or shows.
         device: where the model goes.
         ema: the moving average of the weights, where the checkpoint has one.
+        fast: auto, exact or off: which fast ways are taken, as `accelerate_as` says.
+        compile: torch.compile encoder and decoder.
 
     Raises:
-        ValueError: the checkpoint cannot be loaded, or the model needs a context.
+        ValueError: the checkpoint cannot be loaded, the model needs a context, or no such `fast`.
     """
     model = read_model(checkpoint, config, ema)
     if model.config.context_channels:
@@ -56,7 +69,7 @@ def load_model(
             f"{checkpoint}: this model needs a context (context_channels="
             f"{model.config.context_channels}), which no command gives; call it from Python"
         )
-    return model.to(device)
+    return accelerate_as(fast, model.to(device), compile=compile)
 
 
 def read_model(checkpoint: str, config: str | None, ema: bool = True) -> AutoEncoderKL:

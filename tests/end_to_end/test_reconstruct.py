@@ -278,6 +278,7 @@ def test_formats_and_no_gallery(tmp_path, model, images):
     assert main([*command, "--format", "jpg"]) == 0
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     assert (summary["format"], summary["quality"]) == ("jpg", 90)
+    assert (summary["fast"], summary["compile"]) == ("auto", False)
 
 
 @pytest.mark.parametrize(

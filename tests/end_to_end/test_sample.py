@@ -187,6 +187,7 @@ def test_what_was_killed_goes_on_and_ends_alike(tmp_path, model, make_images, mo
     drawn = sorted((tmp_path / "out").glob("*sample_*.png"))
     before = [path.stat().st_mtime_ns for path in drawn[:4]]
     assert main([*command, *out, "--resume", "--number", "6"]) == 2
+    assert main([*command, *out, "--resume", "--fast", "off"]) == 2
     assert main([*command, *out, "--resume"]) == 0
     assert [path.stat().st_mtime_ns for path in drawn[:4]] == before
     assert written(tmp_path / "out") == written(tmp_path / "whole")

@@ -14,7 +14,7 @@ import kl_vae
 PACKAGE = Path(kl_vae.__file__).parent
 
 FLOORS = (
-    ("errors", "randomness", "registry", "schema", "device", "files", "version"),
+    ("errors", "randomness", "registry", "schema", "device", "files", "version", "fast"),
     (
         "blocks",
         "attention",
@@ -27,8 +27,8 @@ FLOORS = (
         "equivariance",
         "distributed",
     ),
-    ("encoder", "decoder", "muon", "shapes"),
-    ("losses", "formats", "data", "optimizer", "config"),
+    ("encoder", "decoder", "muon", "shapes", "fused"),
+    ("losses", "formats", "data", "optimizer", "config", "acceleration"),
     ("pretrained", "presets"),
     ("model",),
     ("inference", "training", "benchmark", "__init__"),
@@ -50,6 +50,7 @@ SIDEWAYS = {
 # these know less than their floor allows
 KNOWS = {
     "losses": {"blocks", "distribution", "files", "registry"},
+    "fast": set(),
     "formats": {"files"},
     "data": {"files", "randomness", "schema"},
 }

@@ -17,6 +17,7 @@ from kl_vae.attention import VanillaAttention
 from kl_vae.blocks import Downsample, GroupNorm, ResnetBlock, Upsample
 from kl_vae.decoder import UpLevel
 from kl_vae.encoder import DownLevel
+from kl_vae.fused import FusedResnetBlock
 from kl_vae.inference.tiling.layers import (
     activated,
     attention,
@@ -89,7 +90,7 @@ def check_exact(model: AutoEncoderKL) -> None:
         levels = [x for x in inside if isinstance(x, (DownLevel, UpLevel))]
         blocks: list[Any] = [block for level in levels for block in _listed(level.block)]
         blocks += [half.mid.block_1, half.mid.block_2]
-        _refuse_others(blocks, {ResnetBlock}, names)
+        _refuse_others(blocks, {ResnetBlock, FusedResnetBlock}, names)
         norms = [norm for block in blocks for norm in (block.norm1, block.norm2)]
         norms += [x.norm for x in inside if type(x) is VanillaAttention]
         _refuse_others([*norms, half.norm_out], {GroupNorm, nn.GroupNorm}, names)

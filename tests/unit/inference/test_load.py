@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from kl_vae import AutoEncoderKL
 from kl_vae.distributed import Ranks
+from kl_vae.fast.winograd import WinogradConv2d
 from kl_vae.formats.checkpoint import write_checkpoint
-from kl_vae.inference.load import load_model_on, model_fingerprint
+from kl_vae.inference.load import load_model, load_model_on, model_fingerprint
 
 
 def test_ranks_that_have_read_other_weights_do_not_go_on(
@@ -48,3 +50,19 @@ def test_the_fingerprint_is_of_weights_and_architecture(
     with torch.no_grad():
         tiny_model.decoder.conv_out.bias[0] += 1e-3
     assert model_fingerprint(tiny_model) != before
+
+
+@pytest.mark.parametrize("fast, kind", [("auto", WinogradConv2d), ("exact", nn.Conv2d)])
+def test_it_computes_as_it_is_told(
+    tiny_model: AutoEncoderKL, tmp_path: Path, fast: str, kind: type[nn.Module]
+) -> None:
+    path = tmp_path / "model.safetensors"
+    tiny_model.save_compvis(path)
+    model = load_model(str(path), None, torch.device("cpu"), fast=fast)
+    assert type(model.decoder.mid.block_1.conv1) is kind
+    assert model_fingerprint(model) == model_fingerprint(
+        load_model(str(path), None, torch.device("cpu"))
+    )
+    with pytest.raises(ValueError) as caught:
+        load_model(str(path), None, torch.device("cpu"), fast="fastest")
+    assert str(caught.value) == "fast='fastest': give one of auto, exact, off"

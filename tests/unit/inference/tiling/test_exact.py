@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kl_vae import AutoEncoderKL
+from kl_vae.acceleration import accelerate
 from kl_vae.attention import ATTENTION, VanillaAttention
 from kl_vae.inference.tiling import Tiling, decode_tiled, encode_tiled, layers
 from kl_vae.inference.tiling.exact import check_exact, decode_exact, encode_exact
@@ -85,6 +86,18 @@ def test_a_model_of_the_published_width() -> None:
     with torch.inference_mode():
         whole = model.decode(z)
         assert_same(decode_exact(model, z, 2**20), whole)
+
+
+def test_an_accelerated_model_in_strips() -> None:
+    ddconfig = dict(build().params["ddconfig"], ch=64, ch_mult=[1, 2, 2])
+    model = AutoEncoderKL(ddconfig, 4).eval()
+    images, z = torch.rand(1, 3, 96, 68) * 2 - 1, torch.randn(1, 4, 17, 24)
+    with torch.inference_mode():
+        moments, decoded = model.encode(images).parameters, model.decode(z)
+        accelerate(model)
+        for strip_bytes in (100_000, 2**21):
+            assert_same(encode_exact(model, images, strip_bytes), moments)
+            assert_same(decode_exact(model, z, strip_bytes), decoded)
 
 
 def test_half_precision_is_that_of_the_whole() -> None:

@@ -1,0 +1,46 @@
+"""A group norm as one scale and one shift a channel, from one pass over the map.
+
+B batch, C channels, G groups, H and W height and width, K pieces of the map.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+# of a piece of the map: what the cache of a core holds
+PIECE_BYTES = 2**19
+
+
+def scale_and_shift(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The [B, 1, 1, C] with which norm(x) = scale * x + shift for x [B, C, H, W], float32.
+
+    Pieces are merged in float64 by the formula of Chan et al. (1979), "Updating formulae and a
+    pairwise algorithm for computing sample variances", equation 2.1: the mean is never subtracted
+    from a sum of squares, which would lose what a small variance has left.
+    """
+    batch, channels, height, width = x.shape
+    rows = max(1, PIECE_BYTES // (4 * batch * channels * width))
+    numbers, means, squares = [], [], []
+    for piece in torch.split(x.permute(0, 2, 3, 1), rows, 1):  # [B, rows, W, C]
+        mean = piece.mean((1, 2), keepdim=True)
+        numbers.append(piece.shape[1] * width)
+        means.append(mean)
+        squares.append((piece - mean).square_().sum((1, 2)))
+    weights = torch.tensor(numbers, dtype=torch.float64)[:, None, None, None]  # [K, 1, 1, 1]
+    shape = (len(numbers), batch, norm.num_groups, -1)
+    of_channels = torch.stack(means).double().view(shape)  # [K, B, G, C / G]
+    within = torch.stack(squares).double().view(shape)
+    total = height * width * (channels // norm.num_groups)
+    mean = (weights * of_channels).sum((0, 3)) / total  # [B, G]
+    between = weights * (of_channels - mean[None, :, :, None]).square()
+    var = (within + between).sum((0, 3)) / total
+    scale = (var + norm.eps).rsqrt()
+    shift = -mean * scale
+    scale, shift = (
+        y[:, :, None].expand(-1, -1, channels // norm.num_groups).reshape(batch, channels)
+        for y in (scale, shift)
+    )
+    if norm.affine:
+        scale, shift = norm.weight * scale, norm.weight * shift + norm.bias
+    return scale.float()[:, None, None], shift.float()[:, None, None]

@@ -1,0 +1,65 @@
+"""Nearest upsampling by 2 and the 3 x 3 convolution after it, as one transposed convolution.
+
+B batch, C channels, O channels of the output, H and W height and width.
+
+Along one axis let x be the map, u[j] = x[j // 2] the upsampled one, and w the kernel. The
+convolution gives y[j] = w0 u[j - 1] + w1 u[j] + w2 u[j + 1], which is
+
+    y[2i]     = w0 x[i - 1] + (w1 + w2) x[i]
+    y[2i + 1] = (w0 + w1) x[i] + w2 x[i + 1].
+
+A transposed convolution with stride 2, padding 1 and the kernel t adds t[k] x[i] to y[2i - 1 + k],
+for k from 0 to 3: the same, with t = (w2, w1 + w2, w0 + w1, w0). So in two dimensions 4 instead of
+9 multiplications are made for each value of the output, and the upsampled map never exists.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kl_vae.fast.winograd import UPSAMPLED, WinogradConv2d, suits, winograd_convolve
+
+
+def upsample_and_convolve(conv: nn.Conv2d, x: Tensor, halo: tuple[int, int] = (0, 0)) -> Tensor:
+    """[B, C, H, W] -> [B, O, 2H, 2W]: to rounding `conv(F.interpolate(x, scale_factor=2.0))`.
+
+    Args:
+        conv: one that `is_3_by_3`; one of Winograd's takes even fewer multiplications.
+        x: the map, or a part of it.
+        halo: lines at either end of H and of W that belong to the parts beside this one (0 or 1):
+            they are taken into account, and not upsampled.
+    """
+    if isinstance(conv, WinogradConv2d) and suits(x, conv.weight):
+        padding = (1 - halo[0], 1 - halo[1])
+        return winograd_convolve(x, conv.weight, conv.bias, padding, transforms=UPSAMPLED)
+    return transposed_convolution(x, conv.weight, conv.bias, halo)
+
+
+def transposed_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, halo: tuple[int, int] = (0, 0)
+) -> Tensor:
+    """What is derived above; differentiable in x, weight [O, C, 3, 3] and bias [O]."""
+    kernel = _spread(_spread(weight, 2), 3).transpose(0, 1)  # [C, O, 4, 4]
+    padding = (1 + 2 * halo[0], 1 + 2 * halo[1])
+    return F.conv_transpose2d(x, kernel, bias, stride=2, padding=padding)
+
+
+def _spread(weight: Tensor, dim: int) -> Tensor:
+    """The 4 taps t of the 3 taps w along `dim`, added in the precision of the weight."""
+    first, second, third = weight.unbind(dim)
+    return torch.stack((third, second + third, first + second, first), dim)
+
+
+def merging_pays(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Whether that was measured to be faster than both steps, forward and backward together.
+
+    In half precision it is not; and the kernel of a small map costs more than it saves.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dtype == conv.weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and x.shape[0] * x.shape[2] * x.shape[3] >= 2 * conv.out_channels
+    )
