@@ -10,12 +10,17 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from kl_vae.fast.recompute import can_recompute, norm_silu, norm_silu_conv, takes_conv
 from kl_vae.registry import Registry
 
 NORM_GROUPS = 32
 
 Norm = Callable[[int], nn.Module]
+
+# what the backward pass computes again: nothing, norms and SiLUs, or whole residual blocks
+ACTIVATION_CHECKPOINTING = ("none", "norms", "blocks")
 
 NORMALIZATION = Registry("norm_type")
 BLOCKS = Registry("block_type")
@@ -46,7 +51,11 @@ class ResnetBlock(nn.Module):
     [B, in_channels, H, W] -> [B, out_channels, H, W]. With `context_channels` D > 0 a linear
     projection of the context [B, D] is added between the convolutions (where the published block
     adds its time embedding).
+
+    `activation_checkpointing` says what the backward pass computes again instead of keeping it.
     """
+
+    activation_checkpointing = "none"
 
     def __init__(
         self,
@@ -71,13 +80,49 @@ class ResnetBlock(nn.Module):
         self.has_shortcut = in_channels != out_channels
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        if self.activation_checkpointing != "blocks" or not torch.is_grad_enabled():
+            return self._forward(x, context)
+        # without dropout no state of the generators need be kept
+        out: Tensor = checkpoint(
+            self._forward, x, context, use_reentrant=False, preserve_rng_state=self._draws
+        )
+        return out
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        h = self._activated_conv(x, self.norm1, self.conv1)
         if self.has_context:
             assert context is not None, "AutoEncoderKL checks the context"
             h = h + self.temb_proj(F.silu(context))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        out: Tensor = (self.nin_shortcut(x) if self.has_shortcut else x) + h
+        shortcut = self.nin_shortcut(x) if self.has_shortcut else x
+        if not self._draws:
+            return self._activated_conv(h, self.norm2, self.conv2, shortcut)
+        active = activate(h, self.norm2, self.activation_checkpointing)
+        out: Tensor = shortcut + self.conv2(self.dropout(active))
         return out
+
+    @property
+    def _draws(self) -> bool:
+        """Whether dropout changes anything now."""
+        return self.training and bool(getattr(self.dropout, "p", True))
+
+    def _activated_conv(
+        self, x: Tensor, norm: nn.Module, conv: nn.Conv2d, residual: Tensor | None = None
+    ) -> Tensor:
+        """conv(silu(norm(x))) + residual."""
+        if self.activation_checkpointing != "none" and can_recompute(x, norm, GroupNorm):
+            assert isinstance(norm, GroupNorm)
+            if takes_conv(conv):
+                return norm_silu_conv(x, norm, conv, residual)
+        out: Tensor = conv(F.silu(norm(x)))
+        return out if residual is None else residual + out
+
+
+def activate(x: Tensor, norm: nn.Module, activation_checkpointing: str = "none") -> Tensor:
+    """silu(norm(x)); with activation checkpointing of any kind x alone is kept for the backward."""
+    if activation_checkpointing != "none" and can_recompute(x, norm, GroupNorm):
+        assert isinstance(norm, GroupNorm)
+        return norm_silu(x, norm)
+    return F.silu(norm(x))
 
 
 def zero_residuals(module: nn.Module) -> None:

@@ -94,7 +94,7 @@ class TrainingStep:
                 step,
                 "train",
                 forward=self.autoencoder,
-                noise=noise.to(device, non_blocking=True),
+                noise=noise_to_device(noise, device),
                 equivariance=Equivariance.draw(
                     training.equivariance, training.equivariance_min_scale, training.seed, step
                 ),
@@ -169,6 +169,20 @@ def latent_noise(model: AutoEncoderKL, batch: Batch, purpose: str, *key: int) ->
 
 
 def to_device(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:
-    """Move a batch [B, C, H, W] to the device, in the memory layout of the model."""
+    """Move a batch [B, C, H, W] to the device, in the memory layout of the model.
+
+    uint8 becomes float32 in [-1, 1] there: a quarter of the bytes to move, and the same numbers.
+    """
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return images.to(device, non_blocking=True).contiguous(memory_format=layout)
+    images = images.to(device, non_blocking=True).contiguous(memory_format=layout)
+    if images.dtype != torch.uint8:
+        return images
+    # by a tensor: a number is turned into its reciprocal on GPUs, which rounds otherwise
+    return images / torch.full((), 127.5, device=device) - 1.0
+
+
+def noise_to_device(noise: Tensor, device: torch.device) -> Tensor:
+    """Move noise to the device; nothing waits for the copy, which pinned memory alone allows."""
+    if device.type == "cuda":
+        noise = noise.pin_memory()
+    return noise.to(device, non_blocking=True)

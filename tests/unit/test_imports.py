@@ -14,7 +14,7 @@ import kl_vae
 PACKAGE = Path(kl_vae.__file__).parent
 
 FLOORS = (
-    ("errors", "randomness", "registry", "schema", "device", "files", "version"),
+    ("errors", "fast", "randomness", "registry", "schema", "device", "files", "version"),
     (
         "blocks",
         "attention",
