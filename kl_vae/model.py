@@ -287,7 +287,7 @@ class AutoEncoderKL(nn.Module):
         for part in (self.encoder, self.decoder):
             for module in part.modules():
                 if hasattr(module, "activation_checkpointing"):
-                    module.activation_checkpointing = kind
+                    setattr(module, "activation_checkpointing", kind)  # noqa: B010 - for mypy
 
     def own_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters of autoencoder and loss, without those of a discriminator."""

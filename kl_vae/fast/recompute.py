@@ -197,7 +197,7 @@ def _norm_backward(
 
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:
-    """x in a memory layout that torch's group norm reads: channels_last on the CPU alone."""
+    """Put x into a memory layout that torch's group norm reads: channels_last on the CPU alone."""
     if like.device.type == "cpu" and like.is_contiguous(memory_format=torch.channels_last):
         return x.contiguous(memory_format=torch.channels_last)
     return x.contiguous()

@@ -23,7 +23,7 @@ def check_compiler(device: torch.device) -> None:
     needs = "a C++ compiler (such as g++)" if device.type == "cpu" else "Triton (and a C compiler)"
     try:
         x = torch.linspace(0.0, 1.0, 64, device=device).requires_grad_()
-        torch.compile(_line)(x).sum().backward()
+        torch.autograd.grad(torch.compile(_line)(x).sum(), x)
     except Exception as error:  # each backend has errors of its own
         # the first line is the reason; the rest is advice to those who develop the compiler
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
@@ -57,7 +57,8 @@ def uncompiled(training: TrainingConfig) -> AbstractContextManager[object]:
     """
     if not training.compile:
         return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return eager
 
 
 def _parts(model: AutoEncoderKL) -> Iterator[nn.Module]:

@@ -37,7 +37,8 @@ class WeightAverage:
         """Take in the model's weights as they are now."""
         n = self.updates
         weight = 1.0 - min(self._decay, (1 + n) / (10 + n)) if n else 1.0  # the first is a copy
-        average, current = list(self.model.parameters()), list(self._source.parameters())
+        average: list[Tensor] = [*self.model.parameters()]
+        current: list[Tensor] = [*self._source.parameters()]
         torch._foreach_lerp_(average, current, weight)
         for buffer, value in zip(self.model.buffers(), self._source.buffers(), strict=True):
             buffer.copy_(value)

@@ -148,15 +148,17 @@ def test_a_model_learns_the_same(
     assert all(torch.equal(a, b) for a, b in zip(run(model, images), plain, strict=True))
 
 
-def test_half_precision_and_float64_models_learn_the_same(
-    tiny_model: AutoEncoderKL, images: Tensor
-) -> None:
-    for dtype in (torch.bfloat16, torch.float64):
-        model = copy.deepcopy(tiny_model).to(dtype)
-        plain = run(model, images.to(dtype))
-        model.set_activation_checkpointing("norms")
-        ours = run(model, images.to(dtype))
-        assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+def test_blocks_of_any_precision_learn_the_same() -> None:
+    torch.manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        block, x = ResnetBlock(32, 64).to(dtype), torch.randn(2, 32, 6, 4).to(dtype)
+        gradients = []
+        for kind in ("none", "norms", "blocks"):
+            block.activation_checkpointing = kind
+            total = block(x).float().square().sum()
+            gradients.append(torch.autograd.grad(total, list(block.parameters())))
+        for ours in gradients[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(ours, gradients[0], strict=True))
 
 
 def test_the_context_reaches_a_block_that_is_computed_twice() -> None:
@@ -210,21 +212,23 @@ def test_an_unknown_kind_is_named(tiny_model: AutoEncoderKL) -> None:
 
 
 def prepare(kind: str) -> Callable[[], object]:
-    """A pass through five residual blocks of 64 channels; a map of theirs takes 16 MB."""
+    """A pass through twelve residual blocks of 32 channels, whose maps take 8 MB each."""
     torch.manual_seed(0)
-    blocks = nn.Sequential(*(ResnetBlock(64, 64) for _ in range(5)))
+    blocks = nn.Sequential(*(ResnetBlock(32, 32) for _ in range(12)))
     for block in blocks:
         block.activation_checkpointing = kind  # type: ignore[assignment]
-    x = torch.randn(1, 64, 256, 256).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(1, 32, 256, 256).contiguous(memory_format=torch.channels_last)
     blocks = blocks.to(memory_format=torch.channels_last)
-    blocks(x[:, :, :8, :8]).sum().backward()  # what a first call sets up is not the block's
+    blocks(x[:, :, :8, :8]).sum().backward()  # what a first call sets up is not theirs
     return lambda: blocks(x).sum().backward()
 
 
-def test_the_memory_of_a_pass_falls_with_each_kind() -> None:
+def test_the_memory_of_a_pass_falls_with_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    # what is let go leaves the process at once, not when the C library thinks fit
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**20))
     megabytes = {}
     for kind in ("none", "norms", "blocks"):
         cost = cost_of(partial(prepare, kind), CPU, threads=1)
         megabytes[kind] = (cost.peak - cost.before) / 2**20
-    assert megabytes["norms"] < 0.6 * megabytes["none"]
-    assert megabytes["blocks"] < 0.8 * megabytes["norms"]
+    assert megabytes["norms"] < 0.5 * megabytes["none"]
+    assert megabytes["blocks"] < 0.75 * megabytes["norms"]
