@@ -58,10 +58,10 @@ def can_recompute(x: Tensor, norm: nn.Module, norm_kind: type[nn.GroupNorm]) -> 
     While torch.compile traces it does not: the compiler itself finds what to compute again.
     """
     return (
-        torch.is_grad_enabled()
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
         and x.device.type in DEVICES
         and is_bare(norm, norm_kind)
-        and not torch.compiler.is_compiling()
     )
 
 
