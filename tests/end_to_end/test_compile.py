@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+
 import pytest
 import torch
 
