@@ -10,7 +10,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from kl_vae.fast import recompute
 from kl_vae.fast.hooks import has_hooks
 from kl_vae.fast.norm_silu import norm_silu
 from kl_vae.fast.upsample import merging_pays, upsample_and_convolve
@@ -20,6 +22,9 @@ from kl_vae.registry import Registry
 NORM_GROUPS = 32
 
 Norm = Callable[[int], nn.Module]
+
+# what the backward pass computes again: nothing, norms and SiLUs, or whole residual blocks
+ACTIVATION_CHECKPOINTING = ("none", "norms", "blocks")
 
 NORMALIZATION = Registry("norm_type")
 BLOCKS = Registry("block_type")
@@ -50,7 +55,11 @@ class ResnetBlock(nn.Module):
     [B, in_channels, H, W] -> [B, out_channels, H, W]. With `context_channels` D > 0 a linear
     projection of the context [B, D] is added between the convolutions (where the published block
     adds its time embedding).
+
+    `activation_checkpointing` says what the backward pass computes again instead of keeping it.
     """
+
+    activation_checkpointing = "none"
 
     def __init__(
         self,
@@ -75,13 +84,49 @@ class ResnetBlock(nn.Module):
         self.has_shortcut = in_channels != out_channels
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        h = self.conv1(norm_silu(self.norm1, x))
+        if self.activation_checkpointing != "blocks" or not torch.is_grad_enabled():
+            return self._forward(x, context)
+        # without dropout no state of the generators need be kept
+        out: Tensor = checkpoint(
+            self._forward, x, context, use_reentrant=False, preserve_rng_state=self._draws
+        )
+        return out
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        h = self._activated_conv(x, self.norm1, self.conv1)
         if self.has_context:
             assert context is not None, "AutoEncoderKL checks the context"
             h = h + self.temb_proj(F.silu(context))[:, :, None, None]
-        h = self.conv2(self.dropout(norm_silu(self.norm2, h)))
-        out: Tensor = (self.nin_shortcut(x) if self.has_shortcut else x) + h
+        shortcut = self.nin_shortcut(x) if self.has_shortcut else x
+        if not self._draws:
+            return self._activated_conv(h, self.norm2, self.conv2, shortcut)
+        active = activate(h, self.norm2, self.activation_checkpointing)
+        out: Tensor = shortcut + self.conv2(self.dropout(active))
         return out
+
+    @property
+    def _draws(self) -> bool:
+        """Whether dropout changes anything now."""
+        return self.training and bool(getattr(self.dropout, "p", True))
+
+    def _activated_conv(
+        self, x: Tensor, norm: nn.Module, conv: nn.Conv2d, residual: Tensor | None = None
+    ) -> Tensor:
+        """conv(silu(norm(x))) + residual."""
+        if self.activation_checkpointing != "none" and recompute.is_possible(x, norm, GroupNorm):
+            assert isinstance(norm, GroupNorm)
+            if recompute.takes_conv(conv):
+                return recompute.norm_silu_conv(x, norm, conv, residual)
+        out: Tensor = conv(activate(x, norm, self.activation_checkpointing))
+        return out if residual is None else residual + out
+
+
+def activate(x: Tensor, norm: nn.Module, activation_checkpointing: str = "none") -> Tensor:
+    """silu(norm(x)); with activation checkpointing of any kind x alone is kept for the backward."""
+    if activation_checkpointing != "none" and recompute.is_possible(x, norm, GroupNorm):
+        assert isinstance(norm, GroupNorm)
+        return recompute.norm_silu(x, norm)
+    return norm_silu(x, norm)
 
 
 def zero_residuals(module: nn.Module) -> None:

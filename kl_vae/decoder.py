@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kl_vae.blocks import Upsample, zero_residuals
+from kl_vae.blocks import Upsample, activate, zero_residuals
 from kl_vae.ddconfig import DDConfig
-from kl_vae.fast.norm_silu import norm_silu
 from kl_vae.middle import Middle
 from kl_vae.parts import Parts, apply_level
 
@@ -25,6 +24,8 @@ class Decoder(nn.Module):
     Raises:
         ValueError: an unknown key, a wrong type or an impossible value in the ddconfig.
     """
+
+    activation_checkpointing = "none"
 
     def __init__(self, **ddconfig: Any) -> None:
         super().__init__()
@@ -53,7 +54,8 @@ class Decoder(nn.Module):
             h = level(h, context)
         if self.give_pre_end:
             return h
-        h = self.conv_out(norm_silu(self.norm_out, h))
+        # the last convolution stays apart: a GAN asks for the gradient of its weight alone
+        h = self.conv_out(activate(h, self.norm_out, self.activation_checkpointing))
         return h.tanh() if self.tanh_out else h
 
 

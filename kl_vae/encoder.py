@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kl_vae.blocks import Downsample, zero_residuals
+from kl_vae.blocks import Downsample, activate, zero_residuals
 from kl_vae.ddconfig import DDConfig
-from kl_vae.fast.norm_silu import norm_silu
 from kl_vae.middle import Middle
 from kl_vae.parts import Parts, apply_level
 
@@ -25,6 +24,8 @@ class Encoder(nn.Module):
     Raises:
         ValueError: an unknown key, a wrong type or an impossible value in the ddconfig.
     """
+
+    activation_checkpointing = "none"
 
     def __init__(self, **ddconfig: Any) -> None:
         super().__init__()
@@ -48,7 +49,7 @@ class Encoder(nn.Module):
         for level in self.down:
             h = level(h, context)
         h = self.mid(h, context)
-        out: Tensor = self.conv_out(norm_silu(self.norm_out, h))
+        out: Tensor = self.conv_out(activate(h, self.norm_out, self.activation_checkpointing))
         return out
 
 

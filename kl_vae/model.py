@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kl_vae.blocks import ACTIVATION_CHECKPOINTING
 from kl_vae.ddconfig import DDConfig, check_autoencoder
 from kl_vae.decoder import Decoder
 from kl_vae.distribution import DiagonalGaussianDistribution
@@ -265,6 +266,28 @@ class AutoEncoderKL(nn.Module):
     def adversary(self) -> LPIPSWithDiscriminator | None:
         """The loss, where it has a discriminator."""
         return self.loss if isinstance(self.loss, LPIPSWithDiscriminator) else None
+
+    def set_activation_checkpointing(self, kind: str) -> None:
+        """Choose what the backward pass computes again instead of keeping it (Chen et al. 2016).
+
+        Gradients stay the same. A block of your own is told by its attribute
+        `activation_checkpointing`, where it has one.
+
+        Args:
+            kind: none; norms, and the SiLU after each; or blocks, the residual ones.
+
+        Raises:
+            ValueError: no such kind.
+        """
+        if kind not in ACTIVATION_CHECKPOINTING:
+            raise ValueError(
+                f"activation_checkpointing={kind!r}: choose one of "
+                f"{', '.join(ACTIVATION_CHECKPOINTING)}"
+            )
+        for part in (self.encoder, self.decoder):
+            for module in part.modules():
+                if hasattr(module, "activation_checkpointing"):
+                    setattr(module, "activation_checkpointing", kind)  # noqa: B010 - for mypy
 
     def own_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters of autoencoder and loss, without those of a discriminator."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kl_vae.fast.hooks import has_hooks
 
 
-def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
+def norm_silu(x: Tensor, norm: nn.Module) -> Tensor:
     """silu(norm(x)), [B, C, H, W]; x stays as it is.
 
     Only what a group norm gives is known to be nobody else's: a norm of another kind may return its

@@ -49,6 +49,11 @@ class TrainingConfig:
         max_steps: optimisation steps, in place of epochs.
         precision: fp32, or bf16 or fp16 by autocast (fp16 with a gradient scaler).
         channels_last: memory layout of the convolutions; faster on CPUs and tensor cores.
+        activation_checkpointing: what the backward pass computes again instead of keeping it:
+            none; norms, with the SiLU after each, which costs little; or blocks, the residual ones,
+            which takes the least memory and a third more time.
+        compile: let torch.compile make kernels of the model for this machine, which takes minutes
+            at the start; it needs a C++ compiler on CPUs, Triton on GPUs.
         validate_every_steps: steps between validations; null: at the end of each epoch.
         save_every_steps: steps between checkpoints (each validation writes one as well).
         keep_checkpoints: how many of the newest are kept, besides the best; at least 2.
@@ -75,6 +80,8 @@ class TrainingConfig:
     max_steps: int | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = True
+    activation_checkpointing: Literal["none", "norms", "blocks"] = "norms"
+    compile: bool = False
     validate_every_steps: int | None = None
     save_every_steps: int = 1000
     keep_checkpoints: int = 2

@@ -15,6 +15,7 @@ from kl_vae.distributed.ranks import Ranks, connect
 from kl_vae.formats.run_checkpoints import newest_checkpoint
 from kl_vae.training.bad_images import BadImages
 from kl_vae.training.checkpoints import Checkpoints
+from kl_vae.training.compilation import check_compiler, compile_parts, uncompiled
 from kl_vae.training.config import RunConfig
 from kl_vae.training.figures import as_figures, scalar
 from kl_vae.training.global_batch import divide_batch
@@ -79,6 +80,8 @@ def _train(
 
     # what the run is made of
     ranks.on_first(lambda: check_run(run, plain))
+    if training.compile:
+        check_compiler(ranks.device)
     train_set, val_set = build_data(config, ranks)
     steps_per_epoch = len(train_set) // training.global_batch_size
     total_steps = training.max_steps or (training.epochs or 0) * steps_per_epoch
@@ -119,6 +122,8 @@ def _train(
         return state
 
     # what a step needs
+    if training.compile:
+        compile_parts(model, training)
     autoencoder, discriminator = wrap(model, ranks)
     bad_images = BadImages(
         run, ranks, len(train_set) + len(val_set or ()), config.data.max_bad_fraction
@@ -160,19 +165,23 @@ def _train(
             cut_short = False
             if val_set is not None and milestone and state.validated_step < state.step:
                 batches_of_val = load(val_set, val_batches)
-                val_figures = validate(
-                    *(model, batches_of_val, state.step, config, ranks, bad_images, averaged),
-                    stop=lambda: stop.signal is not None,
-                )
+                with uncompiled(training):
+                    val_figures = validate(
+                        *(model, batches_of_val, state.step, config, ranks, bad_images, averaged),
+                        stop=lambda: stop.signal is not None,
+                    )
                 cut_short = val_figures is None
                 if val_figures is not None:
                     state.validated_step = state.step
                     saved = False
                     if model.monitor is not None:
                         state.note_best(model.monitor, scalar(val_figures, model.monitor))
-                    pictures = ranks.on_first(
-                        lambda: draw_pictures(averaged or model, val_set, training.sample_images)
-                    )
+                    with uncompiled(training):
+                        pictures = ranks.on_first(
+                            lambda: draw_pictures(
+                                averaged or model, val_set, training.sample_images
+                            )
+                        )
                     if journal is not None:
                         journal.write_validation(val_figures, pictures)
 

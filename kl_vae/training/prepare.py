@@ -93,6 +93,7 @@ def build_model(config: RunConfig, ranks: Ranks, resuming: bool) -> AutoEncoderK
     if ckpt_path is not None and not resuming:
         model.init_from_ckpt(ckpt_path, ignore_keys)
     freeze(model, config.training.freeze)
+    model.set_activation_checkpointing(config.training.activation_checkpointing)
     model = model.to(ranks.device)
     if config.training.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -214,12 +215,13 @@ def describe(
         device = torch.cuda.get_device_name(ranks.device)
     elif ranks.device.type == "cpu":
         device = f"cpu ({torch.get_num_threads()} threads)"
+    precision = training.precision + (", compiled" if training.compile else "")
     latents = f"{model.latent_channels} x {side // f} x {side // f}"
     for line in (
         f"model      {count:,} parameters, f = {f}: {side} x {side} -> latents {latents}{frozen}",
         f"data       {len(train_set)} training images and {len(val_set or ())} for validation, "
         f"from {config.data.train.root}",
-        f"devices    {ranks.world_size} x {device}, {training.precision}",
+        f"devices    {ranks.world_size} x {device}, {precision}",
         f"batch      {training.global_batch_size} images a step = {ranks.world_size} (ranks) x "
         f"{training.accumulate_batches} (accumulated) x {images}",
         f"length     {total_steps} steps, {state.step} of them taken",

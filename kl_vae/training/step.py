@@ -94,7 +94,7 @@ class TrainingStep:
                 step,
                 "train",
                 forward=self.autoencoder,
-                noise=noise.to(device, non_blocking=True),
+                noise=noise_to_device(noise, device),
                 equivariance=Equivariance.draw(
                     training.equivariance, training.equivariance_min_scale, training.seed, step
                 ),
@@ -173,3 +173,10 @@ def to_device(images: Tensor, device: torch.device, channels_last: bool) -> Tens
     layout = torch.channels_last if channels_last else torch.contiguous_format
     # uint8 until then: a quarter of the bytes to move
     return normalized(images.to(device, non_blocking=True).contiguous(memory_format=layout))
+
+
+def noise_to_device(noise: Tensor, device: torch.device) -> Tensor:
+    """Move noise to the device; nothing waits for the copy, which pinned memory alone allows."""
+    if device.type == "cuda":
+        noise = noise.pin_memory()
+    return noise.to(device, non_blocking=True)

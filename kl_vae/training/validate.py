@@ -16,7 +16,7 @@ from kl_vae.model import AutoEncoderKL
 from kl_vae.training.bad_images import BadImages
 from kl_vae.training.config import RunConfig
 from kl_vae.training.figures import Figures, as_figures, evaluating, latent_moments
-from kl_vae.training.step import latent_noise, to_device
+from kl_vae.training.step import latent_noise, noise_to_device, to_device
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def validate(
             continue
         noise = latent_noise(model, batch, "validation", config.training.seed)
         images = to_device(batch.images, ranks.device, config.training.channels_last)
-        noise = noise.to(ranks.device)
+        noise = noise_to_device(noise, ranks.device)
         with autocast(ranks.device, config.training.precision), evaluating(model):
             figures = _figures(model, images, step, noise, model)
             if average is not None:

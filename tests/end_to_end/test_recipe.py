@@ -55,6 +55,7 @@ def test_a_resumed_gan_run_equals_one_never_stopped_bit_for_bit(project: Path) -
     arguments = [*GAN, "training.accumulate_batches=2", "training.equivariance=0.5"]
     arguments += ["training.equivariance_min_scale=0.75"]
     arguments += ["data.recolor=true", "optimizer.name=muon"]
+    arguments += ["training.activation_checkpointing=blocks", "model.params.ddconfig.dropout=0.1"]
     assert train("--run-dir", "whole", *arguments) == 0
     for steps in (2, 5, 6):  # before the discriminator and after
         assert train("--run-dir", "parts", *arguments, f"training.max_steps={steps}") == 0

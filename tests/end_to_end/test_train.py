@@ -212,6 +212,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["training.keep_checkpoints=1"],
         "training.keep_checkpoints=1: at least 2, for when the newest is damaged",
     ),
+    "unknown checkpointing": (
+        ["training.activation_checkpointing=all"],
+        "training.activation_checkpointing='all': is text, expected one of none, norms, blocks",
+    ),
     "no GPU": (["--device", "tpu"], "device 'tpu': choose one of auto, cuda, mps, cpu"),
     "unknown loss": (
         ["model.params.lossconfig.target=best"],

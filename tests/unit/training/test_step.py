@@ -10,12 +10,13 @@ import torch
 
 from kl_vae import AutoEncoderKL
 from kl_vae.data import BadImage, Batch
+from kl_vae.data.images import to_float
 from kl_vae.distributed.ranks import Ranks
 from kl_vae.errors import RunError
 from kl_vae.training.bad_images import BadImages
 from kl_vae.training.config import RunConfig
-from kl_vae.training.prepare import build_state, wrap
-from kl_vae.training.step import TrainingStep, latent_noise
+from kl_vae.training.prepare import build_model, build_state, wrap
+from kl_vae.training.step import TrainingStep, latent_noise, to_device
 
 Loss = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
@@ -176,3 +177,60 @@ def test_the_noise_of_a_sample_depends_on_its_position_alone(project: Path) -> N
     assert not torch.equal(latent_noise(model, batch, "posterior", 0, 4), whole)
     assert whole.shape == (8, 4, 8, 8)
     assert abs(whole.mean()) < 0.1 and abs(whole.std() - 1) < 0.1
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_bytes_become_the_numbers_that_reading_a_file_gives(
+    device: str, channels_last: bool
+) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    every = torch.arange(256, dtype=torch.uint8).reshape(2, 2, 8, 8)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    moved = to_device(every, torch.device(device), channels_last)
+    assert moved.dtype == torch.float32 and moved.is_contiguous(memory_format=layout)
+    assert torch.equal(moved.cpu(), to_float(every))
+    same = to_device(to_float(every), torch.device(device), channels_last)
+    assert torch.equal(same, moved) and same.is_contiguous(memory_format=layout)
+
+
+def test_a_step_on_bytes_is_the_step_on_their_floats(project: Path) -> None:
+    images = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8)
+    results = []
+    for given in (images, to_float(images)):
+        take_step = build()
+        figures = take_step(iter([next(batches())._replace(images=given)]))
+        results.append([*figures.values(), *weights(take_step)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("checkpointing", ["none", "norms", "blocks"])
+def test_a_step_waits_for_the_gpu_once_to_know_whether_it_may_be_taken(
+    project: Path, checkpointing: str
+) -> None:
+    config = RunConfig.load(
+        "tiny.yaml",
+        [
+            *("training.precision=bf16", "training.ema_decay=0.9", "training.equivariance=0.5"),
+            f"training.activation_checkpointing={checkpointing}",
+            "model.params.lossconfig={target: lpips_with_discriminator, params: {disc_start: 0, "
+            "perceptual_weight: 0.0, disc_num_layers: 1, lecam_weight: 0.1}}",
+        ],
+    )
+    ranks = Ranks(0, 1, torch.device("cuda"))
+    model = build_model(config, ranks, resuming=False)
+    state = build_state(config, model, {}, "")
+    bad_images = BadImages(None, ranks, 1000, 0.01)
+    take_step = TrainingStep(state, *wrap(model, ranks), config, ranks, 100, bad_images)
+    pinned = (batch._replace(images=batch.images.pin_memory()) for batch in batches())
+    for _ in range(3):  # what the first steps set up may wait
+        take_step(pinned)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="called a synchronizing CUDA operation") as waits:
+            take_step(pinned)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [Path(wait.filename).name for wait in waits] == ["finiteness.py"]

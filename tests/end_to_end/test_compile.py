@@ -1,0 +1,73 @@
+"""`training.compile`: the model's parts as kernels of this machine, in runs as users start them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from kl_vae import AutoEncoderKL
+from kl_vae.cli.main import main
+from kl_vae.training.compilation import check_compiler
+from tests.end_to_end.test_recipe import GAN
+from tests.processes import TRAIN, assert_same, checkpoint, metrics
+
+HAS_COMPILER = shutil.which(os.environ.get("CXX", "g++")) is not None
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="torch.compile needs a C++ compiler")
+
+# torch hides the warnings of its own compiler where they are shown, which errors are not
+pytestmark = pytest.mark.filterwarnings("default")
+
+# one level, 8 x 8 pixels: what a compilation takes grows with the number of parts
+SMALL = ["model.params.ddconfig.ch_mult=[1]", "model.params.ddconfig.attn_resolutions=[]"]
+SMALL += ["data.resize=8", "data.crop=8", "data.validation.fraction=0.3"]
+
+
+def train(*arguments: str) -> int:
+    return main(["train", "tiny.yaml", *arguments])
+
+
+@needs_compiler
+def test_a_compiled_run_learns_the_same_and_goes_on_bit_for_bit(project: Path) -> None:
+    arguments = [*SMALL, *GAN, "training.max_steps=4", "training.validate_every_steps=2"]
+    arguments.append("training.activation_checkpointing=blocks")
+    assert train("--run-dir", "plain", *arguments) == 0
+    arguments.append("training.compile=true")
+    assert train("--run-dir", "whole", *arguments) == 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for steps in (2, 4):
+        last = f"training.max_steps={steps}"
+        assert train("--run-dir", "parts", *arguments, last) == 0
+    whole, parts = checkpoint("whole", 4), checkpoint("parts", 4)
+    for key in ("model", "ema", "ema_updates", "updaters"):
+        assert_same(whole[key], parts[key])
+    for key in ("model", "ema"):
+        plain = checkpoint("plain", 4)[key]
+        assert whole[key].keys() == plain.keys()  # no _orig_mod.
+        assert all(torch.allclose(whole[key][k], plain[k], atol=1e-4) for k in plain)
+    for ours, theirs in zip(metrics("whole"), metrics("plain"), strict=True):
+        for key in ("train/rec_loss", "train/d_weight", "val/psnr"):
+            assert ours.get(key, 0.0) == pytest.approx(theirs.get(key, 0.0), rel=1e-3), key
+    AutoEncoderKL.from_checkpoint("whole")
+
+
+def test_without_a_compiler_a_run_ends_with_what_to_install(project: Path) -> None:
+    environment = {**os.environ, "CXX": "no-such-compiler"}
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(project / "cache")
+    command = [*TRAIN, "--run-dir", "run", "--device=cpu", "training.compile=true"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert "training.compile=true: torch.compile does not work on cpu here (" in line
+    assert line.endswith("; install a C++ compiler (such as g++), or set training.compile to false")
+    assert "Traceback" not in done.stderr
+    assert not (project / "run").exists()
+
+
+@needs_compiler
+def test_a_machine_that_can_compile_passes() -> None:
+    check_compiler(torch.device("cpu"))
