@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kl_vae.version import __version__
 
 if TYPE_CHECKING:
+    from kl_vae.acceleration import accelerate
     from kl_vae.attention import make_attention, register_attention
     from kl_vae.blocks import register_block, register_normalization
     from kl_vae.ddconfig import DDConfig
@@ -24,6 +25,7 @@ __all__ = [
     "DiagonalGaussianDistribution",
     "Encoder",
     "__version__",
+    "accelerate",
     "make_attention",
     "register_attention",
     "register_block",
@@ -38,6 +40,7 @@ _MODULES = {
     "Decoder": "decoder",
     "DiagonalGaussianDistribution": "distribution",
     "Encoder": "encoder",
+    "accelerate": "acceleration",
     "make_attention": "attention",
     "register_attention": "attention",
     "register_block": "blocks",

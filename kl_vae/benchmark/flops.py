@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from kl_vae.blocks import Upsample
 from kl_vae.ddconfig import DDConfig
 from kl_vae.device import PRECISIONS
 from kl_vae.model import AutoEncoderKL
@@ -39,6 +40,7 @@ def count_flops(
     """
     with FakeTensorMode():
         model = AutoEncoderKL(dataclasses.replace(ddconfig, dropout=0.0), embed_dim)
+        _make_plain(model)
         images = torch.empty(batch_size, ddconfig.in_channels, size, size)
         side = size // model.downsampling_factor
         latents = torch.empty(batch_size, model.latent_channels, side, side)
@@ -52,6 +54,14 @@ def count_flops(
                 with torch.no_grad():
                     model.encode(images) if work == "encode" else model.decode(latents)
     return counter.flops
+
+
+def _make_plain(model: AutoEncoderKL) -> None:
+    """Let a model compute as it is written; `accelerate` cannot take one without contents."""
+    model.set_activation_checkpointing("none")
+    for module in model.modules():
+        if isinstance(module, Upsample):
+            module.merges = False
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -116,6 +126,7 @@ def count_gan_flops(model: AutoEncoderKL, batch_size: int, size: int) -> int:
         images = torch.empty(batch_size, model.config.in_channels, size, size)
         side = size // model.downsampling_factor
         noise = torch.empty(batch_size, model.latent_channels, side, side)
+        _make_plain(copied)
         adversary = copied.adversary
         assert adversary is not None
         counter = _Counter()

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from kl_vae.acceleration import accelerate_as
 from kl_vae.benchmark.flops import MatrixProduct, count_flops
 from kl_vae.benchmark.measurement import MATRIX_PRODUCT, Measurement
 from kl_vae.benchmark.timing import alternate
@@ -28,11 +29,15 @@ Way = Callable[[Any], Any]  # takes the plain module, and may change it
 
 DIFFUSERS = "diffusers"
 PLAIN = "ours, plain modules"
+OURS = "ours"
 
 
-def ways() -> dict[str, Way]:
+def ways(device: torch.device) -> dict[str, Way]:
     """How our modules are arranged for inference, by name."""
-    return {PLAIN: _as_it_is, "ours, channels_last": _channels_last}
+    found: dict[str, Way] = {PLAIN: partial(accelerate_as, "off")}
+    if device.type == "cpu":
+        found["ours, without Winograd"] = partial(accelerate_as, "exact")
+    return found | {OURS: partial(accelerate_as, "auto")}
 
 
 def their_ways(precision: str) -> dict[str, Way]:
@@ -80,7 +85,7 @@ def measure_coding(
         twin = twin_of(model)
         for name, way in their_ways(precision).items():
             calls[name] = coder(way(copy.deepcopy(twin)), work, device, precision)
-    for name, way in ways().items():
+    for name, way in ways(device).items():
         calls[name] = coder(way(copy.deepcopy(model)), work, device, precision)
     if compiled:
         calls |= {f"{name}, compiled": torch.compile(call) for name, call in calls.items()}

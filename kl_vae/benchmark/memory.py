@@ -20,12 +20,12 @@ from kl_vae.benchmark.inference import DIFFUSERS, coder, coding_input, their_way
 from kl_vae.benchmark.peak import Cost, cost_of
 from kl_vae.benchmark.plain_step import (
     RATE,
+    STEP_WAYS,
     PlainStep,
-    build_ours,
+    build_way,
     our_forward,
     our_optimizer,
     step_input,
-    step_ways,
     their_forward,
 )
 from kl_vae.benchmark.timing import Timing
@@ -82,7 +82,7 @@ def measure_memory(
     the optimiser's state is there before it. What the memory does not suffice for is left out, with
     a warning.
     """
-    names = list(step_ways() if work == "step" else ways())
+    names = list(STEP_WAYS if work == "step" else ways(device))
     if why_no_twin(ddconfig, embed_dim) is None:
         theirs = THEIR_STEP_WAYS if work == "step" else tuple(their_ways(precision))
         names = [*theirs, *names]
@@ -160,7 +160,7 @@ def _prepare_coding(
 ) -> Callable[[], object]:
     """In the process that measures: make the module and its input."""
     device = torch.device(device_name)
-    own = ways()
+    own = ways(device)
     if way in own:
         module = own[way](AutoEncoderKL(ddconfig, embed_dim).eval().to(device))
     else:
@@ -191,7 +191,7 @@ def _prepare_step(
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(twin.parameters(), lr=RATE)
         forward = their_forward(twin)
     else:
-        model = build_ours(ddconfig, embed_dim, device, **step_ways()[way])
+        model = build_way(way, ddconfig, embed_dim, device)
         optimizer, forward = our_optimizer(model), our_forward(model)
     step = PlainStep(forward, optimizer, device, precision)
     images, noise = step_input(ddconfig, embed_dim, batch_size, size, device)

@@ -19,12 +19,13 @@ from kl_vae.benchmark.measurement import MATRIX_PRODUCT, Measurement
 from kl_vae.benchmark.plain_step import (
     KL_WEIGHT,
     RATE,
+    STEP_WAYS,
     PlainStep,
     build_ours,
+    build_way,
     our_forward,
     our_optimizer,
     step_input,
-    step_ways,
     their_steps,
 )
 from kl_vae.benchmark.published import gradient_difference
@@ -85,8 +86,8 @@ def compare_plain_steps(
             expected = expected or found
             differences[name] = _difference(found, expected, name)
     del plain
-    for name, keys in step_ways().items():
-        model = build_ours(ddconfig, embed_dim, device, **keys)
+    for name in STEP_WAYS:
+        model = build_way(name, ddconfig, embed_dim, device)
         steps[name] = PlainStep(our_forward(model), our_optimizer(model), device, precision)
         found = _gradients(model, steps[name], images, noise)
         found = to_diffusers(found) if has_twin else found

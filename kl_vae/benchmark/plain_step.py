@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kl_vae.acceleration import accelerate_as
 from kl_vae.benchmark.twin import twin_of
 from kl_vae.ddconfig import DDConfig
 from kl_vae.device import autocast
@@ -30,12 +31,17 @@ KL_WEIGHT = 1e-6
 RATE = 1e-6  # so small that all steps that are timed work on the same weights
 
 # images [B, C, H, W], noise [B, z, h, w] -> reconstruction [B, C, H, W], KL [B] in nats
+PLAIN = "ours, plain modules"
+
+# the keys of TrainingConfig that make up each of our ways
+STEP_WAYS: dict[str, dict[str, Any]] = {
+    PLAIN: {"channels_last": False, "activation_checkpointing": "none"},
+    "ours, nothing computed again": {"activation_checkpointing": "none"},
+    "ours": {},
+    "ours, blocks computed again": {"activation_checkpointing": "blocks"},
+}
+
 Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def step_ways() -> dict[str, dict[str, Any]]:
-    """The keys of TrainingConfig that make up each of our ways, by name."""
-    return {"ours, plain modules": {"channels_last": False}, "ours": {}}
 
 
 @dataclass
@@ -102,6 +108,14 @@ def build_ours(
         model=ModelConfig(params=params), training=TrainingConfig(max_steps=1, **training)
     )
     return build_model(config, Ranks(0, 1, device), resuming=False)
+
+
+def build_way(
+    way: str, ddconfig: DDConfig, embed_dim: int | None, device: torch.device
+) -> AutoEncoderKL:
+    """Our model as one of STEP_WAYS has it; the same weights always."""
+    model = build_ours(ddconfig, embed_dim, device, **STEP_WAYS[way])
+    return accelerate_as("off", model) if way == PLAIN else model
 
 
 def our_optimizer(model: AutoEncoderKL) -> torch.optim.Optimizer:

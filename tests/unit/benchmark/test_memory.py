@@ -11,7 +11,7 @@ from kl_vae.benchmark import memory
 from kl_vae.benchmark.inference import ways
 from kl_vae.benchmark.memory import CHECKPOINTED, Memory, figures, measure_memory, table
 from kl_vae.benchmark.peak import Cost
-from kl_vae.benchmark.plain_step import step_ways
+from kl_vae.benchmark.plain_step import STEP_WAYS
 from kl_vae.benchmark.timing import Timing
 from kl_vae.ddconfig import DDConfig
 from kl_vae.errors import RunError
@@ -42,27 +42,27 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, without: str = "") -> list[
 
 
 def names() -> list[str]:
-    return ["diffusers", "diffusers, channels_last", CHECKPOINTED, *ways(), *step_ways()]
+    return ["diffusers", "diffusers, channels_last", CHECKPOINTED, *ways(CPU), *STEP_WAYS]
 
 
 def test_every_way_is_called_by_turns(ddconfig: DDConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("diffusers")
     called = in_this_process(monkeypatch)
     decode = list(measure_memory(ddconfig, 4, CPU, "decode", size=16, repeats=2))
-    coding = ["diffusers", "diffusers, channels_last", *ways()]
+    coding = ["diffusers", "diffusers, channels_last", *ways(CPU)]
     assert [m.way for m in decode] == coding
     assert called == [*coding, *coding[1:], coding[0]]
     first = decode[0]
     assert first.timing == Timing.of([1.0, 2.0 * len(coding)])
     assert (first.peak, first.added) == ((2 + 2 * len(coding)) * GB, (1 + 2 * len(coding)) * GB)
     step = list(measure_memory(ddconfig, 4, CPU, "step", size=16))
-    assert [m.way for m in step] == ["diffusers", CHECKPOINTED, *step_ways()]
+    assert [m.way for m in step] == ["diffusers", CHECKPOINTED, *STEP_WAYS]
 
 
 def test_what_the_memory_does_not_suffice_for_is_left_out(
     ddconfig: DDConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    without, *others = ways()
+    without, *others = ways(CPU)
     in_this_process(monkeypatch, without)
     with caplog.at_level(logging.WARNING):
         found = list(measure_memory(ddconfig, 3, CPU, "encode", size=16, repeats=2))

@@ -9,11 +9,11 @@ from kl_vae.benchmark import flops, plain_comparison
 from kl_vae.benchmark.plain_comparison import WHOLE_STEP, compare_plain_steps
 from kl_vae.benchmark.plain_step import (
     KL_WEIGHT,
+    STEP_WAYS,
     PlainStep,
     build_ours,
     our_forward,
     step_input,
-    step_ways,
     their_steps,
 )
 from kl_vae.ddconfig import DDConfig
@@ -67,7 +67,7 @@ def test_a_comparison(ddconfig: DDConfig, embed_dim: int) -> None:
     pytest.importorskip("diffusers")
     measured = compare_plain_steps(ddconfig, embed_dim, CPU, size=16, repeats=1, precision="bf16")
     theirs = ["diffusers", "diffusers, channels_last, fused AdamW"] if embed_dim == 4 else []
-    assert [m.way for m in measured] == [*theirs, *step_ways(), WHOLE_STEP]
+    assert [m.way for m in measured] == [*theirs, *STEP_WAYS, WHOLE_STEP]
     assert measured[0].difference == 0.0 and measured[-1].difference is None
     for m in measured[1:-1]:
         assert m.difference is not None and m.difference < 1e-4
