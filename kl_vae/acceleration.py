@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kl_vae.blocks import ResnetBlock, Upsample
-from kl_vae.fast.winograd import WinogradConv2d, is_3_by_3
+from kl_vae.fast.winograd_conv import WinogradConv2d, is_3_by_3
 from kl_vae.fused import FusedResnetBlock
 
 logger = logging.getLogger(__name__)
@@ -50,13 +50,7 @@ def accelerate(
     if winograd is None:
         winograd = device == "cpu"
     _set_layout(model, torch.channels_last if channels_last else torch.contiguous_format, device)
-    for module in model.modules():
-        if is_3_by_3(module):
-            module.__class__ = WinogradConv2d if winograd else nn.Conv2d
-        elif type(module) in (ResnetBlock, FusedResnetBlock):
-            module.__class__ = FusedResnetBlock if winograd else ResnetBlock
-        elif isinstance(module, Upsample):
-            module.merges = merge_upsampling
+    set_algorithms(model, winograd=winograd, merge_upsampling=merge_upsampling)
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in ("encoder", "decoder"):
             if compile:
@@ -64,6 +58,17 @@ def accelerate(
             else:
                 module._compiled_call_impl = None
     return model
+
+
+def set_algorithms(model: nn.Module, *, winograd: bool, merge_upsampling: bool | None) -> None:
+    """Let the parts of a model compute by these, which it may have no contents for."""
+    for module in model.modules():
+        if is_3_by_3(module):
+            module.__class__ = WinogradConv2d if winograd else nn.Conv2d
+        elif type(module) in (ResnetBlock, FusedResnetBlock):
+            module.__class__ = FusedResnetBlock if winograd else ResnetBlock
+        elif isinstance(module, Upsample):
+            module.merges = merge_upsampling
 
 
 def accelerate_as(mode: str, model: Model, *, compile: bool = False) -> Model:

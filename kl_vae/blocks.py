@@ -16,14 +16,16 @@ from kl_vae.fast import recompute
 from kl_vae.fast.hooks import has_hooks
 from kl_vae.fast.norm_silu import norm_silu
 from kl_vae.fast.upsample import merging_pays, upsample_and_convolve
-from kl_vae.fast.winograd import is_3_by_3
+from kl_vae.fast.winograd_conv import is_3_by_3
 from kl_vae.registry import Registry
 
 NORM_GROUPS = 32
 
 Norm = Callable[[int], nn.Module]
 
-# what the backward pass computes again: nothing, norms and SiLUs, or whole residual blocks
+# What the backward pass computes again. none: nothing but what lies between a norm and its SiLU;
+# norms: also what lies between the SiLU and its convolution; blocks: whole residual blocks. Where
+# nothing is chosen (None) autograd keeps all of it, and torch.func can differentiate as it likes.
 ACTIVATION_CHECKPOINTING = ("none", "norms", "blocks")
 
 NORMALIZATION = Registry("norm_type")
@@ -59,7 +61,7 @@ class ResnetBlock(nn.Module):
     `activation_checkpointing` says what the backward pass computes again instead of keeping it.
     """
 
-    activation_checkpointing = "none"
+    activation_checkpointing: str | None = None
 
     def __init__(
         self,
@@ -113,17 +115,20 @@ class ResnetBlock(nn.Module):
         self, x: Tensor, norm: nn.Module, conv: nn.Conv2d, residual: Tensor | None = None
     ) -> Tensor:
         """conv(silu(norm(x))) + residual."""
-        if self.activation_checkpointing != "none" and recompute.is_possible(x, norm, GroupNorm):
+        if (
+            self.activation_checkpointing in ("norms", "blocks")
+            and recompute.is_possible(x, norm, GroupNorm)
+            and recompute.takes_conv(conv)
+        ):
             assert isinstance(norm, GroupNorm)
-            if recompute.takes_conv(conv):
-                return recompute.norm_silu_conv(x, norm, conv, residual)
+            return recompute.norm_silu_conv(x, norm, conv, residual)
         out: Tensor = conv(activate(x, norm, self.activation_checkpointing))
         return out if residual is None else residual + out
 
 
-def activate(x: Tensor, norm: nn.Module, activation_checkpointing: str = "none") -> Tensor:
-    """silu(norm(x)); with activation checkpointing of any kind x alone is kept for the backward."""
-    if activation_checkpointing != "none" and recompute.is_possible(x, norm, GroupNorm):
+def activate(x: Tensor, norm: nn.Module, activation_checkpointing: str | None) -> Tensor:
+    """silu(norm(x)); with activation checkpointing chosen x alone is kept for the backward."""
+    if activation_checkpointing is not None and recompute.is_possible(x, norm, GroupNorm):
         assert isinstance(norm, GroupNorm)
         return recompute.norm_silu(x, norm)
     return norm_silu(x, norm)

@@ -25,7 +25,7 @@ class Encoder(nn.Module):
         ValueError: an unknown key, a wrong type or an impossible value in the ddconfig.
     """
 
-    activation_checkpointing = "none"
+    activation_checkpointing: str | None = None
 
     def __init__(self, **ddconfig: Any) -> None:
         super().__init__()

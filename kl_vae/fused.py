@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from kl_vae.blocks import GroupNorm, ResnetBlock
 from kl_vae.fast.group_norm import scale_and_shift
 from kl_vae.fast.hooks import has_hooks
-from kl_vae.fast.winograd import is_3_by_3, suits, winograd_convolve
+from kl_vae.fast.winograd import winograd_convolve
+from kl_vae.fast.winograd_conv import is_3_by_3, suits
 
 
 class FusedResnetBlock(ResnetBlock):
@@ -42,6 +43,7 @@ class FusedResnetBlock(ResnetBlock):
             conv2.bias,
             activation=scale_and_shift(norm2, h),
             residual=self.nin_shortcut(x) if self.has_shortcut else x,
+            overwrite=self.has_shortcut,
         )
 
 

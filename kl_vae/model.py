@@ -267,19 +267,21 @@ class AutoEncoderKL(nn.Module):
         """The loss, where it has a discriminator."""
         return self.loss if isinstance(self.loss, LPIPSWithDiscriminator) else None
 
-    def set_activation_checkpointing(self, kind: str) -> None:
+    def set_activation_checkpointing(self, kind: str | None) -> None:
         """Choose what the backward pass computes again instead of keeping it (Chen et al. 2016).
 
         Gradients stay the same. A block of your own is told by its attribute
         `activation_checkpointing`, where it has one.
 
         Args:
-            kind: none; norms, and the SiLU after each; or blocks, the residual ones.
+            kind: none: nothing but what lies between a norm and its SiLU; norms: what lies between
+                a norm and its convolution; blocks: the residual ones; None: as before any call,
+                all that autograd wants is kept, and `torch.func` can differentiate as it likes.
 
         Raises:
             ValueError: no such kind.
         """
-        if kind not in ACTIVATION_CHECKPOINTING:
+        if kind is not None and kind not in ACTIVATION_CHECKPOINTING:
             raise ValueError(
                 f"activation_checkpointing={kind!r}: choose one of "
                 f"{', '.join(ACTIVATION_CHECKPOINTING)}"

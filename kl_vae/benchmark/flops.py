@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from kl_vae.blocks import Upsample
+from kl_vae.acceleration import set_algorithms
 from kl_vae.ddconfig import DDConfig
 from kl_vae.device import PRECISIONS
 from kl_vae.model import AutoEncoderKL
@@ -57,11 +57,9 @@ def count_flops(
 
 
 def _make_plain(model: AutoEncoderKL) -> None:
-    """Let a model compute as it is written; `accelerate` cannot take one without contents."""
-    model.set_activation_checkpointing("none")
-    for module in model.modules():
-        if isinstance(module, Upsample):
-            module.merges = False
+    """Let a model compute as it is written."""
+    model.set_activation_checkpointing(None)
+    set_algorithms(model, winograd=False, merge_upsampling=False)
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]

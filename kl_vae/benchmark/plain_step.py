@@ -35,10 +35,11 @@ PLAIN = "ours, plain modules"
 
 # the keys of TrainingConfig that make up each of our ways
 STEP_WAYS: dict[str, dict[str, Any]] = {
-    PLAIN: {"channels_last": False, "activation_checkpointing": "none"},
-    "ours, nothing computed again": {"activation_checkpointing": "none"},
+    PLAIN: {},
+    "ours, without Winograd": {"winograd": False},
+    "ours, checkpointing none": {"activation_checkpointing": "none"},
     "ours": {},
-    "ours, blocks computed again": {"activation_checkpointing": "blocks"},
+    "ours, checkpointing blocks": {"activation_checkpointing": "blocks"},
 }
 
 Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -115,7 +116,9 @@ def build_way(
 ) -> AutoEncoderKL:
     """Our model as one of STEP_WAYS has it; the same weights always."""
     model = build_ours(ddconfig, embed_dim, device, **STEP_WAYS[way])
-    return accelerate_as("off", model) if way == PLAIN else model
+    if way == PLAIN:
+        accelerate_as("off", model).set_activation_checkpointing(None)
+    return model
 
 
 def our_optimizer(model: AutoEncoderKL) -> torch.optim.Optimizer:

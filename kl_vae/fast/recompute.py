@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kl_vae.fast.hooks import has_hooks
+from kl_vae.fast.winograd_conv import WinogradConv2d, convolve, convolve_backward, takes
 
 DEVICES = ("cpu", "cuda")  # whose group norm tells its statistics
 
@@ -50,6 +51,7 @@ def norm_silu_conv(
     out: Tensor = _NormSiluConv.apply(
         *(x, norm.weight, norm.bias, weight, bias, residual),
         *(norm_dtype, norm.num_groups, norm.eps, (conv.stride, conv.padding, conv.dilation)),
+        isinstance(conv, WinogradConv2d) and takes(x, weight),
     )
     return out
 
@@ -70,16 +72,16 @@ def is_possible(x: Tensor, norm: nn.Module, norm_kind: type[nn.GroupNorm]) -> bo
 def takes_conv(conv: nn.Conv2d) -> bool:
     """Whether `norm_silu_conv` stands for the module `conv`: a convolution padded with zeros."""
     return (
-        is_bare(conv, nn.Conv2d)
+        is_bare(conv, nn.Conv2d, WinogradConv2d)
         and conv.groups == 1
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
     )
 
 
-def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is of this very class, and nobody waits at it (hooks, weight norm)."""
-    return type(module) is kind and not has_hooks(module)
+def is_bare(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a module is of one of these very classes, and nobody waits at it (hooks)."""
+    return type(module) in kinds and not has_hooks(module)
 
 
 class _NormSilu(torch.autograd.Function):
@@ -120,12 +122,16 @@ class _NormSiluConv(torch.autograd.Function):
         groups: int,
         eps: float,
         geometry: tuple[Any, Any, Any],
+        winograd: bool,
     ) -> Tensor:
-        ctx.settings = norm_dtype, groups, eps, geometry
+        ctx.settings = norm_dtype, groups, eps, geometry, winograd
         ctx.residual_dtype = None if residual is None else residual.dtype
         normed, mean, rstd = _normalize(x.to(norm_dtype), scale, shift, groups, eps)
         ctx.save_for_backward(x, scale, shift, weight, bias, mean, rstd)
-        out = F.conv2d(F.silu(normed, inplace=True).to(weight.dtype), weight, bias, *geometry)
+        active = F.silu(normed, inplace=True).to(weight.dtype)
+        if winograd:
+            return convolve(active, weight, bias, residual)
+        out = F.conv2d(active, weight, bias, *geometry)
         if residual is None:
             return out
         return out.add_(residual) if out.dtype == residual.dtype else out + residual
@@ -134,9 +140,9 @@ class _NormSiluConv(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         x, scale, shift, weight, bias, mean, rstd = ctx.saved_tensors
-        norm_dtype, groups, eps, geometry = ctx.settings
+        norm_dtype, groups, eps, geometry, winograd = ctx.settings
         onward = None if ctx.residual_dtype is None else gradient.to(ctx.residual_dtype)
-        rest = onward, None, None, None, None
+        rest = onward, None, None, None, None, None
         gradient = gradient.to(weight.dtype)
         if torch.is_grad_enabled():  # to be differentiated once more
             active = F.silu(F.group_norm(x.to(norm_dtype), groups, scale, shift, eps))
@@ -147,14 +153,21 @@ class _NormSiluConv(torch.autograd.Function):
         before, needed = any(ctx.needs_input_grad[:3]), ctx.needs_input_grad
         x_normed = x.to(norm_dtype)
         normed, _, _ = _normalize(x_normed, scale, shift, groups, eps)
-        inner, weight_gradient, bias_gradient = _aten.convolution_backward(
-            *(gradient, F.silu(normed).to(weight.dtype), weight),
-            *(None if bias is None else bias.shape, *geometry, False, [0, 0], 1),
-            [before, needed[3], needed[4]],
-        )
-        del gradient  # maps are let go as soon as they can be
+        active = F.silu(normed).to(weight.dtype)
+        needed_of_conv = before, needed[3], needed[4]
+        if winograd:
+            inner, weight_gradient, bias_gradient = convolve_backward(
+                gradient, active, weight, bias is not None, needed_of_conv
+            )
+        else:
+            inner, weight_gradient, bias_gradient = _aten.convolution_backward(
+                *(gradient, active, weight),
+                *(None if bias is None else bias.shape, *geometry, False, [0, 0], 1),
+                needed_of_conv,
+            )
+        del gradient, active  # maps are let go as soon as they can be
         of_norm: tuple[Tensor | None, ...] = None, None, None
-        if before:
+        if inner is not None:
             inner = inner.to(norm_dtype)
             _aten.silu_backward.grad_input(inner, normed, grad_input=inner)
             del normed

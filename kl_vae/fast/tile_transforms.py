@@ -9,7 +9,7 @@ P products.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,6 +48,13 @@ def of_convolution() -> tuple[TileTransform, ...]:
     """
     inputs, kernel, output = matrices((0.0, 0.75, -0.75, 1.5, -1.5), taps=3)
     return (TileTransform(_twice(inputs), _twice(kernel), _twice(output)),)
+
+
+def of_input_gradient() -> tuple[TileTransform, ...]:
+    """Of the same with the kernel's taps in reverse: the gradient of a convolution's input."""
+    return tuple(
+        replace(transform, kernel=transform.kernel.flip(1)) for transform in of_convolution()
+    )
 
 
 def of_upsampled() -> tuple[TileTransform, ...]:

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kl_vae.fast.winograd import UPSAMPLED, WinogradConv2d, suits, winograd_convolve
+from kl_vae.fast.winograd import UPSAMPLED, winograd_convolve
+from kl_vae.fast.winograd_conv import WinogradConv2d, suits
 
 
 def upsample_and_convolve(conv: nn.Conv2d, x: Tensor, halo: tuple[int, int] = (0, 0)) -> Tensor:

@@ -49,9 +49,12 @@ class TrainingConfig:
         max_steps: optimisation steps, in place of epochs.
         precision: fp32, or bf16 or fp16 by autocast (fp16 with a gradient scaler).
         channels_last: memory layout of the convolutions; faster on CPUs and tensor cores.
+        winograd: on CPUs in fp32, wide 3 x 3 convolutions and their gradients by Winograd's
+            algorithm, which is faster and rounds a little more.
         activation_checkpointing: what the backward pass computes again instead of keeping it:
-            none; norms, with the SiLU after each, which costs little; or blocks, the residual ones,
-            which takes the least memory and a third more time.
+            none, but for what lies between a norm and its SiLU; norms: all between a norm and its
+            convolution, which costs little; or blocks, the residual ones, which takes the least
+            memory and a third more time.
         compile: let torch.compile make kernels of the model for this machine, which takes minutes
             at the start; it needs a C++ compiler on CPUs, Triton on GPUs.
         validate_every_steps: steps between validations; null: at the end of each epoch.
@@ -80,6 +83,7 @@ class TrainingConfig:
     max_steps: int | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = True
+    winograd: bool = True
     activation_checkpointing: Literal["none", "norms", "blocks"] = "norms"
     compile: bool = False
     validate_every_steps: int | None = None

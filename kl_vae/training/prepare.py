@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from kl_vae.acceleration import accelerate
 from kl_vae.data import ImageDataset, build_datasets
 from kl_vae.distributed.ranks import Ranks
 from kl_vae.equivariance import Equivariance
@@ -95,8 +96,11 @@ def build_model(config: RunConfig, ranks: Ranks, resuming: bool) -> AutoEncoderK
     freeze(model, config.training.freeze)
     model.set_activation_checkpointing(config.training.activation_checkpointing)
     model = model.to(ranks.device)
-    if config.training.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+    accelerate(
+        model,
+        channels_last=config.training.channels_last,
+        winograd=None if config.training.winograd else False,
+    )
     if model.adversary is not None and ranks.device.type == "cuda" and ranks.world_size > 1:
         discriminator = model.adversary.discriminator
         nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)  # type: ignore[no-untyped-call]

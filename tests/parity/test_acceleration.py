@@ -5,7 +5,7 @@ import torch
 
 from kl_vae import AutoEncoderKL
 from kl_vae.acceleration import accelerate_as
-from kl_vae.fast.winograd import suits
+from kl_vae.fast.winograd_conv import suits
 from kl_vae.formats.diffusers_layout import to_diffusers
 from kl_vae.presets import PRESETS
 

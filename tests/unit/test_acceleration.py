@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kl_vae import AutoEncoderKL, register_block
 from kl_vae.acceleration import accelerate, accelerate_as
 from kl_vae.blocks import ResnetBlock
-from kl_vae.fast.winograd import WinogradConv2d
+from kl_vae.fast.winograd_conv import WinogradConv2d
 
 WAYS = {
     "channels_last": {"winograd": False, "merge_upsampling": False, "channels_last": True},

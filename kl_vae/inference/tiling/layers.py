@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from kl_vae.attention import VanillaAttention, as_sequence
 from kl_vae.blocks import Downsample, ResnetBlock, Upsample
 from kl_vae.fast.upsample import upsample_and_convolve
-from kl_vae.fast.winograd import WinogradConv2d, suits, winograd_convolve
+from kl_vae.fast.winograd import winograd_convolve
+from kl_vae.fast.winograd_conv import WinogradConv2d, suits
 from kl_vae.inference.tiling.strips import FeatureMap, Strips, regroup, split, with_halo
 
 # of scores of one chunk of queries, on devices whose attention writes them down

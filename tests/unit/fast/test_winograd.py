@@ -1,15 +1,11 @@
 """Convolutions by Winograd's algorithm."""
 
-import copy
-import pickle
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from kl_vae.fast import winograd
-from kl_vae.fast.winograd import WinogradConv2d, suits, winograd_convolve
+from kl_vae.fast.winograd import winograd_convolve, winograd_weight_gradient
 
 
 @pytest.mark.parametrize("batch, height, width", [(1, 4, 4), (2, 7, 9), (3, 1, 5), (1, 30, 33)])
@@ -56,48 +52,6 @@ def test_the_error_against_float64_is_as_documented() -> None:
     assert error.square().mean().sqrt() < 3e-6
 
 
-def test_where_it_suits(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight = torch.zeros(1, 64, 32, 32), torch.zeros(64, 64, 3, 3)
-    assert not suits(x, weight)  # gradients may be kept
-    with torch.inference_mode():
-        assert suits(x, weight)
-        assert not suits(x.bfloat16(), weight.bfloat16())
-        assert not suits(x.double(), weight.double())
-        assert not suits(x[:, :, :8, :8], weight)
-        assert not suits(x, weight[:3])
-        assert not suits(x.to("meta"), weight.to("meta"))
-        with torch.autocast("cpu", torch.bfloat16):
-            assert not suits(x, weight)
-
-
-def test_a_module_falls_back_where_gradients_are_kept_and_notices_new_weights() -> None:
-    torch.manual_seed(0)
-    plain = nn.Conv2d(64, 64, 3, padding=1)
-    conv = copy.deepcopy(plain)
-    conv.__class__ = WinogradConv2d
-    x = torch.randn(1, 64, 32, 32)
-    assert torch.equal(conv(x), plain(x))
-    with torch.no_grad():
-        assert not torch.equal(conv(x), plain(x))
-        for change in (lambda w: w.mul_(2.0), lambda w: w.add_(0.1)):
-            torch.testing.assert_close(conv(x), plain(x), rtol=1e-4, atol=1e-4)
-            for module in (plain, conv):
-                change(module.weight.data)  # of which its version does not tell
-        torch.testing.assert_close(conv(x), plain(x), rtol=1e-4, atol=1e-4)
-    conv(x).sum().backward()
-    assert conv.weight.grad is not None
-
-
-def test_it_can_be_copied_and_pickled() -> None:
-    conv = nn.Conv2d(64, 64, 3, padding=1)
-    conv.__class__ = WinogradConv2d
-    x = torch.randn(1, 64, 32, 32)
-    with torch.no_grad():
-        for other in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv))):
-            assert type(other) is WinogradConv2d
-            assert torch.equal(other(x), conv(x))
-
-
 @pytest.mark.parametrize("number", [3, 1000])
 def test_activation_and_residual_are_those_of_the_whole_maps(
     number: int, monkeypatch: pytest.MonkeyPatch
@@ -110,6 +64,37 @@ def test_activation_and_residual_are_those_of_the_whole_maps(
     activated = F.silu(x * scale.permute(0, 3, 1, 2) + shift.permute(0, 3, 1, 2))
     expected = residual + F.conv2d(activated, weight, padding=1)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("height, width", [(20, 8), (21, 9)])
+def test_a_residual_that_is_needed_no_longer_lends_its_memory(height: int, width: int) -> None:
+    """Where tiles cover the map and nothing else."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 4, height, width), torch.randn(5, 4, 3, 3), torch.randn(5)
+    residual = torch.randn(2, 5, height, width).contiguous(memory_format=torch.channels_last)
+    expected = residual + F.conv2d(x, weight, bias, padding=1)
+    out = winograd_convolve(x, weight, bias, residual=residual, overwrite=True)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    assert (out.data_ptr() == residual.data_ptr()) == (height % 4 == 0)
+
+
+@pytest.mark.parametrize("batch, height, width", [(1, 4, 4), (2, 7, 9), (3, 1, 5), (1, 30, 33)])
+@pytest.mark.parametrize("number", [3, 1000])
+def test_gradients_at_any_size_and_by_any_pieces(
+    batch: int, height: int, width: int, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(winograd, "TILES", number)
+    monkeypatch.setattr(winograd, "GRADIENT_TILES", number)
+    x, weight = torch.randn(batch, 5, height, width).double(), torch.randn(7, 5, 3, 3).double()
+    gradient = torch.randn(batch, 7, height, width).double()
+    shape, geometry = None, ([1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False])
+    expected = torch.ops.aten.convolution_backward(gradient, x, weight, shape, *geometry)
+    x, weight, gradient = x.float(), weight.float(), gradient.float()
+    of_x = winograd_convolve(gradient, weight, None, transforms=winograd.INPUT_GRADIENT)
+    torch.testing.assert_close(of_x, expected[0].float(), rtol=1e-4, atol=1e-4)
+    of_weight = winograd_weight_gradient(x, gradient)
+    torch.testing.assert_close(of_weight, expected[1].float(), rtol=1e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("batch, height, width", [(1, 4, 4), (2, 7, 9), (3, 1, 5)])

@@ -12,7 +12,7 @@ from torch import nn
 
 from kl_vae import AutoEncoderKL
 from kl_vae.distributed import Ranks
-from kl_vae.fast.winograd import WinogradConv2d
+from kl_vae.fast.winograd_conv import WinogradConv2d
 from kl_vae.formats.checkpoint import write_checkpoint
 from kl_vae.inference.load import load_model, load_model_on, model_fingerprint
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from kl_vae import AutoEncoderKL
-from kl_vae.data import BadImage, Batch
-from kl_vae.data.images import to_float
+from kl_vae.data import BadImage, Batch, to_float
 from kl_vae.distributed.ranks import Ranks
 from kl_vae.errors import RunError
 from kl_vae.training.bad_images import BadImages
