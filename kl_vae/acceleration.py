@@ -27,10 +27,10 @@ def accelerate(
     merge_upsampling: bool | None = None,
     compile: bool = False,
 ) -> Model:
-    """Let a model encode and decode faster, with the same numbers to rounding; it is returned.
+    """Let a model compute faster, with the same numbers to rounding; it is returned.
 
-    The state dict stays what it is, and so does training: what gradients would not pass falls back
-    to the plain computation by itself. A later call sets everything anew, so that
+    The state dict stays what it is, and gradients are those of the plain modules to rounding. A
+    later call sets everything anew, so that
     `accelerate(model, channels_last=False, winograd=False, merge_upsampling=False)` undoes it all.
     None is chosen by the device that the parameters are on; after a move to another, call it again.
 
@@ -38,8 +38,9 @@ def accelerate(
         model: an AutoEncoderKL, or any module of such parts.
         channels_last: hold feature maps [B, C, H, W] with the channels innermost, as convolutions
             on CPUs and CUDA prefer. On CUDA the weights are stored so as well.
-        winograd: compute wide 3 x 3 convolutions by `kl_vae.fast.winograd`, on CPUs in float32
-            without gradients: about 2 times as fast, with about 5 times the rounding error.
+        winograd: compute wide 3 x 3 convolutions and their gradients by `kl_vae.fast.winograd`, on
+            CPUs in float32: up to 2 times as fast, with about 5 times the rounding error. Of
+            `torch.func` only `grad` can pass them.
         merge_upsampling: compute `Upsample` by `kl_vae.fast.upsample`.
         compile: torch.compile encoder and decoder. That takes about a minute for each size of
             images, and a C++ compiler on CPUs, where Winograd's convolutions are then plain ones.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kl_vae import AutoEncoderKL, register_block
 from kl_vae.acceleration import accelerate, accelerate_as
-from kl_vae.blocks import ResnetBlock
+from kl_vae.blocks import ACTIVATION_CHECKPOINTING, ResnetBlock
 from kl_vae.fast.winograd_conv import WinogradConv2d
 
 WAYS = {
@@ -83,15 +83,20 @@ def test_maps_are_channels_last_from_end_to_end(wide_model: AutoEncoderKL) -> No
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
 
 
-def test_training_is_as_before(wide_model: AutoEncoderKL) -> None:
+@pytest.mark.parametrize("checkpointing", [None, *ACTIVATION_CHECKPOINTING])
+def test_gradients_are_those_of_the_plain_model(
+    wide_model: AutoEncoderKL, checkpointing: str | None
+) -> None:
     grads = []
     for model in (copy.deepcopy(wide_model), accelerate(wide_model)):
         torch.manual_seed(2)  # of the posterior's samples
         model.training_step(images(32, 32), 0).backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
+        wide_model.set_activation_checkpointing(checkpointing)
     for name, expected in grads[0].items():
-        assert expected is not None
-        torch.testing.assert_close(grads[1][name], expected, rtol=1e-3, atol=1e-5)
+        found = grads[1][name]
+        assert expected is not None and found is not None
+        assert (found - expected).norm() < 1e-4 * expected.norm(), name
 
 
 def test_copies_and_pickles_compute_the_same(wide_model: AutoEncoderKL) -> None:
