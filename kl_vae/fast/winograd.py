@@ -75,25 +75,28 @@ def winograd_convolve(
     down, across = ceil(rows / 4), ceil(columns / 4)  # tiles
     kernels = _transformed(weight, transforms, transposed)  # [P, C, O] each
     pixels = x.permute(0, 2, 3, 1)  # [B, H, W, C]
-    shape = (batch, 4 * scale * down, 4 * scale * across, out_channels)
-    added = None if residual is None else residual.permute(0, 2, 3, 1)
-    if added is not None and overwrite and added.shape == shape and added.is_contiguous():
-        out, begun, added = added, True, None
+    shape = (batch, out_channels, 4 * scale * down, 4 * scale * across)
+    begun = overwrite and residual is not None and _lends_memory(residual, shape)
+    if begun and residual is not None:
+        out, residual = residual, None
     else:
-        out, begun = x.new_empty(shape), False
+        out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
     for piece in pieces(batch, down, across, TILES):
         tiles = read_tiles(pixels, piece, padding, activation)
-        written = piece.of(out, 4 * scale)
+        written = piece.of(out.permute(0, 2, 3, 1), 4 * scale)
         for transform, kernel in zip(transforms, kernels, strict=True):
             by_tile = _by_tile(written, piece, transform, scale)
             results = _products(tiles, kernel, transform, piece)
             if bias is not None:
                 results.add_(bias)
             by_tile.add_(results) if begun else by_tile.copy_(results)
-        if added is not None:
-            rest = piece.of(added, 4 * scale)
+        if residual is not None:
+            rest = piece.of(residual.permute(0, 2, 3, 1), 4 * scale)
             written[:, : rest.shape[1], : scale * columns].add_(rest)
-    return out[:, : scale * rows, : scale * columns].contiguous().permute(0, 3, 1, 2)
+    if shape[2:] == (scale * rows, scale * columns):
+        return out  # no view, so that it may be changed in place
+    out = out[:, :, : scale * rows, : scale * columns]
+    return out.contiguous(memory_format=torch.channels_last)
 
 
 def winograd_weight_gradient(x: Tensor, gradient: Tensor) -> Tensor:
@@ -124,6 +127,10 @@ def winograd_weight_gradient(x: Tensor, gradient: Tensor) -> Tensor:
         sums.baddbmm_(of_gradient.transpose(1, 2), transformed)
     by_tap = torch.mm(sums.view(36, -1).t(), transform.kernel)  # [O * C, 9]
     return by_tap.view(out_channels, channels, 3, 3)
+
+
+def _lends_memory(x: Tensor, shape: tuple[int, ...]) -> bool:
+    return x.shape == shape and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _transformed(

@@ -63,8 +63,17 @@ def inflate(module: nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
     return output * float("inf")
 
 
+def soften(module: nn.Module) -> None:
+    """Let no activation have a kink, at which rounding would decide about a gradient."""
+    for name, child in module.named_children():
+        if isinstance(child, (nn.ReLU, nn.LeakyReLU)):
+            setattr(module, name, nn.SiLU())
+        soften(child)
+
+
 with connect("cpu") as ranks:
     model: AutoEncoderKL = build_model(config, ranks, resuming=False)
+    soften(model)
     state = build_state(config, model, {}, "")
     bad_images = BadImages(None, ranks, GLOBAL, max_fraction=0.0)
     take_step = TrainingStep(state, *wrap(model, ranks), config, ranks, STEPS, bad_images)

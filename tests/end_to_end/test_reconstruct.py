@@ -309,11 +309,11 @@ def test_interrupted_and_resumed(tmp_path, model, capsys, monkeypatch):
 
     read_image, before = FolderSource.read, []
 
-    def interrupted(self, index):
+    def interrupted(self, index, wanted):
         if index == 11:
             raise KeyboardInterrupt
         before.append(index)
-        return read_image(self, index)
+        return read_image(self, index, wanted)
 
     with monkeypatch.context() as patch:
         patch.setattr(FolderSource, "read", interrupted)

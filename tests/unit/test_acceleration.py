@@ -96,7 +96,8 @@ def test_gradients_are_those_of_the_plain_model(
     for name, expected in grads[0].items():
         found = grads[1][name]
         assert expected is not None and found is not None
-        assert (found - expected).norm() < 1e-4 * expected.norm(), name
+        # a norm makes the gradient of the bias before it 0 but for rounding
+        assert (found - expected).norm() < 1e-4 * expected.norm() + 1e-6, name
 
 
 def test_copies_and_pickles_compute_the_same(wide_model: AutoEncoderKL) -> None:

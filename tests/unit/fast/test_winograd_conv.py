@@ -151,6 +151,13 @@ def test_norm_silu_and_convolution_in_one(with_residual: bool, side: int) -> Non
     assert_close(*results)
 
 
+@pytest.mark.parametrize("side", [24, 23, 8])
+def test_what_comes_out_may_be_changed_in_place(side: int) -> None:
+    for conv in pair():
+        nn.functional.relu(conv(torch.randn(1, 64, side, side)), inplace=True).sum().backward()
+        assert conv.weight.grad is not None
+
+
 def test_the_other_way_is_taken_for_small_maps() -> None:
     plain, conv = pair()
     x, residual = torch.randn(1, 64, 8, 8), torch.randn(1, 80, 8, 8)
