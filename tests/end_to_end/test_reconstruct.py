@@ -329,7 +329,9 @@ def test_interrupted_and_resumed(tmp_path, model, capsys, monkeypatch):
     assert "(mode was 'mode' and is now 'sample')" in capsys.readouterr().err
     read = []
     monkeypatch.setattr(
-        FolderSource, "read", lambda self, index: read.append(index) or read_image(self, index)
+        FolderSource,
+        "read",
+        lambda self, index, wanted: read.append(index) or read_image(self, index, wanted),
     )
     assert main([*command, "--resume", "--grid-size", "1"]) == 0
     assert read == [*range(8, 12), 0]  # 0: once more, for comparison.png
