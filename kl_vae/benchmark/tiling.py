@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from kl_vae.acceleration import accelerate
 from kl_vae.benchmark.peak import Cost, cost_of
 from kl_vae.benchmark.plots import matplotlib_figure, save_figure
 from kl_vae.ddconfig import DDConfig
@@ -208,7 +209,7 @@ def _prepare(
 def _ours(folder: Path, what: What, way: str, device: str) -> Callable[[Tensor], Tensor]:
     from kl_vae.inference.tiling import Tiling, decode_tiled, encode_tiled
 
-    model = AutoEncoderKL.from_checkpoint(folder / "model.safetensors").to(device)
+    model = accelerate(AutoEncoderKL.from_checkpoint(folder / "model.safetensors").to(device))
     tiling = Tiling(mode="whole" if way == WHOLE else "exact")
     if what == "encode":
         return lambda x: encode_tiled(model, x, tiling).parameters

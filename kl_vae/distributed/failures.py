@@ -27,7 +27,7 @@ TRAINING = Mends(
     timeout="training.timeout_seconds",
     images="data.train.root",
     workers="data.num_workers",
-    memory="raise training.accumulate_batches, or set training.precision=bf16",
+    memory="set training.activation_checkpointing=blocks, or raise training.accumulate_batches",
 )
 COMMAND = Mends(
     resume="the same command with --resume goes on where it was",

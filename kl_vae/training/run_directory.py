@@ -30,6 +30,7 @@ HARMLESS = (
     "data.max_bad_fraction",
     "data.listing_cache",
     "training.accumulate_batches",
+    "training.activation_checkpointing",
     "training.epochs",
     "training.max_steps",
     "training.validate_every_steps",

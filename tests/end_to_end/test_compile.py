@@ -14,7 +14,7 @@ from kl_vae import AutoEncoderKL
 from kl_vae.cli.main import main
 from kl_vae.training.compilation import check_compiler
 from tests.end_to_end.test_recipe import GAN
-from tests.processes import TRAIN, assert_same, checkpoint, metrics
+from tests.processes import TORCHRUN, TRAIN, assert_same, checkpoint, metrics
 
 HAS_COMPILER = shutil.which(os.environ.get("CXX", "g++")) is not None
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="torch.compile needs a C++ compiler")
@@ -53,6 +53,21 @@ def test_a_compiled_run_learns_the_same_and_goes_on_bit_for_bit(project: Path) -
         for key in ("train/rec_loss", "train/d_weight", "val/psnr"):
             assert ours.get(key, 0.0) == pytest.approx(theirs.get(key, 0.0), rel=1e-3), key
     AutoEncoderKL.from_checkpoint("whole")
+
+
+@needs_compiler
+def test_compiled_ranks_learn_what_one_does_uncompiled(project: Path) -> None:
+    arguments = [*SMALL, "training.max_steps=3", "training.ema_decay=0.5"]
+    command = [*TORCHRUN, "--nproc-per-node=2", *TRAIN[1:], *arguments]
+    command += ["--run-dir", "two", "training.compile=true"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "2 x cpu" in done.stderr and "compiled" in done.stderr
+    assert train("--run-dir", "one", *arguments) == 0
+    for key in ("model", "ema"):
+        two, one = checkpoint("two", 3)[key], checkpoint("one", 3)[key]
+        assert two.keys() == one.keys()  # no _orig_mod., no module.
+        assert all(torch.allclose(two[k], one[k], atol=1e-5) for k in one)
 
 
 def test_without_a_compiler_a_run_ends_with_what_to_install(project: Path) -> None:

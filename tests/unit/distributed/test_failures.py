@@ -35,7 +35,7 @@ KNOWN: list[tuple[Exception, str]] = [
     (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
         "the memory of the GPU does not suffice (CUDA out of memory. Tried to allocate 2 GiB): "
-        "raise training.accumulate_batches, or set training.precision=bf16",
+        "set training.activation_checkpointing=blocks, or raise training.accumulate_batches",
     ),
     (
         OSError(28, "No space left on device", "a/b"),
