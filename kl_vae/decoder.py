@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kl_vae.blocks import Upsample, activate, zero_residuals
 from kl_vae.ddconfig import DDConfig
 from kl_vae.middle import Middle
-from kl_vae.parts import Parts, apply_level
+from kl_vae.parts import Level, Parts, steps_of
 
 
 class Decoder(nn.Module):
@@ -51,7 +51,8 @@ class Decoder(nn.Module):
         h: Tensor = self.conv_in(z)
         h = self.mid(h, context)
         for level in reversed(self.up):
-            h = level(h, context)
+            for step in steps_of(level, context):
+                h = step(h)
         if self.give_pre_end:
             return h
         # the last convolution stays apart: a GAN asks for the gradient of its weight alone
@@ -59,7 +60,7 @@ class Decoder(nn.Module):
         return h.tanh() if self.tanh_out else h
 
 
-class UpLevel(nn.Module):
+class UpLevel(Level):
     """The residual blocks of one resolution, with attention where configured, then Upsample."""
 
     def __init__(self, in_channels: int, level: int, config: DDConfig, parts: Parts) -> None:
@@ -72,6 +73,7 @@ class UpLevel(nn.Module):
         if level > 0:
             self.upsample = Upsample(channels, config.resamp_with_conv)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        out: Tensor = self.upsample(apply_level(self.block, self.attn, x, context))
-        return out
+    @property
+    def resample(self) -> nn.Module:
+        """The last step."""
+        return self.upsample

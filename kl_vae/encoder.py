@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kl_vae.blocks import Downsample, activate, zero_residuals
 from kl_vae.ddconfig import DDConfig
 from kl_vae.middle import Middle
-from kl_vae.parts import Parts, apply_level
+from kl_vae.parts import Level, Parts, steps_of
 
 
 class Encoder(nn.Module):
@@ -47,13 +47,14 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         h = self.conv_in(x)
         for level in self.down:
-            h = level(h, context)
+            for step in steps_of(level, context):
+                h = step(h)
         h = self.mid(h, context)
         out: Tensor = self.conv_out(activate(h, self.norm_out, self.activation_checkpointing))
         return out
 
 
-class DownLevel(nn.Module):
+class DownLevel(Level):
     """The residual blocks of one resolution, with attention where configured, then Downsample."""
 
     def __init__(self, in_channels: int, level: int, config: DDConfig, parts: Parts) -> None:
@@ -66,6 +67,7 @@ class DownLevel(nn.Module):
         if level < len(config.ch_mult) - 1:
             self.downsample = Downsample(channels, config.resamp_with_conv)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        out: Tensor = self.downsample(apply_level(self.block, self.attn, x, context))
-        return out
+    @property
+    def resample(self) -> nn.Module:
+        """The last step."""
+        return self.downsample

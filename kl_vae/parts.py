@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from kl_vae.attention import make_attention
 from kl_vae.blocks import BLOCKS, NORM_GROUPS, NORMALIZATION, Norm, Normalize
 from kl_vae.ddconfig import DDConfig
+from kl_vae.fast.hooks import has_hooks
+
+Step = Callable[[Tensor], Tensor]
 
 
 class Parts:
@@ -43,12 +48,48 @@ class Parts:
         return blocks, attentions
 
 
-def apply_level(
-    blocks: nn.ModuleList, attentions: nn.ModuleList, x: Tensor, context: Tensor | None
-) -> Tensor:
-    """Pass [B, C, H, W] through what `Parts.level` gives, each block followed by its attention."""
-    for i, block in enumerate(blocks):
-        x = block(x, context)
-        if attentions:
-            x = attentions[i](x)
-    return x
+class Level(nn.Module):
+    """The residual blocks of one resolution, with attention where configured.
+
+    [B, C, H, W] -> [B, O, H, W], or what `resample` makes of it.
+    """
+
+    block: nn.ModuleList
+    attn: nn.ModuleList
+
+    @property
+    def resample(self) -> nn.Module:
+        """What comes after them."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        for step in self.steps(context):
+            x = step(x)
+        return x
+
+    def steps(self, context: Tensor | None) -> list[Step]:
+        """What `forward` does one after the other, each block followed by its attention."""
+        steps: list[Step] = []
+        for i, block in enumerate(self.block):
+            steps.append(partial(block, context=context))
+            if self.attn:
+                steps.append(self.attn[i])
+        return [*steps, self.resample]
+
+
+def steps_of(level: nn.Module, context: Tensor | None) -> list[Step]:
+    """What to call one after the other in place of a level, so that no map is held for longer.
+
+    The map that a module is called with is there until the call returns; that of a level would
+    outlast its first block. It is the level itself where gradients keep its maps anyway, and where
+    it is seen as a whole.
+    """
+    if (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or has_hooks(level)
+        or level._compiled_call_impl is not None
+    ):
+        return [partial(level, context=context)]
+    assert isinstance(level, Level)
+    return level.steps(context)

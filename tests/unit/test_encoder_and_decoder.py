@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kl_vae import AutoEncoderKL, Decoder, Encoder
-from kl_vae.blocks import ResnetBlock
+from kl_vae.blocks import Downsample, ResnetBlock, Upsample
 
 
 def test_any_size_that_f_divides_is_taken(tiny_ddconfig: dict[str, Any]) -> None:
@@ -81,3 +81,31 @@ def test_zero_init_residual_reaches_every_block(module: Any, tiny_ddconfig: dict
         blocks = [block for block in built.modules() if isinstance(block, ResnetBlock)]
         assert blocks
         assert all((not block.conv2.weight.any()) == zero for block in blocks)
+
+
+@pytest.mark.parametrize("module", [Encoder, Decoder])
+@torch.no_grad()
+def test_without_gradients_no_map_outlives_the_block_that_it_goes_into(
+    tiny_ddconfig: dict[str, Any], module: type[nn.Module]
+) -> None:
+    network = module(**tiny_ddconfig | {"num_res_blocks": 3, "attn_resolutions": []})
+    outputs: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def note(*arguments: Any) -> None:
+        alive.append(sum(output() is not None for output in outputs))
+        outputs.append(weakref.ref(arguments[2]))
+
+    for part in network.modules():
+        if isinstance(part, (ResnetBlock, Downsample, Upsample)):
+            part.register_forward_hook(note)
+    network(torch.zeros(1, 3 if module is Encoder else 4, 16, 16))
+    assert len(alive) > 8 and max(alive) == 1  # the input of what has just run
+
+
+@torch.no_grad()
+def test_hooks_of_levels_are_called_without_gradients_as_well(tiny_model: AutoEncoderKL) -> None:
+    seen: list[tuple[int, ...]] = []
+    tiny_model.decoder.up[0].register_forward_hook(lambda *given: seen.append(given[2].shape))
+    expected = tiny_model.decode(torch.zeros(1, 3, 4, 4))
+    assert len(seen) == 1 and seen[0][2:] == expected.shape[2:]
