@@ -39,7 +39,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, size: int | None = None
         type=positive,
         default=5,
         metavar="N",
-        help="how often each is timed, by turns (default: 5)",
+        help="how often each is timed, by turns (default: %(default)s)",
     )
     parser.add_argument("--device", default="auto", help="auto (default), cuda, cuda:N, mps or cpu")
     add_output_arguments(parser)

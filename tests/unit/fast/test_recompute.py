@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -14,11 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kl_vae import AutoEncoderKL
-from kl_vae.benchmark.peak import cost_of
 from kl_vae.blocks import ResnetBlock, activate
 from kl_vae.fast.recompute import norm_silu, norm_silu_conv
 
-CPU = torch.device("cpu")
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
@@ -211,25 +208,30 @@ def test_an_unknown_kind_is_named(tiny_model: AutoEncoderKL) -> None:
         tiny_model.set_activation_checkpointing("all")
 
 
-def prepare(kind: str | None) -> Callable[[], object]:
-    """A pass through twelve residual blocks of 32 channels, whose maps take 8 MB each."""
+def test_what_is_kept_for_the_backward_pass_falls_with_each_kind() -> None:
+    """Bytes of the maps that twelve residual blocks keep, in units of one map."""
     torch.manual_seed(0)
     blocks = nn.Sequential(*(ResnetBlock(32, 32) for _ in range(12)))
-    for block in blocks:
-        block.activation_checkpointing = kind  # type: ignore[assignment]
-    x = torch.randn(1, 32, 256, 256).contiguous(memory_format=torch.channels_last)
-    blocks = blocks.to(memory_format=torch.channels_last)
-    blocks(x[:, :, :8, :8]).sum().backward()  # what a first call sets up is not theirs
-    return lambda: blocks(x).sum().backward()
-
-
-def test_the_memory_of_a_pass_falls_with_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    # what is let go leaves the process at once, not when the C library thinks fit
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**20))
-    megabytes: dict[str | None, float] = {}
+    parameters = {p.data_ptr() for p in blocks.parameters()}
+    x = torch.randn(1, 32, 32, 32, requires_grad=True)
+    kept: dict[str | None, float] = {}
     for kind in (None, "none", "norms", "blocks"):
-        cost = cost_of(partial(prepare, kind), CPU, threads=1)
-        megabytes[kind] = (cost.peak - cost.before) / 2**20
-    assert megabytes["none"] < 0.75 * megabytes[None]
-    assert megabytes["norms"] < 0.6 * megabytes["none"]
-    assert megabytes["blocks"] < 0.75 * megabytes["norms"]
+        maps: dict[int, int] = {}
+
+        def note(saved: Tensor, maps: dict[int, int] = maps) -> Tensor:
+            if saved.data_ptr() not in parameters:
+                maps[saved.data_ptr()] = saved.untyped_storage().nbytes()
+            return saved
+
+        for block in blocks:
+            block.activation_checkpointing = kind  # type: ignore[assignment]
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+            out = blocks(x)
+        kept[kind] = sum(maps.values()) / (x.numel() * 4) / len(blocks)
+        out.sum().backward()
+    assert kept == {
+        None: pytest.approx(6.0, abs=0.2),
+        "none": pytest.approx(4.0, abs=0.2),
+        "norms": pytest.approx(2.0, abs=0.2),
+        "blocks": pytest.approx(1.0, abs=0.2),
+    }
