@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kl_vae.fast import recompute
+from kl_vae.fast import group_norm, recompute
 from kl_vae.fast.hooks import has_hooks
 from kl_vae.fast.norm_silu import norm_silu
 from kl_vae.fast.upsample import merging_pays, upsample_and_convolve
@@ -39,7 +39,7 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(x.device.type):
-            return super().forward(x)
+            return group_norm.normalize(self, x) if group_norm.suits(x) else super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.float())
 

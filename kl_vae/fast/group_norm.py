@@ -1,5 +1,8 @@
 """A group norm as one scale and one shift a channel, from one pass over the map.
 
+On CPUs torch's own adds up a whole group of a channels_last map in float32: at 2048 x 2048 pixels
+images are wrong by 3e-3 then. Here they are not.
+
 B batch, C channels, G groups, H and W height and width, K pieces of the map.
 """
 
@@ -10,6 +13,25 @@ from torch import Tensor, nn
 
 # of a piece of the map: what the cache of a core holds
 PIECE_BYTES = 2**19
+
+
+def suits(x: Tensor) -> bool:
+    """Whether x is a map [B, C, H, W] whose norm is computed here."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.dim() == 4
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not x.is_contiguous()
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def normalize(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """norm(x), [B, C, H, W] in channels_last, of a map that `suits`."""
+    scale, shift = scale_and_shift(norm, x)
+    return torch.addcmul(shift, x.permute(0, 2, 3, 1), scale).permute(0, 3, 1, 2)
 
 
 def scale_and_shift(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
