@@ -23,28 +23,20 @@ from kl_vae.fast.winograd import UPSAMPLED, winograd_convolve
 from kl_vae.fast.winograd_conv import WinogradConv2d, suits
 
 
-def upsample_and_convolve(conv: nn.Conv2d, x: Tensor, halo: tuple[int, int] = (0, 0)) -> Tensor:
+def upsample_and_convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """[B, C, H, W] -> [B, O, 2H, 2W]: to rounding `conv(F.interpolate(x, scale_factor=2.0))`.
 
-    Args:
-        conv: one that `is_3_by_3`; one of Winograd's takes even fewer multiplications.
-        x: the map, or a part of it.
-        halo: lines at either end of H and of W that belong to the parts beside this one (0 or 1):
-            they are taken into account, and not upsampled.
+    `conv` is one that `is_3_by_3`; one of Winograd's takes even fewer multiplications.
     """
     if isinstance(conv, WinogradConv2d) and suits(x, conv.weight):
-        padding = (1 - halo[0], 1 - halo[1])
-        return winograd_convolve(x, conv.weight, conv.bias, padding, transforms=UPSAMPLED)
-    return transposed_convolution(x, conv.weight, conv.bias, halo)
+        return winograd_convolve(x, conv.weight, conv.bias, transforms=UPSAMPLED)
+    return transposed_convolution(x, conv.weight, conv.bias)
 
 
-def transposed_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, halo: tuple[int, int] = (0, 0)
-) -> Tensor:
+def transposed_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What is derived above; differentiable in x, weight [O, C, 3, 3] and bias [O]."""
     kernel = _spread(_spread(weight, 2), 3).transpose(0, 1)  # [C, O, 4, 4]
-    padding = (1 + 2 * halo[0], 1 + 2 * halo[1])
-    return F.conv_transpose2d(x, kernel, bias, stride=2, padding=padding)
+    return F.conv_transpose2d(x, kernel, bias, stride=2, padding=1)
 
 
 def _spread(weight: Tensor, dim: int) -> Tensor:

@@ -15,9 +15,6 @@ from torch import Tensor, nn
 
 from kl_vae.attention import VanillaAttention, as_sequence
 from kl_vae.blocks import Downsample, ResnetBlock, Upsample
-from kl_vae.fast.upsample import upsample_and_convolve
-from kl_vae.fast.winograd import winograd_convolve
-from kl_vae.fast.winograd_conv import WinogradConv2d, suits
 from kl_vae.inference.tiling.strips import FeatureMap, Strips, regroup, split, with_halo
 
 # of scores of one chunk of queries, on devices whose attention writes them down
@@ -25,13 +22,15 @@ SCORE_BYTES = 256 * 2**20
 
 
 def convolve(conv: nn.Conv2d, strips: Strips, dim: int) -> Strips:
-    """A 3 x 3 convolution of stride 1 over a stream."""
+    """A 3 x 3 convolution of stride 1 over a stream.
+
+    By torch's own kernel whatever the module has: others would transform the weight for each strip.
+    """
     padding = (0, 1) if dim == 2 else (1, 0)
-    for strip in with_halo(strips, dim):
-        if isinstance(conv, WinogradConv2d) and suits(strip, conv.weight):
-            yield winograd_convolve(strip, conv.weight, conv.bias, padding)
-        else:
-            yield F.conv2d(strip, conv.weight, conv.bias, padding=padding)
+    weight = conv.weight
+    if weight.device.type == "cpu":
+        weight = weight.contiguous()  # a strip's layout follows it, and moments want this one
+    return (F.conv2d(strip, weight, conv.bias, padding=padding) for strip in with_halo(strips, dim))
 
 
 def activated(x: FeatureMap, norm: nn.Module, source: Strips | None = None) -> Strips:
@@ -76,17 +75,13 @@ def downsample(module: Downsample, x: FeatureMap, lines: int) -> FeatureMap:
 
 def upsample(module: Upsample, x: FeatureMap, lines: int) -> FeatureMap:
     """As `Upsample`, to strips of so many lines, an even number. x is taken."""
-    dim, conv = x.dim, module.conv if module.with_conv else None
-    strips = regroup(x.drain(), dim, lines // 2)
-    doubled: Strips
-    if conv is not None and module.is_merged(x.strips[0]):
-        halo = (1, 0) if dim == 2 else (0, 1)
-        doubled = (upsample_and_convolve(conv, strip, halo) for strip in with_halo(strips, dim))
-    else:
-        doubled = (F.interpolate(strip, scale_factor=2.0, mode="nearest") for strip in strips)
-        if conv is not None:
-            doubled = convolve(conv, doubled, dim)
-    return FeatureMap.collect(doubled, dim)
+    doubled: Strips = (
+        F.interpolate(strip, scale_factor=2.0, mode="nearest")
+        for strip in regroup(x.drain(), x.dim, lines // 2)
+    )
+    if module.with_conv:
+        doubled = convolve(module.conv, doubled, x.dim)
+    return FeatureMap.collect(doubled, x.dim)
 
 
 def _vanilla_attention(module: VanillaAttention, x: FeatureMap) -> FeatureMap:

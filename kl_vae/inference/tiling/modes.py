@@ -29,9 +29,8 @@ MODES = ("auto", "whole", "exact", "blend")
 # of what is free: an estimate may be wrong, and other processes take more
 WHOLE_FRACTION = 0.6
 EXACT_FRACTION = 0.8
-# B H W beyond which `auto` takes strips anyway: on CPUs they are faster, and take less
-WHOLE_PIXELS = {"cpu": 512 * 512}
-OTHER_WHOLE_PIXELS = 2048 * 2048
+# B H W beyond which `auto` takes strips anyway
+WHOLE_PIXELS = 2048 * 2048
 
 # the reason, once it has been given: a folder may hold many such images
 warned_of_blending: list[str] = []
@@ -133,13 +132,12 @@ def decode_tiled(
     )
 
 
-def choose(work: Work, device: str, free: int | None, can_be_exact: bool) -> list[Mode]:
-    """The modes to try in order on this type of device.
+def choose(work: Work, free: int | None, can_be_exact: bool) -> list[Mode]:
+    """The modes to try in order.
 
-    `free` is the number of bytes that it has left; None: decide by the size alone.
+    `free` is the number of bytes that the device has left; None: decide by the size alone.
     """
-    most = WHOLE_PIXELS.get(device, OTHER_WHOLE_PIXELS)
-    small = work.batch * work.height * work.width <= most
+    small = work.batch * work.height * work.width <= WHOLE_PIXELS
     whole = free is None or work.whole_bytes <= WHOLE_FRACTION * free
     if not can_be_exact:
         return ["whole", "blend"] if whole else ["blend"]
@@ -170,7 +168,7 @@ def _candidates(
         can_be_exact = True
     except ValueError:
         can_be_exact = False
-    modes = choose(work, x.device.type, free_memory(x.device), can_be_exact)
+    modes = choose(work, free_memory(x.device), can_be_exact)
     if not may_blend:
         modes.remove("blend")
         if not modes:
