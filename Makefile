@@ -9,7 +9,7 @@ RUN ?= runs/quickstart
 .PHONY: quickstart test lint format clean
 
 # one stamp for each set of extras, so that a target installs what it needs and no more
-$(VENV)/installed-%: pyproject.toml setup.py
+$(VENV)/installed-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
 	touch $@

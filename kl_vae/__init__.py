@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from kl_vae.version import __version__
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from kl_vae.acceleration import accelerate
+    from kl_vae.accel.accelerate import accelerate
     from kl_vae.attention import make_attention, register_attention
     from kl_vae.blocks import register_block, register_normalization
     from kl_vae.ddconfig import DDConfig
@@ -40,7 +40,7 @@ _MODULES = {
     "Decoder": "decoder",
     "DiagonalGaussianDistribution": "distribution",
     "Encoder": "encoder",
-    "accelerate": "acceleration",
+    "accelerate": "accel.accelerate",
     "make_attention": "attention",
     "register_attention": "attention",
     "register_block": "blocks",

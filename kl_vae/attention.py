@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, einsum, nn
 
 from kl_vae.blocks import Norm, Normalize
-from kl_vae.registry import Registry
+from kl_vae.runtime.registry import Registry
 
 ATTENTION = Registry("attn_type")
 register_attention = ATTENTION.register

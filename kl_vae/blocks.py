@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kl_vae.fast import group_norm, recompute
-from kl_vae.fast.hooks import has_hooks
-from kl_vae.fast.norm_silu import norm_silu
-from kl_vae.fast.upsample import merging_pays, upsample_and_convolve
-from kl_vae.fast.winograd_conv import is_3_by_3
-from kl_vae.registry import Registry
+from kl_vae.accel import group_norm, recompute
+from kl_vae.accel.hooks import has_hooks
+from kl_vae.accel.norm_silu import norm_silu
+from kl_vae.accel.upsample import merging_pays, upsample_and_convolve
+from kl_vae.accel.winograd_conv import is_3_by_3
+from kl_vae.runtime.registry import Registry
 
 NORM_GROUPS = 32
 
@@ -166,7 +166,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """[B, C, H, W] -> [B, C, 2H, 2W]: nearest, then a convolution if `with_conv`.
 
-    Both are computed as one (`kl_vae.fast.upsample`) as `merges` says: None, where that was
+    Both are computed as one (`kl_vae.accel.upsample`) as `merges` says: None, where that was
     measured to be faster; False, never; True, wherever it is possible.
     """
 

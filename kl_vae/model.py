@@ -18,22 +18,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kl_vae.blocks import ACTIVATION_CHECKPOINTING
-from kl_vae.ddconfig import DDConfig, check_autoencoder
+from kl_vae.checkpoints.matching import match
+from kl_vae.checkpoints.presets import find_preset
+from kl_vae.checkpoints.pretrained import complete_params, has_published_parts
+from kl_vae.checkpoints.reading import Weights, read_weights
+from kl_vae.checkpoints.writing import write_compvis, write_diffusers
+from kl_vae.ddconfig import DDConfig, check_autoencoder, check_context, check_images, check_latents
 from kl_vae.decoder import Decoder
 from kl_vae.distribution import DiagonalGaussianDistribution
 from kl_vae.encoder import Encoder
-from kl_vae.equivariance import Equivariance
-from kl_vae.formats.matching import match
-from kl_vae.formats.reading import Weights, read_weights
-from kl_vae.formats.writing import write_compvis, write_diffusers
 from kl_vae.latents import LatentNormalization
 from kl_vae.losses import Loss, LPIPSWithDiscriminator, build_loss, default_loss
-from kl_vae.optimizer import DiscriminatorOptimizerConfig, OptimizerConfig, build_optimizer
-from kl_vae.presets import find_preset
-from kl_vae.pretrained import complete_params, has_published_parts
-from kl_vae.randomness import generator_for
-from kl_vae.schema import from_mapping
-from kl_vae.shapes import check_context, check_images, check_latents
+from kl_vae.losses.equivariance import Equivariance
+from kl_vae.optim.config import DiscriminatorOptimizerConfig, OptimizerConfig, build_optimizer
+from kl_vae.runtime.randomness import generator_for
+from kl_vae.runtime.schema import from_mapping
 
 
 class StepOutput(NamedTuple):
@@ -339,7 +338,7 @@ class AutoEncoderKL(nn.Module):
         """Load a published autoencoder, in eval mode, with the scale of its latents.
 
         Args:
-            name: one of `kl_vae.presets.PRESETS`, such as sdxl-vae.
+            name: one of `kl_vae.checkpoints.presets.PRESETS`, such as sdxl-vae.
             weights: as the path of `from_checkpoint`; None: fetched from where they are published.
 
         Raises:

@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from kl_vae.accel.hooks import has_hooks
 from kl_vae.attention import make_attention
 from kl_vae.blocks import BLOCKS, NORM_GROUPS, NORMALIZATION, Norm, Normalize
 from kl_vae.ddconfig import DDConfig
-from kl_vae.fast.hooks import has_hooks
 
 Step = Callable[[Tensor], Tensor]
 

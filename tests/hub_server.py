@@ -20,7 +20,7 @@ _FETCH = """
 import json, sys, time
 from pathlib import Path
 time.sleep = lambda seconds: None
-from kl_vae.formats.hub import fetch
+from kl_vae.checkpoints.hub import fetch
 answers = {}
 for name in json.load(sys.stdin):
     try:

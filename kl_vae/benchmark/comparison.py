@@ -16,13 +16,13 @@ from torch import Tensor
 
 from kl_vae.benchmark.recipes import Entry, Setting
 from kl_vae.data import ImageDataset, build_datasets, normalized
-from kl_vae.inference.grid import image_grid
-from kl_vae.inference.metrics import psnr, ssim
-from kl_vae.inference.picture_files import as_picture, as_saved
 from kl_vae.losses.lpips import LPIPS
+from kl_vae.metrics.similarity import psnr, ssim
 from kl_vae.model import AutoEncoderKL
 from kl_vae.training.config import RunConfig
 from kl_vae.training.loop import train
+from kl_vae.visual.grid import image_grid
+from kl_vae.visual.image_files import as_picture, as_saved
 
 logger = logging.getLogger(__name__)
 

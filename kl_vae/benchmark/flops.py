@@ -16,10 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from kl_vae.acceleration import set_algorithms
+from kl_vae.accel.accelerate import set_algorithms
 from kl_vae.ddconfig import DDConfig
-from kl_vae.device import PRECISIONS
 from kl_vae.model import AutoEncoderKL
+from kl_vae.runtime.device import PRECISIONS
 
 Work = Literal["encode", "decode", "step"]
 

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from kl_vae.ddconfig import DDConfig
-from kl_vae.distributed.ranks import Ranks
-from kl_vae.optimizer import DiscriminatorOptimizerConfig, OptimizerConfig
-from kl_vae.training.bad_images import BadImages
+from kl_vae.optim.config import DiscriminatorOptimizerConfig, OptimizerConfig
+from kl_vae.runtime.distributed import Ranks
 from kl_vae.training.config import ModelConfig, ModelParams, RunConfig, TrainingConfig
+from kl_vae.training.guards import BadImages
 from kl_vae.training.prepare import build_model, build_state, wrap
 from kl_vae.training.step import TrainingStep
 

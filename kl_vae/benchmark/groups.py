@@ -12,8 +12,8 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 
-from kl_vae.distributed.ranks import Ranks
-from kl_vae.errors import RunError
+from kl_vae.runtime.distributed import Ranks
+from kl_vae.runtime.errors import RunError
 
 Actions = dict[str, Callable[[], float]]
 

@@ -14,15 +14,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kl_vae.acceleration import accelerate_as
+from kl_vae.accel.accelerate import accelerate_as
 from kl_vae.benchmark.flops import MatrixProduct, count_flops
 from kl_vae.benchmark.measurement import MATRIX_PRODUCT, Measurement
 from kl_vae.benchmark.timing import alternate
 from kl_vae.benchmark.twin import twin_of, why_no_twin
 from kl_vae.ddconfig import DDConfig
-from kl_vae.device import PRECISIONS, autocast
 from kl_vae.model import AutoEncoderKL
-from kl_vae.randomness import generator_for
+from kl_vae.runtime.device import PRECISIONS, autocast
+from kl_vae.runtime.randomness import generator_for
 
 Coding = Literal["encode", "decode"]
 Way = Callable[[Any], Any]  # takes the plain module, and may change it

@@ -19,10 +19,10 @@ from kl_vae.data import FolderSource, ImageDataset, LatentDataset, list_images, 
 from kl_vae.data.latent_shard import DTYPES
 from kl_vae.data.loader import START_METHOD
 from kl_vae.ddconfig import DDConfig
-from kl_vae.distributed import Ranks
 from kl_vae.inference.encoding.encode import LatentEncoding
 from kl_vae.inference.encoding.stored_latents import EncodeConfig
 from kl_vae.model import AutoEncoderKL
+from kl_vae.runtime.distributed import Ranks
 
 _QUALITY = 90  # of the pictures, as JPEG
 

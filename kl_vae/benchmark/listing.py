@@ -14,8 +14,8 @@ from pathlib import Path
 from kl_vae.benchmark.timing import Timing
 from kl_vae.data import FolderSource, open_root
 from kl_vae.data.array_cache import VARIABLE
-from kl_vae.data.images import display_name
 from kl_vae.data.listing_cache import CACHED_FILES, RACY_NS
+from kl_vae.runtime.files import display_name
 
 FILES_A_FOLDER = 1000
 MARKER = ".kl_vae_benchmark"  # holds how many files were made

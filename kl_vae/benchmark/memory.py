@@ -31,8 +31,8 @@ from kl_vae.benchmark.plain_step import (
 from kl_vae.benchmark.timing import Timing
 from kl_vae.benchmark.twin import build_twin, why_no_twin
 from kl_vae.ddconfig import DDConfig
-from kl_vae.errors import RunError
 from kl_vae.model import AutoEncoderKL
+from kl_vae.runtime.errors import RunError
 
 logger = logging.getLogger(__name__)
 

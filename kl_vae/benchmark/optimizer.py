@@ -11,8 +11,8 @@ from torch import nn
 from kl_vae.benchmark.timing import Timing, alternate
 from kl_vae.ddconfig import DDConfig
 from kl_vae.model import AutoEncoderKL
-from kl_vae.optimizer import OptimizerConfig, build_optimizer
-from kl_vae.randomness import generator_for
+from kl_vae.optim.config import OptimizerConfig, build_optimizer
+from kl_vae.runtime.randomness import generator_for
 from kl_vae.training.step import to_device
 
 SHARING_RANKS = 8  # that Muon's update is divided among, in the last row

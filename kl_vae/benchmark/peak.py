@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from kl_vae.errors import RunError
-from kl_vae.inference.memory import give_back_memory
+from kl_vae.runtime.errors import RunError
+from kl_vae.runtime.memory import give_back_memory
 
 _STATUS = Path("/proc/self/status")  # Linux alone
 

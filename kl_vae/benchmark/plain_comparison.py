@@ -31,14 +31,14 @@ from kl_vae.benchmark.plain_step import (
 from kl_vae.benchmark.published import gradient_difference
 from kl_vae.benchmark.timing import alternate, synchronisations
 from kl_vae.benchmark.twin import why_no_twin
+from kl_vae.checkpoints.diffusers_layout import to_diffusers
 from kl_vae.data import Batch
 from kl_vae.ddconfig import DDConfig
-from kl_vae.distributed.ranks import Ranks
-from kl_vae.errors import RunError
-from kl_vae.formats.diffusers_layout import to_diffusers
-from kl_vae.optimizer import OptimizerConfig
-from kl_vae.training.bad_images import BadImages
+from kl_vae.optim.config import OptimizerConfig
+from kl_vae.runtime.distributed import Ranks
+from kl_vae.runtime.errors import RunError
 from kl_vae.training.config import ModelConfig, ModelParams, RunConfig, TrainingConfig
+from kl_vae.training.guards import BadImages
 from kl_vae.training.prepare import build_model, build_state, wrap
 from kl_vae.training.step import TrainingStep
 

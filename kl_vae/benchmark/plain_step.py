@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kl_vae.acceleration import accelerate_as
+from kl_vae.accel.accelerate import accelerate_as
 from kl_vae.benchmark.twin import twin_of
 from kl_vae.ddconfig import DDConfig
-from kl_vae.device import autocast
-from kl_vae.distributed.ranks import Ranks
 from kl_vae.model import AutoEncoderKL
-from kl_vae.optimizer import OptimizerConfig, build_optimizer
-from kl_vae.randomness import generator_for
+from kl_vae.optim.config import OptimizerConfig, build_optimizer
+from kl_vae.runtime.device import autocast
+from kl_vae.runtime.distributed import Ranks
+from kl_vae.runtime.randomness import generator_for
 from kl_vae.training.config import ModelConfig, ModelParams, RunConfig, TrainingConfig
 from kl_vae.training.prepare import build_model
 

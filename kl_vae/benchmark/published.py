@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from kl_vae.benchmark.twin import twin_of
 from kl_vae.data import Batch
-from kl_vae.device import autocast
 from kl_vae.losses.adversarial import LPIPSWithDiscriminator
 from kl_vae.model import AutoEncoderKL
-from kl_vae.optimizer import build_optimizer
+from kl_vae.optim.config import build_optimizer
+from kl_vae.runtime.device import autocast
 from kl_vae.training.step import TrainingStep, to_device
 
 

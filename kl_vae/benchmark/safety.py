@@ -11,15 +11,14 @@ import torch
 
 from kl_vae.benchmark.gan_step import build_step
 from kl_vae.benchmark.timing import Timing, alternate
+from kl_vae.checkpoints.checkpoint import FORMAT
 from kl_vae.data import Batch
 from kl_vae.ddconfig import DDConfig
-from kl_vae.distributed.agreement import check_agreement
-from kl_vae.distributed.ranks import Ranks
-from kl_vae.formats.checkpoint import FORMAT
-from kl_vae.randomness import generator_for
+from kl_vae.runtime.distributed import Ranks, check_agreement
+from kl_vae.runtime.randomness import generator_for
 from kl_vae.training.checkpoints import Checkpoints
 from kl_vae.training.config import TrainingConfig
-from kl_vae.training.finiteness import Seen, which_to_take
+from kl_vae.training.guards import Seen, which_to_take
 from kl_vae.training.state import TrainingState
 
 

@@ -28,8 +28,8 @@ from kl_vae.benchmark.plain_step import (
 )
 from kl_vae.benchmark.timing import Timing, alternate
 from kl_vae.ddconfig import DDConfig
-from kl_vae.distributed.ranks import Ranks
-from kl_vae.errors import RunError
+from kl_vae.runtime.distributed import Ranks
+from kl_vae.runtime.errors import RunError
 from kl_vae.training.prepare import wrap
 
 CPU = torch.device("cpu")

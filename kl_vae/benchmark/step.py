@@ -25,7 +25,7 @@ from kl_vae.data import Batch
 from kl_vae.ddconfig import DDConfig
 from kl_vae.losses.lpips import LPIPS
 from kl_vae.model import AutoEncoderKL
-from kl_vae.randomness import generator_for
+from kl_vae.runtime.randomness import generator_for
 from kl_vae.training.step import latent_noise
 
 MAX_DIFFERENCE = 1e-3  # of float32 gradients; above it the two steps are not the same step

@@ -15,13 +15,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from kl_vae.acceleration import accelerate
+from kl_vae.accel.accelerate import accelerate
 from kl_vae.benchmark.peak import Cost, cost_of
 from kl_vae.benchmark.plots import matplotlib_figure, save_figure
 from kl_vae.ddconfig import DDConfig
-from kl_vae.errors import RunError
 from kl_vae.model import AutoEncoderKL
-from kl_vae.randomness import generator_for
+from kl_vae.runtime.errors import RunError
+from kl_vae.runtime.randomness import generator_for
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ def _prepare(
     folder: Path, what: What, way: str, shape: tuple[int, ...], device: str, precision: str
 ) -> Callable[[], None]:
     """In the process that measures: load the model and make the input."""
-    from kl_vae.device import autocast
+    from kl_vae.runtime.device import autocast
 
     x = torch.randn(shape, generator=generator_for("benchmark", *shape)).to(device)
     if what == "encode":

@@ -20,10 +20,10 @@ from kl_vae.cli.encode_arguments import (
 if TYPE_CHECKING:
     from kl_vae.data import BadImage, ImageDataset
     from kl_vae.data.latent_index import LatentIndex
-    from kl_vae.distributed.ranks import Ranks
     from kl_vae.inference.encoding.latent_shards import OnBatch
     from kl_vae.inference.statistics import LatentSums
     from kl_vae.model import AutoEncoderKL
+    from kl_vae.runtime.distributed import Ranks
 
 HELP = "encode a data set into files of latents, or to measure their mean and standard deviation"
 
@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
             file of statistics has not been written.
         RunError: a rank was lost, or a data worker.
     """
-    from kl_vae.distributed import COMMAND, connect
     from kl_vae.inference.load import load_model_on
+    from kl_vae.runtime.distributed import COMMAND, connect
 
     check_together(args)
     with connect(args.device, timeout_seconds=86_400, mends=COMMAND) as ranks:
@@ -109,9 +109,10 @@ def _measure(
 def _encode(
     args: argparse.Namespace, model: AutoEncoderKL, dataset: ImageDataset, ranks: Ranks
 ) -> tuple[LatentIndex, LatentSums, bool]:
-    from kl_vae.data import display_name, resolve_root
+    from kl_vae.data import resolve_root
     from kl_vae.inference.encoding.encode import LatentEncoding
     from kl_vae.inference.encoding.stored_latents import EncodeConfig
+    from kl_vae.runtime.files import display_name
 
     keys = (*OF_FOLDER, "batch_size", "num_workers", "precision")
     given: dict[str, Any] = {key: getattr(args, key) for key in keys}
@@ -141,7 +142,7 @@ def _progress(total: int, ranks: Ranks, own: bool = False) -> Iterator[OnBatch]:
 
 
 def _summary(out: str, index: LatentIndex, complete: bool) -> str:
-    from kl_vae.data import display_name
+    from kl_vae.runtime.files import display_name
 
     size = sum(shard.bytes for shard in index.shards) / 1e6
     skipped = f", {index.skipped:,} skipped" if index.skipped else ""
@@ -162,8 +163,8 @@ def _report(args: argparse.Namespace, model: AutoEncoderKL, sums: LatentSums, la
 
 
 def _write_statistics(model: AutoEncoderKL, sums: LatentSums, out: Path, per_channel: bool) -> None:
-    from kl_vae.data import display_name
-    from kl_vae.pretrained import write_export
+    from kl_vae.checkpoints.pretrained import write_export
+    from kl_vae.runtime.files import display_name
 
     model.latents = latents = sums.normalization(per_channel)
     lines = [

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kl_vae.data import JoinedSource
-    from kl_vae.distributed import Ranks
     from kl_vae.inference.evaluation.config import EvaluateConfig
     from kl_vae.inference.evaluation.evaluator import Evaluator
-    from kl_vae.inference.ledger import Ledger
+    from kl_vae.inference.progress import Ledger
     from kl_vae.model import AutoEncoderKL
+    from kl_vae.runtime.distributed import Ranks
 
 HELP = "measure one checkpoint or several side by side: PSNR, SSIM, MS-SSIM, LPIPS, rFID, KL"
 
@@ -110,12 +110,12 @@ def run(args: argparse.Namespace) -> int:
     """
     from kl_vae.cli.evaluation import finish, identity
     from kl_vae.data import resolve_root
-    from kl_vae.distributed import COMMAND, connect
     from kl_vae.inference.evaluation.evaluator import Evaluator
     from kl_vae.inference.evaluation.short_names import column_names
-    from kl_vae.inference.ledger import Ledger, units_of
     from kl_vae.inference.load import load_model_on
+    from kl_vae.inference.progress import Ledger, units_of
     from kl_vae.inference.reconstruction.reconstructor import unit_size
+    from kl_vae.runtime.distributed import COMMAND, connect
 
     names, configs = column_names(args.checkpoint, args.names), _configs(args)
     out = resolve_root(args.out)
@@ -156,7 +156,7 @@ def _configs(args: argparse.Namespace) -> list[str | None]:
 def _lpips(args: argparse.Namespace, ranks: Ranks) -> Any:
     if "lpips" not in args.metrics:
         return None
-    from kl_vae.inference.perceptual import load_lpips
+    from kl_vae.metrics.perceptual import load_lpips
 
     files = args.lpips_features, args.lpips_heads
     try:
@@ -171,7 +171,7 @@ def _lpips(args: argparse.Namespace, ranks: Ranks) -> Any:
 def _inception(args: argparse.Namespace, ranks: Ranks) -> Any:
     if "rfid" not in args.metrics:
         return None
-    from kl_vae.inference.evaluation.fid import find_inception, load_inception
+    from kl_vae.metrics.fid import find_inception, load_inception
 
     # first on one: the others find what it has downloaded, or those of another machine download it
     ranks.on_first(lambda: find_inception(args.fid_weights))
@@ -190,8 +190,8 @@ def _config(
 
 def _open(args: argparse.Namespace, out: Path, model: AutoEncoderKL) -> JoinedSource:
     from kl_vae.inference.evaluation.files import FILES, RESULTS
-    from kl_vae.inference.outputs import check_output_folder, check_outputs
     from kl_vae.inference.sources import open_sources
+    from kl_vae.runtime.outputs import check_output_folder, check_outputs
 
     channels = model.config.in_channels
     source, folders = open_sources(

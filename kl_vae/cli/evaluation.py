@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_vae.data import JoinedSource, display_name
+from kl_vae import __version__
+from kl_vae.data import JoinedSource
 from kl_vae.inference.evaluation.config import EvaluateConfig
 from kl_vae.inference.evaluation.files import TABLE, skipped_images, write_files
 from kl_vae.inference.evaluation.images import read_features
 from kl_vae.inference.evaluation.results import evaluate_records
 from kl_vae.inference.evaluation.table import as_text, rows_of
-from kl_vae.inference.ledger import Ledger
 from kl_vae.inference.load import model_fingerprint
+from kl_vae.inference.progress import Ledger
 from kl_vae.model import AutoEncoderKL
-from kl_vae.version import __version__
+from kl_vae.runtime.files import display_name
 
 
 def identity(

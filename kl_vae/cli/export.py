@@ -21,8 +21,8 @@ def run(args: argparse.Namespace) -> int:
     """
     from pathlib import Path
 
-    from kl_vae.config import load_model_params
-    from kl_vae.pretrained import export_checkpoint
+    from kl_vae.checkpoints.pretrained import export_checkpoint
+    from kl_vae.runtime.config_file import load_model_params
 
     out = Path(args.out)
     given = None if args.config is None else load_model_params(args.config)

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from kl_vae.errors import RunError
+from kl_vae.runtime.errors import RunError
 
 COMMANDS = (
     "train",

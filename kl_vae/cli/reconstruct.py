@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kl_vae.data import Source
-    from kl_vae.distributed import Ranks
-    from kl_vae.inference.ledger import Ledger
-    from kl_vae.inference.picture_files import PictureFormat
+    from kl_vae.inference.progress import Ledger
     from kl_vae.inference.reconstruction.background import Background
     from kl_vae.inference.reconstruction.config import ReconstructConfig
     from kl_vae.inference.reconstruction.figures import Perceptual
     from kl_vae.inference.reconstruction.reconstructor import Reconstructor
     from kl_vae.model import AutoEncoderKL
+    from kl_vae.runtime.distributed import Ranks
+    from kl_vae.visual.image_files import PictureFormat
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -38,15 +38,15 @@ def run(args: argparse.Namespace) -> int:
         RunError: a rank was lost, or a data worker.
     """
     from kl_vae.data import resolve_root
-    from kl_vae.distributed import COMMAND, connect
-    from kl_vae.inference.ledger import Ledger, units_of
     from kl_vae.inference.load import load_model_on, model_fingerprint
-    from kl_vae.inference.picture_files import PictureFormat
+    from kl_vae.inference.progress import Ledger, units_of
     from kl_vae.inference.reconstruction.output_files import OutputFiles
     from kl_vae.inference.reconstruction.reconstructor import Reconstructor, unit_size
     from kl_vae.inference.reconstruction.results import Results
     from kl_vae.inference.reconstruction.summary import Report, begin_report
     from kl_vae.inference.tiling import check_tiling
+    from kl_vae.runtime.distributed import COMMAND, connect
+    from kl_vae.visual.image_files import PictureFormat
 
     config = _config(args)
     picture_format = PictureFormat(args.format, args.quality)
@@ -108,7 +108,7 @@ def _perceptual(args: argparse.Namespace, model: AutoEncoderKL, ranks: Ranks) ->
         if args.lpips_features or args.lpips_heads:
             raise ValueError("--lpips-features, --lpips-heads: say of which --lpips they are")
         return None
-    from kl_vae.inference.perceptual import load_lpips
+    from kl_vae.metrics.perceptual import load_lpips
 
     if model.config.in_channels != 3:
         raise ValueError(
@@ -124,8 +124,8 @@ def _perceptual(args: argparse.Namespace, model: AutoEncoderKL, ranks: Ranks) ->
 
 
 def _open(args: argparse.Namespace, out: Path, model: AutoEncoderKL) -> Source:
-    from kl_vae.inference.outputs import check_output_folder
     from kl_vae.inference.sources import open_sources
+    from kl_vae.runtime.outputs import check_output_folder
 
     source, folders = open_sources(
         args.images, model.config.in_channels, args.include, args.exclude, args.max_pixels
@@ -139,7 +139,7 @@ def _about(
     args: argparse.Namespace, config: ReconstructConfig, picture_format: PictureFormat, ranks: Ranks
 ) -> dict[str, Any]:
     """What the results depend on, as summary.json begins."""
-    from kl_vae.data import display_name
+    from kl_vae.runtime.files import display_name
 
     return {
         "checkpoint": display_name(args.checkpoint),

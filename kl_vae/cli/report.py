@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from kl_vae.cli.arguments import positive
 
 if TYPE_CHECKING:
-    from kl_vae.training.report.metrics_file import MetricsFile
+    from kl_vae.visual.report.metrics_file import MetricsFile
 
 HELP = "make a page of curves and pictures on a run, or print how it stands"
 
@@ -45,13 +45,13 @@ def run(args: argparse.Namespace) -> int:
     import time
     from contextlib import suppress
 
-    from kl_vae.data import display_name
-    from kl_vae.training.report.directory import check_run_directory, read_run
-    from kl_vae.training.report.metrics_file import MetricsFile
-    from kl_vae.training.report.page import REPORT, check_output, write_page
-    from kl_vae.training.report.run_reading import RunReading
-    from kl_vae.training.report.terminal import describe_run
+    from kl_vae.runtime.files import display_name
     from kl_vae.training.run_directory import METRICS
+    from kl_vae.visual.report.directory import check_run_directory, read_run
+    from kl_vae.visual.report.metrics_file import MetricsFile
+    from kl_vae.visual.report.page import REPORT, check_output, write_page
+    from kl_vae.visual.report.run_reading import RunReading
+    from kl_vae.visual.report.terminal import describe_run
 
     if int(os.environ.get("RANK", "0")) > 0:
         return 0

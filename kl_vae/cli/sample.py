@@ -14,8 +14,8 @@ from kl_vae.cli.sample_arguments import add_sample_arguments, check_together
 
 if TYPE_CHECKING:
     from kl_vae.cli.sample_plans import Plan
-    from kl_vae.distributed import Ranks
-    from kl_vae.inference.ledger import Ledger
+    from kl_vae.inference.progress import Ledger
+    from kl_vae.runtime.distributed import Ranks
 
 HELP = "decode latents drawn from N(0, I), a fitted Gaussian or posteriors, or between images"
 
@@ -34,12 +34,12 @@ def run(args: argparse.Namespace) -> int:
     """
     from kl_vae.cli.sample_plans import plan_for
     from kl_vae.data import resolve_root
-    from kl_vae.distributed import COMMAND, connect
     from kl_vae.inference.load import load_model_on, model_fingerprint
-    from kl_vae.inference.outputs import check_output_folder
     from kl_vae.inference.sampling.canvas import Canvas
     from kl_vae.inference.sampling.prior import check_size
     from kl_vae.inference.tiling import Tiling
+    from kl_vae.runtime.distributed import COMMAND, connect
+    from kl_vae.runtime.outputs import check_output_folder
 
     check_together(args)
     tiling = Tiling(args.tiling, args.tile, args.overlap)
@@ -66,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _draw(plan: Plan, out: Path, identity: dict[str, Any], resume: bool, ranks: Ranks) -> bool:
     """Do all units and write what follows of them; return whether an image was skipped."""
-    from kl_vae.files import remove_temporaries
-    from kl_vae.inference.ledger import Ledger
+    from kl_vae.inference.progress import Ledger
+    from kl_vae.runtime.files import remove_temporaries
 
     ranks.on_first(lambda: _check_outputs(plan, out))
     ledger = Ledger(out, identity, resume, ranks)
@@ -94,9 +94,9 @@ def _draw(plan: Plan, out: Path, identity: dict[str, Any], resume: bool, ranks: 
 
 
 def _check_outputs(plan: Plan, out: Path) -> None:
-    from kl_vae.inference.ledger import FOLDER
-    from kl_vae.inference.outputs import check_output_folder, check_outputs
+    from kl_vae.inference.progress import FOLDER
     from kl_vae.inference.sampling.canvas import GRID
+    from kl_vae.runtime.outputs import check_output_folder, check_outputs
 
     check_output_folder(out, plan.folders)
     earlier = FOLDER if (out / FOLDER).exists() else GRID

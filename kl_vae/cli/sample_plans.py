@@ -14,7 +14,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kl_vae.data import MAX_PIXELS, JoinedSource, LatentDataset, resolve_root
-from kl_vae.distributed import Ranks
 from kl_vae.inference.coding import encode_images
 from kl_vae.inference.images import load_images
 from kl_vae.inference.sampling.canvas import GRID_CELLS, Canvas, Drawing, Series
@@ -25,6 +24,7 @@ from kl_vae.inference.sampling.interpolate import interpolate, path_point
 from kl_vae.inference.sampling.posterior_grid import PosteriorGrid
 from kl_vae.inference.sampling.prior import prior_latents
 from kl_vae.inference.sources import open_sources
+from kl_vae.runtime.distributed import Ranks
 
 NUMBER = 16
 FIT_IMAGES = 1000

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kl_vae.data import Source
-    from kl_vae.distributed import Ranks
     from kl_vae.inference.images import LoadedImage
-    from kl_vae.inference.ledger import Ledger
+    from kl_vae.inference.progress import Ledger
+    from kl_vae.runtime.distributed import Ranks
 
 
 @contextmanager

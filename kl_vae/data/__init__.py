@@ -9,7 +9,6 @@ from kl_vae.data.images import (
     IMAGE_EXTENSIONS,
     MAX_PIXELS,
     ImageError,
-    display_name,
     read_image,
     read_size,
 )
@@ -67,7 +66,6 @@ __all__ = [
     "center_crop",
     "channels_inside",
     "collate",
-    "display_name",
     "fingerprint",
     "held_out",
     "is_shard",

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kl_vae.data.paths import name_bytes
-from kl_vae.files import write_atomically
+from kl_vae.runtime.files import write_atomically
 
 logger = logging.getLogger(__name__)
 

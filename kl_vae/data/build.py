@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from kl_vae.data.config import DataConfig, check_crop_fits
 from kl_vae.data.dataset import ImageDataset
 from kl_vae.data.folder import matcher
-from kl_vae.data.images import display_name
 from kl_vae.data.named import NamedSource
 from kl_vae.data.roots import open_root, resolve_root
 from kl_vae.data.source import Source, StoredSource
 from kl_vae.data.split import name_hash
+from kl_vae.runtime.files import display_name
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from kl_vae.data.transforms import (
 )
 from kl_vae.data.value_range import to_float
 from kl_vae.data.wanted import Wanted
-from kl_vae.randomness import generator_for
+from kl_vae.runtime.randomness import generator_for
 
 # images that are tried in place of a bad one; where a few in a hundred are bad, one or two do
 MAX_REPLACEMENTS = 100

@@ -11,11 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kl_vae.data.images import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS, display_name
+from kl_vae.data.images import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS
 from kl_vae.data.listing_cache import cached_scan
 from kl_vae.data.paths import PathList
 from kl_vae.data.pil_modes import MODE_BY_CHANNELS
 from kl_vae.data.scan import KEPT_EXTENSIONS, Scan
+from kl_vae.runtime.files import display_name
 
 
 def list_images(

@@ -18,6 +18,7 @@ from kl_vae.data.arrays import array_size, read_array
 from kl_vae.data.pil_modes import pil_to_tensor
 from kl_vae.data.readers import draft, load_upright, open_image, orientation, tile_size
 from kl_vae.data.wanted import EVERYTHING, Wanted
+from kl_vae.runtime.files import display_name
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 ARRAY_EXTENSIONS = (".npy",)
@@ -27,12 +28,6 @@ MAX_PIXELS = 178_956_970
 
 class ImageError(ValueError):
     """A file that cannot be used as an image; the text is `PATH: reason`, in one line."""
-
-
-def display_name(path: str | os.PathLike[str]) -> str:
-    """Return a path as text that can be printed in one line, whatever bytes the name holds."""
-    name = os.fsencode(path).decode(errors="backslashreplace")
-    return name if name.isprintable() else name.encode("unicode_escape").decode()
 
 
 def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:

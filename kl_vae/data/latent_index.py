@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from kl_vae.data.images import display_name
-from kl_vae.schema import from_mapping
+from kl_vae.runtime.files import display_name
+from kl_vae.runtime.schema import from_mapping
 
 INDEX = "index.json"
 FORMAT = "kl-vae latents"

@@ -12,10 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kl_vae.data.images import display_name
 from kl_vae.data.latent_index import LatentSettings, ShardEntry
 from kl_vae.data.paths import PathList
-from kl_vae.files import sha256_of
+from kl_vae.runtime.files import display_name, sha256_of
 
 KEYS = "keys"  # of the images: JSON in the file's metadata
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple, get_args
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kl_vae.data.images import display_name
 from kl_vae.data.latent_index import read_index
 from kl_vae.data.latent_shard import LatentShard, check_size, is_whole, open_shard
+from kl_vae.runtime.files import display_name
 
 View = Literal["latents", "flipped", "both"]
 

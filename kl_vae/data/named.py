@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from kl_vae.data.images import display_name
 from kl_vae.data.pil_modes import MODE_BY_CHANNELS, pil_to_tensor
 from kl_vae.data.wanted import EVERYTHING, Wanted
+from kl_vae.runtime.files import display_name
 
 _CLASSES = {"cifar10": "CIFAR10", "fashion-mnist": "FashionMNIST"}  # torchvision's
 NAMED = tuple(_CLASSES)

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kl_vae.data.folder import image_extensions, images_of, scan_root, select
-from kl_vae.data.images import MAX_PIXELS, display_name
+from kl_vae.data.images import MAX_PIXELS
 from kl_vae.data.scan import SHARD_EXTENSIONS, Scan
 from kl_vae.data.shard_patterns import expand_pattern, is_pattern, is_shard
 from kl_vae.data.source import FolderSource, StoredSource
 from kl_vae.data.tar_shards import open_shards
+from kl_vae.runtime.files import display_name
 
 PACKAGE_PREFIX = "package:"
 # what `pip install` needs for the packages whose images the examples use

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from kl_vae.randomness import generator_for
+from kl_vae.runtime.randomness import generator_for
 
 # (epoch, index in the source, position in the global batch or in the validation set)
 Key = tuple[int, int, int]

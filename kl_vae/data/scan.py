@@ -13,9 +13,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kl_vae.data.images import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS, display_name
+from kl_vae.data.images import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS
 from kl_vae.data.paths import PathList, name_bytes
 from kl_vae.data.split import file_size
+from kl_vae.runtime.files import display_name
 
 SHARD_EXTENSIONS = (".tar",)
 KEPT_EXTENSIONS = frozenset(IMAGE_EXTENSIONS + ARRAY_EXTENSIONS + SHARD_EXTENSIONS)

@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from kl_vae.data.images import display_name
 from kl_vae.data.paths import name_bytes
 from kl_vae.data.scan import SHARD_EXTENSIONS
+from kl_vae.runtime.files import display_name
 
 MAX_SHARDS = 1_000_000  # of one pattern: each is a file
 _BRACES = re.compile(r"\{([^{}]*)\}")

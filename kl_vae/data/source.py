@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kl_vae.data.images import MAX_PIXELS, display_name, read_image, read_size
+from kl_vae.data.images import MAX_PIXELS, read_image, read_size
 from kl_vae.data.paths import PathList, integers
 from kl_vae.data.split import fingerprint, fingerprint_of
 from kl_vae.data.wanted import EVERYTHING, Wanted
+from kl_vae.runtime.files import display_name
 
 
 class Source(Protocol):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from kl_vae.data.images import display_name
+from kl_vae.runtime.files import display_name
 
 BLOCK = 512  # bytes; a header is one, and contents begin at a multiple of it
 MAX_EXTENDED = 2**20  # bytes of an extended header, which holds names

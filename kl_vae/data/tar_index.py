@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kl_vae.data.array_cache import load_arrays, save_arrays
-from kl_vae.data.images import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS, display_name
+from kl_vae.data.images import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS
 from kl_vae.data.paths import PathList
 from kl_vae.data.tar_headers import Member, read_members
+from kl_vae.runtime.files import display_name
 
 CACHED_IMAGES = 100  # with fewer a shard is gone through as fast as its index is read
 SIDECARS = (".cls", ".json")  # what stands beside an image: its class, and what else is known

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kl_vae.data.folder import chosen_by, image_extensions, with_extensions
-from kl_vae.data.images import MAX_PIXELS, display_name, read_image_from, read_size_from
+from kl_vae.data.images import MAX_PIXELS, read_image_from, read_size_from
 from kl_vae.data.paths import PathList, integers
 from kl_vae.data.split import fingerprint_of
 from kl_vae.data.tar_files import PartOf, RandomFiles
 from kl_vae.data.tar_index import SIDECARS, index_shard, joined
 from kl_vae.data.wanted import EVERYTHING, Wanted
+from kl_vae.runtime.files import display_name
 
 logger = logging.getLogger(__name__)
 

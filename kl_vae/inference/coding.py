@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from kl_vae.data import normalized
-from kl_vae.device import autocast
 from kl_vae.distribution import DiagonalGaussianDistribution
-from kl_vae.inference.memory import is_out_of_memory
 from kl_vae.inference.tiling import Tiling, decode_tiled, encode_tiled
 from kl_vae.model import AutoEncoderKL
+from kl_vae.runtime.device import autocast
+from kl_vae.runtime.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kl_vae.data import Source, center_crop, resize_short_side, to_float
 from kl_vae.data.loader import START_METHOD, start_worker, workers_that_fit
-from kl_vae.inference.memory import is_out_of_memory
+from kl_vae.runtime.memory import is_out_of_memory
 
 
 @dataclass(frozen=True)

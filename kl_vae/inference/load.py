@@ -7,10 +7,9 @@ from hashlib import blake2b
 
 import torch
 
-from kl_vae.acceleration import accelerate_as
-from kl_vae.distributed import Ranks
-from kl_vae.distributed.agreement import checksums
+from kl_vae.accel.accelerate import accelerate_as
 from kl_vae.model import AutoEncoderKL
+from kl_vae.runtime.distributed import Ranks, checksums
 
 
 def load_model_on(
@@ -76,7 +75,7 @@ def read_model(checkpoint: str, config: str | None, ema: bool = True) -> AutoEnc
     """Load a checkpoint in eval mode, on the CPU; the arguments are those of `load_model`."""
     params = None
     if config is not None:
-        from kl_vae.config import load_model_params
+        from kl_vae.runtime.config_file import load_model_params
 
         params = load_model_params(config)
     return AutoEncoderKL.from_checkpoint(checkpoint, params, ema=ema)

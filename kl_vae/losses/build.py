@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kl_vae.registry import Registry
+from kl_vae.runtime.registry import Registry
 
 Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 

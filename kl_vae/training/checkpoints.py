@@ -6,16 +6,16 @@ import json
 import logging
 from pathlib import Path
 
-from kl_vae.errors import RunError
-from kl_vae.files import write_text_atomically
-from kl_vae.formats.checkpoint import complete_checkpoint, remove_checkpoint, write_checkpoint
-from kl_vae.formats.run_checkpoints import (
+from kl_vae.checkpoints.checkpoint import complete_checkpoint, remove_checkpoint, write_checkpoint
+from kl_vae.checkpoints.run_directory import (
     BEST,
     FOLDER,
     best_checkpoint,
     checkpoint_path,
     list_checkpoints,
 )
+from kl_vae.runtime.errors import RunError
+from kl_vae.runtime.files import write_text_atomically
 from kl_vae.training.state import TrainingState
 
 logger = logging.getLogger(__name__)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from kl_vae.config import load_config
 from kl_vae.data import DataConfig
 from kl_vae.ddconfig import DDConfig
 from kl_vae.latents import LatentNormalization
-from kl_vae.optimizer import DiscriminatorOptimizerConfig, OptimizerConfig
-from kl_vae.schema import from_mapping
+from kl_vae.optim.config import DiscriminatorOptimizerConfig, OptimizerConfig
+from kl_vae.runtime.config_file import load_config
+from kl_vae.runtime.schema import from_mapping
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,12 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from kl_vae.files import write_text_atomically
-from kl_vae.inference.grid import save_png
+from kl_vae.runtime.files import write_text_atomically
 from kl_vae.training.figures import Figures
 from kl_vae.training.line_file import LineFile
 from kl_vae.training.run_directory import METRICS, SAMPLES
 from kl_vae.training.state import TrainingState
+from kl_vae.visual.grid import save_png
 
 logger = logging.getLogger(__name__)
 

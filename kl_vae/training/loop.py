@@ -7,18 +7,16 @@ import logging
 from functools import partial
 from pathlib import Path
 
+from kl_vae.checkpoints.run_directory import newest_checkpoint
 from kl_vae.data import StepSampler, batch_loader, validation_batches
-from kl_vae.device import deterministic
-from kl_vae.distributed.agreement import check_agreement
-from kl_vae.distributed.failures import explain
-from kl_vae.distributed.ranks import Ranks, connect
-from kl_vae.formats.run_checkpoints import newest_checkpoint
-from kl_vae.training.bad_images import BadImages
+from kl_vae.runtime.device import deterministic
+from kl_vae.runtime.distributed import Ranks, check_agreement, connect, explain
 from kl_vae.training.checkpoints import Checkpoints
 from kl_vae.training.compilation import check_compiler, compile_parts, uncompiled
 from kl_vae.training.config import RunConfig
 from kl_vae.training.figures import as_figures, scalar
 from kl_vae.training.global_batch import divide_batch
+from kl_vae.training.guards import BadImages
 from kl_vae.training.journal import Journal
 from kl_vae.training.pictures import draw_pictures
 from kl_vae.training.prepare import (

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from kl_vae.data import ImageDataset, normalized
-from kl_vae.inference.grid import comparison_grid, image_grid
-from kl_vae.inference.picture_files import as_picture, as_saved
 from kl_vae.inference.sampling.prior import sample_prior
 from kl_vae.model import AutoEncoderKL
 from kl_vae.training.figures import evaluating
+from kl_vae.visual.grid import comparison_grid, image_grid
+from kl_vae.visual.image_files import as_picture, as_saved
 
 logger = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kl_vae.acceleration import accelerate
+from kl_vae.accel.accelerate import accelerate
 from kl_vae.data import ImageDataset, build_datasets
-from kl_vae.distributed.ranks import Ranks
-from kl_vae.equivariance import Equivariance
 from kl_vae.losses.discriminator import RealAndFake
+from kl_vae.losses.equivariance import Equivariance
 from kl_vae.model import AutoEncoderKL
+from kl_vae.runtime.distributed import Ranks
 from kl_vae.training.config import RunConfig
 from kl_vae.training.ema import WeightAverage
 from kl_vae.training.figures import evaluating

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kl_vae.config import dump_config, parse_file, parse_yaml
-from kl_vae.files import remove_temporaries, write_text_atomically
-from kl_vae.formats.run_checkpoints import FOLDER
+from kl_vae.checkpoints.run_directory import FOLDER
+from kl_vae.runtime.config_file import dump_config, parse_file, parse_yaml
+from kl_vae.runtime.files import remove_temporaries, write_text_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kl_vae.model import AutoEncoderKL
 from kl_vae.training.ema import WeightAverage
-from kl_vae.training.skips import Skips
+from kl_vae.training.guards import Skips
 from kl_vae.training.updater import Updater
 
 logger = logging.getLogger(__name__)

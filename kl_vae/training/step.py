@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kl_vae.data import Batch, normalized
-from kl_vae.device import autocast
-from kl_vae.distributed.ranks import Ranks
-from kl_vae.equivariance import Equivariance
+from kl_vae.losses.equivariance import Equivariance
 from kl_vae.model import AutoEncoderKL, StepOutput
-from kl_vae.randomness import generator_for
-from kl_vae.training.bad_images import BadImages
+from kl_vae.runtime.device import autocast
+from kl_vae.runtime.distributed import Ranks
+from kl_vae.runtime.randomness import generator_for
 from kl_vae.training.config import RunConfig
 from kl_vae.training.figures import latent_moments
-from kl_vae.training.finiteness import Seen, which_to_take
+from kl_vae.training.guards import BadImages, Seen, which_to_take
 from kl_vae.training.state import TrainingState
 
 _LOSSES = ("train/total_loss", "train/disc_loss")

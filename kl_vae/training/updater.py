@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kl_vae.optimizer import OptimizerConfig, build_optimizer, set_learning_rate
+from kl_vae.optim.config import OptimizerConfig, build_optimizer, set_learning_rate
 
 
 @dataclass

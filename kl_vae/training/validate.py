@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from kl_vae.data import BadImage, Batch
-from kl_vae.device import autocast
-from kl_vae.distributed.ranks import Ranks
-from kl_vae.errors import RunError
-from kl_vae.inference.metrics import psnr, ssim
+from kl_vae.metrics.similarity import psnr, ssim
 from kl_vae.model import AutoEncoderKL
-from kl_vae.training.bad_images import BadImages
+from kl_vae.runtime.device import autocast
+from kl_vae.runtime.distributed import Ranks
+from kl_vae.runtime.errors import RunError
 from kl_vae.training.config import RunConfig
 from kl_vae.training.figures import Figures, as_figures, evaluating, latent_moments
+from kl_vae.training.guards import BadImages
 from kl_vae.training.step import latent_noise, noise_to_device, to_device
 
 

@@ -12,10 +12,10 @@ from torch import nn
 
 from kl_vae import AutoEncoderKL
 from kl_vae.data import Batch
-from kl_vae.distributed.ranks import Ranks, connect
-from kl_vae.training.bad_images import BadImages
+from kl_vae.runtime.distributed import Ranks, connect
 from kl_vae.training.config import RunConfig
 from kl_vae.training.global_batch import divide_batch
+from kl_vae.training.guards import BadImages
 from kl_vae.training.prepare import build_model, build_state, wrap
 from kl_vae.training.step import TrainingStep
 

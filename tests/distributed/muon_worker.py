@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kl_vae.distributed.ranks import connect
-from kl_vae.muon import Muon
+from kl_vae.optim.muon import Muon
+from kl_vae.runtime.distributed import connect
 
 # more kernels of one shape than ranks, fewer, and of a group with a single one
 SHAPES = ((8, 4, 3, 3), (8, 4, 3, 3), (12, 1, 2, 2), (36, 8), (8, 4, 3, 3), (16, 8, 3, 3), (5, 5))

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from kl_vae import AutoEncoderKL
+from kl_vae.checkpoints.checkpoint import write_checkpoint
 from kl_vae.cli.main import main
-from kl_vae.formats.checkpoint import write_checkpoint
-from kl_vae.inference.ledger import FOLDER
+from kl_vae.inference.progress import FOLDER
 from tests.processes import SCRIPT, TORCHRUN, Running
 
 pytest.importorskip("safetensors")

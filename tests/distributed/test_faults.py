@@ -16,8 +16,7 @@ from torch.distributed import TCPStore
 
 from kl_vae.cli.main import main
 from kl_vae.data import StepSampler
-from kl_vae.distributed.ranks import Ranks
-from kl_vae.distributed.roll_call import RollCall
+from kl_vae.runtime.distributed import Ranks, RollCall
 from kl_vae.training.config import RunConfig
 from kl_vae.training.prepare import build_data
 from tests.processes import (

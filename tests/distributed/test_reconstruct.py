@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from kl_vae import AutoEncoderKL
+from kl_vae.checkpoints.checkpoint import write_checkpoint
 from kl_vae.cli.main import main
-from kl_vae.formats.checkpoint import write_checkpoint
 from tests.processes import SCRIPT, TORCHRUN, Running, descendants
 
 RECONSTRUCT = str(Path(SCRIPT).with_name("reconstruct.py"))

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from kl_vae import AutoEncoderKL
+from kl_vae.checkpoints.checkpoint import write_checkpoint
 from kl_vae.cli.main import main
-from kl_vae.formats.checkpoint import write_checkpoint
 from tests.processes import SCRIPT, TORCHRUN
 
 ENCODE = str(Path(SCRIPT).with_name("encode.py"))

@@ -8,9 +8,9 @@ import torch
 
 from kl_vae import AutoEncoderKL
 from kl_vae.data import FolderSource, ImageDataset, batch_loader, validation_batches
-from kl_vae.distributed.ranks import connect
-from kl_vae.training.bad_images import BadImages
+from kl_vae.runtime.distributed import connect
 from kl_vae.training.config import RunConfig
+from kl_vae.training.guards import BadImages
 from kl_vae.training.validate import validate
 
 config = RunConfig.load("tiny.yaml")

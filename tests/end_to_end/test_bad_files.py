@@ -19,10 +19,11 @@ from PIL import Image
 
 import kl_vae.data
 from kl_vae import AutoEncoderKL
+from kl_vae.checkpoints.checkpoint import read_checkpoint
 from kl_vae.cli.main import main
-from kl_vae.data import display_name, read_image
-from kl_vae.formats.checkpoint import read_checkpoint
+from kl_vae.data import read_image
 from kl_vae.inference.reconstruction.config import ReconstructConfig
+from kl_vae.runtime.files import display_name
 from tests.bad_files import MAX_PIXELS, BadFiles, picture, valid_images, write_bad_files
 
 pytestmark = pytest.mark.skipif(

@@ -13,9 +13,9 @@ import yaml
 from PIL import Image
 
 from kl_vae import AutoEncoderKL
+from kl_vae.checkpoints.checkpoint import write_checkpoint
 from kl_vae.cli.main import main
 from kl_vae.data import center_crop, read_image, resize_short_side, to_float
-from kl_vae.formats.checkpoint import write_checkpoint
 from kl_vae.inference import statistics
 from tests.processes import assert_same
 

@@ -14,6 +14,7 @@ import yaml
 
 from kl_vae import AutoEncoderKL
 from kl_vae.benchmark.latents import write_pictures
+from kl_vae.checkpoints.checkpoint import write_checkpoint
 from kl_vae.cli.main import main
 from kl_vae.data import (
     LatentDataset,
@@ -24,7 +25,6 @@ from kl_vae.data import (
     to_float,
 )
 from kl_vae.distribution import DiagonalGaussianDistribution
-from kl_vae.formats.checkpoint import write_checkpoint
 
 pytest.importorskip("safetensors")
 

@@ -17,12 +17,12 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from kl_vae import AutoEncoderKL
-from kl_vae.acceleration import accelerate_as
+from kl_vae.accel.accelerate import accelerate_as
+from kl_vae.checkpoints.checkpoint import write_checkpoint
 from kl_vae.cli.main import main
 from kl_vae.data import to_float
-from kl_vae.formats.checkpoint import write_checkpoint
 from kl_vae.inference.evaluation import evaluator as evaluate
-from kl_vae.inference.ledger import FOLDER
+from kl_vae.inference.progress import FOLDER
 from kl_vae.inference.statistics import LatentSums
 from kl_vae.losses.lpips import LPIPS
 from tests.processes import TORCHRUN, run_to_its_end

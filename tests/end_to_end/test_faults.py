@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from kl_vae.checkpoints.checkpoint import read_checkpoint
+from kl_vae.checkpoints.run_directory import checkpoint_path
 from kl_vae.cli.main import main
 from kl_vae.data import StepSampler
-from kl_vae.distributed.ranks import Ranks
-from kl_vae.formats.checkpoint import read_checkpoint
-from kl_vae.formats.run_checkpoints import checkpoint_path
+from kl_vae.runtime.distributed import Ranks
 from kl_vae.training.config import RunConfig, TrainingConfig
 from kl_vae.training.prepare import build_data
 from tests.processes import (

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kl_vae.inference.gallery import GALLERY, GalleryPicture, write_gallery
+from kl_vae.visual.gallery import GALLERY, GalleryPicture, write_gallery
 from tests.browser import chromium, complaints, open_page, requested, screenshot
 
 NUMBER = 2_000

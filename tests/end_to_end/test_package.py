@@ -18,7 +18,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "kl_vae", "configs"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "kl_vae", "configs"):
         (source / name).symlink_to(ROOT / name)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "."]
     done = subprocess.run(
@@ -42,7 +42,8 @@ def test_the_wheel_holds_every_module_every_config_and_py_typed(wheel: Path) -> 
 def test_an_installed_package_finds_its_configs_by_name(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     script = (
-        "import kl_vae.config as c; print(c.__file__); print(*sorted(c.shipped_configs()));"
+        "import kl_vae.runtime.config_file as c;"
+        "print(c.__file__); print(*sorted(c.shipped_configs()));"
         "print(c.load_config('kl-f8')['model']['params']['embed_dim'])"
     )
     done = subprocess.run(

@@ -66,7 +66,7 @@ def test_every_key_of_the_config_is_in_the_reference() -> None:
     from kl_vae.data import DataConfig
     from kl_vae.ddconfig import DDConfig
     from kl_vae.losses import ELBO, LPIPSWithDiscriminator
-    from kl_vae.optimizer import OptimizerConfig
+    from kl_vae.optim.config import OptimizerConfig
     from kl_vae.training.config import ModelParams, TrainingConfig
 
     reference = README.read_text().split("## Config reference")[1].split("## Extending")[0]

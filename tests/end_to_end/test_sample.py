@@ -14,7 +14,7 @@ from PIL import Image
 
 from kl_vae import AutoEncoderKL
 from kl_vae.cli.main import main
-from kl_vae.inference.ledger import Ledger
+from kl_vae.inference.progress import Ledger
 from tests.processes import TORCHRUN
 
 

@@ -417,7 +417,7 @@ def test_a_published_config_is_read_for_its_model(project: Path, caplog: Any) ->
 
 
 def test_shipped_configs_are_found_by_name_and_are_whole() -> None:
-    from kl_vae.config import shipped_configs
+    from kl_vae.runtime.config_file import shipped_configs
     from kl_vae.training.config import RunConfig
 
     names = set(shipped_configs())

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from kl_vae import AutoEncoderKL
-from kl_vae.acceleration import accelerate_as
-from kl_vae.fast.winograd_conv import suits
-from kl_vae.formats.diffusers_layout import to_diffusers
-from kl_vae.presets import PRESETS
+from kl_vae.accel.accelerate import accelerate_as
+from kl_vae.accel.winograd_conv import suits
+from kl_vae.checkpoints.diffusers_layout import to_diffusers
+from kl_vae.checkpoints.presets import PRESETS
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of packages that diffusers looks for

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from kl_vae import AutoEncoderKL
+from kl_vae.checkpoints.diffusers_layout import from_diffusers
+from kl_vae.checkpoints.presets import PRESETS, Preset
 from kl_vae.ddconfig import DDConfig
-from kl_vae.formats.diffusers_layout import from_diffusers
 from kl_vae.latents import LatentNormalization
-from kl_vae.presets import PRESETS, Preset
 from tests.processes import assert_same
 
 diffusers = pytest.importorskip("diffusers")

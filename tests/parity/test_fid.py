@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from kl_vae import AutoEncoderKL
+from kl_vae.checkpoints.checkpoint import write_checkpoint
 from kl_vae.cli.main import main
 from kl_vae.data import read_image
-from kl_vae.formats.checkpoint import write_checkpoint
-from kl_vae.inference.evaluation.fid import (
+from kl_vae.metrics.fid import (
     FeatureStatistics,
     find_inception,
     frechet_distance,
@@ -158,9 +158,7 @@ def test_weights_come_from_the_cache_or_it_is_said_where_they_belong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    monkeypatch.setattr(
-        "kl_vae.inference.evaluation.fid.URL", "http://127.0.0.1:9/weights.pth"
-    )  # refused
+    monkeypatch.setattr("kl_vae.metrics.fid.URL", "http://127.0.0.1:9/weights.pth")  # refused
     with pytest.raises(ValueError) as caught:
         find_inception(None)
     cached = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kl_vae.inference.metrics import ms_ssim, psnr, ssim
+from kl_vae.metrics.similarity import ms_ssim, psnr, ssim
 
 skimage_data = pytest.importorskip("skimage.data")
 skimage_metrics = pytest.importorskip("skimage.metrics")

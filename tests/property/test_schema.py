@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kl_vae import DDConfig
-from kl_vae.config import dump_config, parse_yaml
-from kl_vae.optimizer import OptimizerConfig
-from kl_vae.schema import from_mapping
+from kl_vae.optim.config import OptimizerConfig
+from kl_vae.runtime.config_file import dump_config, parse_yaml
+from kl_vae.runtime.schema import from_mapping
 
 scalars = (
     st.none()

@@ -7,7 +7,7 @@ import torch
 
 from kl_vae import AutoEncoderKL
 from kl_vae.latents import LatentNormalization
-from kl_vae.schema import from_mapping
+from kl_vae.runtime.schema import from_mapping
 
 # [2, 3, 3, 5]: sides that a patch of 2 does not divide
 Z = 3.0 * torch.randn(2, 3, 3, 5, generator=torch.Generator().manual_seed(0)) + 1.0

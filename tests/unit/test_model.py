@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kl_vae import AutoEncoderKL, DDConfig, DiagonalGaussianDistribution
-from kl_vae.optimizer import OptimizerConfig
+from kl_vae.optim.config import OptimizerConfig
 
 Config = dict[str, Any]
 

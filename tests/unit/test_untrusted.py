@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import kl_vae
+from kl_vae.checkpoints.checkpoint import write_checkpoint
 from kl_vae.cli.main import main
-from kl_vae.formats.checkpoint import write_checkpoint
 
 SOURCES = sorted(Path(kl_vae.__file__).parent.rglob("*.py"))
 
@@ -89,7 +89,7 @@ def test_what_a_checkpoint_names_is_never_imported(
 
 
 def test_a_tensor_that_claims_more_than_its_storage_is_refused(tmp_path: Path) -> None:
-    from kl_vae.formats.torch_file import read_torch_file
+    from kl_vae.checkpoints.torch_file import read_torch_file
 
     path = tmp_path / "a.pt"
     torch.save({"x": torch.zeros(4)}, path)

@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
     from kl_vae.benchmark.comparison import compare, pictures, sooner, table
     from kl_vae.benchmark.machine import describe_machine
     from kl_vae.benchmark.recipes import Entry, Setting
-    from kl_vae.device import choose_device
-    from kl_vae.inference.grid import save_png
+    from kl_vae.runtime.device import choose_device
+    from kl_vae.visual.grid import save_png
 
     entries = [Entry.parse(text) for text in args.recipe]
     setting = Setting(

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure and print; 0."""
     from kl_vae.benchmark.safety import measure_safety
-    from kl_vae.distributed.ranks import connect
+    from kl_vae.runtime.distributed import connect
 
     ddconfig, embed_dim, _ = prepare(args)
     with connect(args.device) as ranks:

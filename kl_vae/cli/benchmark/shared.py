@@ -91,10 +91,10 @@ def prepare(args: argparse.Namespace) -> tuple[DDConfig, int | None, torch.devic
         ValueError: a config that cannot be used, a size that f does not divide, no such device or
             folder.
     """
-    from kl_vae.config import load_model_params
-    from kl_vae.device import choose_device
     from kl_vae.inference.sampling.prior import check_size
-    from kl_vae.schema import from_mapping
+    from kl_vae.runtime.config_file import load_model_params
+    from kl_vae.runtime.device import choose_device
+    from kl_vae.runtime.schema import from_mapping
     from kl_vae.training.config import ModelParams
 
     check_out(args.out)
@@ -128,7 +128,7 @@ def report(
     --out takes the arguments and the figures as JSON, --markdown a section of a page.
     """
     from kl_vae.benchmark.machine import describe_machine
-    from kl_vae.files import write_text_atomically
+    from kl_vae.runtime.files import write_text_atomically
 
     machine = describe_machine(device)
     print(f"{heading}.\n\n{table}\n\nMeasured on {machine}.")

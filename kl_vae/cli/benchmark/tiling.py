@@ -108,9 +108,9 @@ def _comparison(args: argparse.Namespace) -> Callable[[], tuple[str, list[dict[s
     """What tells how blending changes the pictures, which are all looked at beforehand."""
     from kl_vae.benchmark.seams import compare_seams, table
     from kl_vae.data import center_crop, to_float
-    from kl_vae.device import choose_device
     from kl_vae.inference.load import load_model
     from kl_vae.inference.sources import open_sources
+    from kl_vae.runtime.device import choose_device
 
     device = choose_device(args.device)
     model = load_model(args.checkpoint, None, device)

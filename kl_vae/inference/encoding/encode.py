@@ -6,7 +6,8 @@ import dataclasses
 import logging
 from pathlib import Path
 
-from kl_vae.data import ImageDataset, display_name
+from kl_vae.checkpoints.safetensors_file import safetensors_bytes
+from kl_vae.data import ImageDataset
 from kl_vae.data.latent_index import (
     INDEX,
     LatentIndex,
@@ -14,17 +15,16 @@ from kl_vae.data.latent_index import (
     ShardEntry,
 )
 from kl_vae.data.latent_shard import is_whole
-from kl_vae.distributed import Ranks
-from kl_vae.files import write_text_atomically
-from kl_vae.formats.safetensors_file import safetensors_bytes
 from kl_vae.inference.encoding.labels import Labels, class_labels
 from kl_vae.inference.encoding.latent_folder import open_folder, settings_of, shard_name
 from kl_vae.inference.encoding.latent_shards import OnBatch, encode_units, write_shard
 from kl_vae.inference.encoding.stored_latents import EncodeConfig, check_normalization
-from kl_vae.inference.ledger import Ledger, units_of
+from kl_vae.inference.progress import Ledger, units_of
 from kl_vae.inference.statistics import LatentSums
 from kl_vae.model import AutoEncoderKL
-from kl_vae.schema import from_mapping
+from kl_vae.runtime.distributed import Ranks
+from kl_vae.runtime.files import display_name, write_text_atomically
+from kl_vae.runtime.schema import from_mapping
 
 logger = logging.getLogger(__name__)
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from kl_vae.data import ImageDataset, display_name
+from kl_vae.data import ImageDataset
 from kl_vae.data.latent_index import INDEX, LatentIndex, LatentSettings, read_index
-from kl_vae.files import remove_temporaries
 from kl_vae.inference.encoding.labels import Labels
 from kl_vae.inference.encoding.stored_latents import EncodeConfig
-from kl_vae.inference.ledger import FOLDER, differences
+from kl_vae.inference.progress import FOLDER, differences
 from kl_vae.model import AutoEncoderKL
+from kl_vae.runtime.files import display_name, remove_temporaries
 
 
 def shard_name(unit: int, number: int) -> str:

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from kl_vae.data import BadImage, Batch, ImageDataset, Key, batch_loader, display_name
+from kl_vae.checkpoints.safetensors_file import safetensors_bytes
+from kl_vae.data import BadImage, Batch, ImageDataset, Key, batch_loader
 from kl_vae.data.latent_index import LatentSettings, ShardEntry, SkippedImage
 from kl_vae.data.latent_shard import DTYPES, KEYS
-from kl_vae.files import write_atomically
-from kl_vae.formats.safetensors_file import safetensors_bytes
 from kl_vae.inference.coding import encode_images
 from kl_vae.inference.encoding.labels import Labels
 from kl_vae.inference.encoding.stored_latents import EncodeConfig, stored_latents
 from kl_vae.inference.statistics import LatentSums
 from kl_vae.inference.tiling import Tiling
 from kl_vae.model import AutoEncoderKL
+from kl_vae.runtime.files import display_name, write_atomically
 
 _WHOLE = Tiling("whole")  # the last bits of the others depend on the memory that is free
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from kl_vae.data import ImageDataset, batch_loader, validation_batches
-from kl_vae.distributed import Ranks
 from kl_vae.inference import statistics
 from kl_vae.inference.encoding.latent_shards import OnBatch
 from kl_vae.model import AutoEncoderKL
+from kl_vae.runtime.distributed import Ranks
 
 
 def measure_latents(

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from kl_vae.data.latent_shard import DTYPES
-from kl_vae.device import PRECISIONS
 from kl_vae.distribution import DiagonalGaussianDistribution
 from kl_vae.model import AutoEncoderKL
-from kl_vae.randomness import generator_for
+from kl_vae.runtime.device import PRECISIONS
+from kl_vae.runtime.randomness import generator_for
 
 What = Literal["moments", "sample", "mode"]
 

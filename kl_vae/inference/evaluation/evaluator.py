@@ -17,12 +17,12 @@ from kl_vae.inference.coding import decode_latents, encode_images
 from kl_vae.inference.evaluation.config import EvaluateConfig
 from kl_vae.inference.evaluation.records import ModelRecord, Record
 from kl_vae.inference.images import LoadedImage
-from kl_vae.inference.metrics import ms_ssim, mse, ssim
 from kl_vae.inference.padding import latent_noise, pad
-from kl_vae.inference.picture_files import as_saved
 from kl_vae.inference.tiling import Tiling
+from kl_vae.metrics.similarity import ms_ssim, mse, ssim
 from kl_vae.model import AutoEncoderKL
-from kl_vae.randomness import generator_for
+from kl_vae.runtime.randomness import generator_for
+from kl_vae.visual.image_files import as_saved
 
 IN_COLOUR = ("lpips", "rfid")  # of networks that were trained on RGB
 

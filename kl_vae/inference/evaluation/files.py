@@ -13,7 +13,7 @@ from kl_vae.inference.evaluation.images import PER_IMAGE, write_per_image
 from kl_vae.inference.evaluation.records import Record
 from kl_vae.inference.evaluation.results import DEFINITIONS, Evaluation
 from kl_vae.inference.evaluation.table import Rows, as_markdown, channel_rows
-from kl_vae.inference.outputs import replace_file
+from kl_vae.runtime.outputs import replace_file
 
 TABLE, RESULTS = "results.md", "results.json"
 FILES = (TABLE, RESULTS, PER_IMAGE)

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kl_vae.data import Source, display_name
-from kl_vae.files import write_atomically
+from kl_vae.data import Source
 from kl_vae.inference.evaluation.records import Record, image_figures
-from kl_vae.inference.outputs import make_folder, replace_file
+from kl_vae.runtime.files import display_name, write_atomically
+from kl_vae.runtime.outputs import make_folder, replace_file
 
 PER_IMAGE = "per_image.csv"
 

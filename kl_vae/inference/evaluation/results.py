@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from kl_vae.inference.evaluation.fid import FeatureStatistics, frechet_distance
 from kl_vae.inference.evaluation.records import (
     FIGURES,
     Record,
@@ -20,8 +19,9 @@ from kl_vae.inference.evaluation.records import (
     psnr_of,
     sums_of,
 )
-from kl_vae.inference.metrics import MS_SSIM_SIDE, WINDOW
 from kl_vae.inference.statistics import LatentSums
+from kl_vae.metrics.fid import FeatureStatistics, frechet_distance
+from kl_vae.metrics.similarity import MS_SSIM_SIDE, WINDOW
 
 logger = logging.getLogger(__name__)
 

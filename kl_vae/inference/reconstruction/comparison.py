@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import Tensor
 
 from kl_vae.data import MAX_PIXELS, ImageError, Source, read_image
-from kl_vae.inference.grid import comparison_row
 from kl_vae.inference.images import load_images
-from kl_vae.inference.picture_files import as_pictures, as_saved
 from kl_vae.inference.reconstruction.output_files import OutputFiles
+from kl_vae.visual.grid import comparison_row
+from kl_vae.visual.image_files import as_pictures, as_saved
 
 logger = logging.getLogger(__name__)
 

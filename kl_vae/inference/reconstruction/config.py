@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from kl_vae.data import MAX_PIXELS
-from kl_vae.device import PRECISIONS
 from kl_vae.inference.tiling import Tiling
+from kl_vae.runtime.device import PRECISIONS
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from kl_vae.data import to_float
-from kl_vae.inference.memory import is_out_of_memory
-from kl_vae.inference.metrics import psnr, ssim
+from kl_vae.metrics.similarity import psnr, ssim
+from kl_vae.runtime.memory import is_out_of_memory
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]  # of x, y [B, 3, H, W] in [-1, 1], gives [B]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kl_vae.data import Source
-from kl_vae.files import remove_temporaries
-from kl_vae.inference.outputs import check_outputs, make_folder, plan_outputs
-from kl_vae.inference.picture_files import PNG, PictureFormat
+from kl_vae.runtime.files import remove_temporaries
+from kl_vae.runtime.outputs import check_outputs, make_folder, plan_outputs
+from kl_vae.visual.image_files import PNG, PictureFormat
 
 METRICS, SUMMARY, COMPARISON, PAGE = "metrics.csv", "summary.json", "comparison.png", "index.html"
 RESERVED = (METRICS, SUMMARY, COMPARISON, PAGE)

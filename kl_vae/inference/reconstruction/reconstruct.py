@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kl_vae.device import autocast
-from kl_vae.inference.memory import is_out_of_memory
 from kl_vae.inference.padding import latent_noise, pad
 from kl_vae.inference.tiling import Tiling, check_tiling, decode_tiled, encode_tiled
 from kl_vae.model import AutoEncoderKL
+from kl_vae.runtime.device import autocast
+from kl_vae.runtime.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

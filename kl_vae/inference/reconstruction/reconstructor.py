@@ -13,20 +13,20 @@ from kl_vae.data import Source
 from kl_vae.inference.batches import Numbered, batches_of_a_size
 from kl_vae.inference.images import LoadedImage
 from kl_vae.inference.padding import latent_noise
-from kl_vae.inference.picture_files import (
-    as_picture,
-    as_pictures,
-    as_saved,
-    save_image,
-    save_thumbnail,
-)
 from kl_vae.inference.reconstruction.background import Background
 from kl_vae.inference.reconstruction.config import ReconstructConfig
 from kl_vae.inference.reconstruction.figures import Figures, Perceptual, measure
 from kl_vae.inference.reconstruction.output_files import OutputFiles
 from kl_vae.inference.reconstruction.reconstruct import Reconstruction, reconstruct_batch
 from kl_vae.model import AutoEncoderKL
-from kl_vae.randomness import generator_for
+from kl_vae.runtime.randomness import generator_for
+from kl_vae.visual.image_files import (
+    as_picture,
+    as_pictures,
+    as_saved,
+    save_image,
+    save_thumbnail,
+)
 
 _LARGEST_UNIT, _SMALLEST_UNIT = 64, 8
 _UNITS = 64  # at least, of large sources: so many that ranks end at about the same time

@@ -19,10 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kl_vae.data import Source, display_name
-from kl_vae.inference.gallery import GalleryPicture, write_gallery
-from kl_vae.inference.grid import image_grid, save_png
-from kl_vae.inference.outputs import replace_file
+from kl_vae.data import Source
 from kl_vae.inference.reconstruction.comparison import comparison_cells
 from kl_vae.inference.reconstruction.figures import Figures
 from kl_vae.inference.reconstruction.output_files import (
@@ -33,6 +30,10 @@ from kl_vae.inference.reconstruction.output_files import (
     OutputFiles,
 )
 from kl_vae.inference.reconstruction.results import Results
+from kl_vae.runtime.files import display_name
+from kl_vae.runtime.outputs import replace_file
+from kl_vae.visual.gallery import GalleryPicture, write_gallery
+from kl_vae.visual.grid import image_grid, save_png
 
 COLUMNS = ("path", "output", "width", "height", "psnr", "ssim")
 

@@ -14,13 +14,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kl_vae.data import display_name, read_image
+from kl_vae.data import read_image
 from kl_vae.inference.coding import decode_latents
-from kl_vae.inference.grid import MAX_SIDE, image_grid, save_png
-from kl_vae.inference.ledger import Ledger, units_of
-from kl_vae.inference.picture_files import as_picture, as_saved, image_suffix, save_image
+from kl_vae.inference.progress import Ledger, units_of
 from kl_vae.inference.tiling import Tiling
 from kl_vae.model import AutoEncoderKL
+from kl_vae.runtime.files import display_name
+from kl_vae.visual.grid import MAX_SIDE, image_grid, save_png
+from kl_vae.visual.image_files import as_picture, as_saved, image_suffix, save_image
 
 GRID = "grid.png"
 GRID_CELLS = 64  # at most, but for a single row

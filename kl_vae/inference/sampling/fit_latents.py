@@ -14,14 +14,15 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from kl_vae.data import LatentDataset, Source, display_name
+from kl_vae.data import LatentDataset, Source
 from kl_vae.distribution import DiagonalGaussianDistribution
 from kl_vae.inference.coding import encode_images
 from kl_vae.inference.encoding.latent_folder import weights_sha256
 from kl_vae.inference.images import load_images
 from kl_vae.latents import LatentNormalization
 from kl_vae.model import AutoEncoderKL
-from kl_vae.randomness import generator_for
+from kl_vae.runtime.files import display_name
+from kl_vae.runtime.randomness import generator_for
 
 logger = logging.getLogger(__name__)
 

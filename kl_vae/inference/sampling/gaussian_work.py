@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_vae.inference.ledger import Ledger, units_of
-from kl_vae.inference.outputs import replace_file
+from kl_vae.inference.progress import Ledger, units_of
 from kl_vae.inference.sampling.fit_latents import LatentSource, evenly_spaced
 from kl_vae.inference.sampling.gaussian import LatentGaussian
 from kl_vae.inference.sampling.gaussian_fit import Covariance, LatentFeatures, fit, grid_side
-from kl_vae.randomness import generator_for
+from kl_vae.runtime.outputs import replace_file
+from kl_vae.runtime.randomness import generator_for
 
 logger = logging.getLogger(__name__)
 

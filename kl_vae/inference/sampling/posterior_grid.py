@@ -14,11 +14,11 @@ from kl_vae.data import Source
 from kl_vae.distribution import DiagonalGaussianDistribution
 from kl_vae.inference.coding import encode_images
 from kl_vae.inference.images import LoadedImage, load_images
-from kl_vae.inference.ledger import Ledger, units_of
+from kl_vae.inference.progress import Ledger, units_of
 from kl_vae.inference.sampling.canvas import Canvas
 from kl_vae.inference.sampling.posterior_summary import STATISTICS, PosteriorFiles, PosteriorSummary
 from kl_vae.inference.sampling.spread import Spread
-from kl_vae.randomness import generator_for
+from kl_vae.runtime.randomness import generator_for
 
 
 class PosteriorGrid:

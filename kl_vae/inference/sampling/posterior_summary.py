@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kl_vae.data import Source, display_name, read_image
-from kl_vae.inference.grid import save_png
-from kl_vae.inference.outputs import replace_file
+from kl_vae.data import Source, read_image
 from kl_vae.inference.sampling.canvas import GRID, GRID_CELLS, Canvas
 from kl_vae.inference.sampling.heat_map import gain_for, heat_map
 from kl_vae.inference.sampling.spread import Spread, save_array
+from kl_vae.runtime.files import display_name
+from kl_vae.runtime.outputs import replace_file
+from kl_vae.visual.grid import save_png
 
 STATISTICS = "posterior.json"
 GRID_SAMPLES = 8  # of an image, at most

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from kl_vae.inference.coding import decode_latents
-from kl_vae.inference.ledger import units_of
+from kl_vae.inference.progress import units_of
 from kl_vae.inference.tiling import Tiling
 from kl_vae.model import AutoEncoderKL
-from kl_vae.randomness import generator_for
+from kl_vae.runtime.randomness import generator_for
 
 WHOLE = Tiling(mode="whole")
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kl_vae.inference.outputs import replace_file
+from kl_vae.runtime.outputs import replace_file
 
 
 class Spread:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kl_vae.accel.fused import FusedResnetBlock
 from kl_vae.attention import VanillaAttention
 from kl_vae.blocks import Downsample, GroupNorm, ResnetBlock, Upsample
 from kl_vae.decoder import UpLevel
 from kl_vae.encoder import DownLevel
-from kl_vae.fused import FusedResnetBlock
 from kl_vae.inference.tiling.layers import (
     activated,
     attention,

@@ -13,13 +13,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kl_vae.ddconfig import check_context, check_images, check_latents
 from kl_vae.distribution import DiagonalGaussianDistribution
-from kl_vae.inference.memory import free_memory, is_out_of_memory
 from kl_vae.inference.tiling.blend import check_tiles, decode_blended, encode_blended
 from kl_vae.inference.tiling.estimate import Work
 from kl_vae.inference.tiling.exact import check_exact, decode_exact, encode_exact
 from kl_vae.model import AutoEncoderKL
-from kl_vae.shapes import check_context, check_images, check_latents
+from kl_vae.runtime.memory import free_memory, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kl_vae.inference.memory import give_back_memory
 from kl_vae.inference.tiling.moments import Moments
+from kl_vae.runtime.memory import give_back_memory
 
 Strips = Iterator[Tensor]
 

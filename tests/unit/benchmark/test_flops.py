@@ -9,8 +9,8 @@ import torch
 from kl_vae import AutoEncoderKL
 from kl_vae.benchmark.flops import MatrixProduct, count_flops, count_gan_flops
 from kl_vae.benchmark.gan_step import build_step
+from kl_vae.checkpoints.presets import PRESETS
 from kl_vae.ddconfig import DDConfig
-from kl_vae.presets import PRESETS
 
 CPU = torch.device("cpu")
 

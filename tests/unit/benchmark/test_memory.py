@@ -14,7 +14,7 @@ from kl_vae.benchmark.peak import Cost
 from kl_vae.benchmark.plain_step import STEP_WAYS
 from kl_vae.benchmark.timing import Timing
 from kl_vae.ddconfig import DDConfig
-from kl_vae.errors import RunError
+from kl_vae.runtime.errors import RunError
 
 CPU = torch.device("cpu")
 GB = 10**9

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kl_vae.benchmark.peak import cost_of
-from kl_vae.errors import RunError
+from kl_vae.runtime.errors import RunError
 
 CPU = torch.device("cpu")
 MEGABYTE = 2**20

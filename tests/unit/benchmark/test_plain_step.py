@@ -17,9 +17,9 @@ from kl_vae.benchmark.plain_step import (
     step_input,
     their_steps,
 )
+from kl_vae.checkpoints.diffusers_layout import to_diffusers
 from kl_vae.ddconfig import DDConfig
-from kl_vae.errors import RunError
-from kl_vae.formats.diffusers_layout import to_diffusers
+from kl_vae.runtime.errors import RunError
 
 CPU = torch.device("cpu")
 

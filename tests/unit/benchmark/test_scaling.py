@@ -9,8 +9,8 @@ import pytest
 from kl_vae.benchmark.groups import Actions, Group
 from kl_vae.benchmark.scaling import Scaling
 from kl_vae.benchmark.timing import Timing
-from kl_vae.distributed.ranks import Ranks
-from kl_vae.errors import RunError
+from kl_vae.runtime.distributed import Ranks
+from kl_vae.runtime.errors import RunError
 
 
 def at(seconds: float) -> Timing:

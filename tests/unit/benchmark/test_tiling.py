@@ -16,7 +16,7 @@ from kl_vae.benchmark.peak import Cost
 from kl_vae.benchmark.seams import compare_seams
 from kl_vae.benchmark.tiling import DIFFUSERS, EXACT, TILED, WAYS, WHOLE, Measured, plot, table
 from kl_vae.ddconfig import DDConfig
-from kl_vae.errors import RunError
+from kl_vae.runtime.errors import RunError
 
 CPU = torch.device("cpu")
 DDCONFIG = DDConfig(

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kl_vae.data import ImageError, display_name, read_image, read_size
+from kl_vae.data import ImageError, read_image, read_size
+from kl_vae.runtime.files import display_name
 from tests.bad_files import bombs, png, zeros
 
 GREY = np.array([[0, 40, 80], [120, 160, 200]], np.uint8)

@@ -26,7 +26,7 @@ from kl_vae.data import (
     resize_short_side,
     to_float,
 )
-from kl_vae.randomness import generator_for
+from kl_vae.runtime.randomness import generator_for
 from kl_vae.training.step import to_device
 
 CPU = torch.device("cpu")

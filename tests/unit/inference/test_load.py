@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from kl_vae import AutoEncoderKL
-from kl_vae.distributed import Ranks
-from kl_vae.fast.winograd_conv import WinogradConv2d
-from kl_vae.formats.checkpoint import write_checkpoint
+from kl_vae.accel.winograd_conv import WinogradConv2d
+from kl_vae.checkpoints.checkpoint import write_checkpoint
 from kl_vae.inference.load import load_model, load_model_on, model_fingerprint
+from kl_vae.runtime.distributed import Ranks
 
 
 def test_ranks_that_have_read_other_weights_do_not_go_on(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kl_vae import AutoEncoderKL, DiagonalGaussianDistribution
 from kl_vae.losses import ELBO, LPIPSWithDiscriminator
-from kl_vae.losses.cut import KnownGradient
+from kl_vae.losses.adversarial import KnownGradient
 from kl_vae.losses.discriminator import RealAndFake
 
 

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from kl_vae.losses.actnorm import ActNorm
 from kl_vae.losses.discriminator import (
     DISC_LOSSES,
     DISC_NORMS,
+    ActNorm,
     PatchDiscriminator,
     discriminator_loss,
     generator_loss,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kl_vae.data import BadImage
-from kl_vae.distributed.ranks import Ranks
-from kl_vae.training.bad_images import BadImages
+from kl_vae.runtime.distributed import Ranks
+from kl_vae.training.guards import BadImages
 
 RANKS = Ranks(0, 1, torch.device("cpu"))
 

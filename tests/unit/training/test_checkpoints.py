@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from kl_vae import AutoEncoderKL
-from kl_vae.errors import RunError
-from kl_vae.formats.checkpoint import read_checkpoint
-from kl_vae.formats.run_checkpoints import (
+from kl_vae.checkpoints.checkpoint import read_checkpoint
+from kl_vae.checkpoints.run_directory import (
     best_checkpoint,
     checkpoint_path,
     list_checkpoints,
     newest_checkpoint,
 )
-from kl_vae.optimizer import OptimizerConfig
+from kl_vae.optim.config import OptimizerConfig
+from kl_vae.runtime.errors import RunError
 from kl_vae.training.checkpoints import Checkpoints
 from kl_vae.training.ema import WeightAverage
 from kl_vae.training.state import TrainingState

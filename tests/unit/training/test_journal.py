@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kl_vae import AutoEncoderKL
-from kl_vae.optimizer import OptimizerConfig
+from kl_vae.optim.config import OptimizerConfig
 from kl_vae.training.journal import Journal
 from kl_vae.training.state import TrainingState
 from kl_vae.training.updater import Updater

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kl_vae import AutoEncoderKL
-from kl_vae.formats.checkpoint import read_checkpoint, write_checkpoint
-from kl_vae.optimizer import OptimizerConfig
+from kl_vae.checkpoints.checkpoint import read_checkpoint, write_checkpoint
+from kl_vae.optim.config import OptimizerConfig
 from kl_vae.training.state import TrainingState
 from kl_vae.training.updater import Updater
 

@@ -10,10 +10,10 @@ import torch
 
 from kl_vae import AutoEncoderKL
 from kl_vae.data import BadImage, Batch, to_float
-from kl_vae.distributed.ranks import Ranks
-from kl_vae.errors import RunError
-from kl_vae.training.bad_images import BadImages
+from kl_vae.runtime.distributed import Ranks
+from kl_vae.runtime.errors import RunError
 from kl_vae.training.config import RunConfig
+from kl_vae.training.guards import BadImages
 from kl_vae.training.prepare import build_model, build_state, wrap
 from kl_vae.training.step import TrainingStep, latent_noise, to_device
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kl_vae.inference.metrics import psnr, ssim
 from kl_vae.inference.reconstruction import figures
 from kl_vae.inference.reconstruction.figures import Figures, measure
+from kl_vae.metrics.similarity import psnr, ssim
 
 
 def pair(channels: int = 3, height: int = 12, width: int = 15) -> Tensor:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from kl_vae.data import FolderSource
-from kl_vae.inference.picture_files import PNG, PictureFormat
 from kl_vae.inference.reconstruction.output_files import OutputFiles
+from kl_vae.visual.image_files import PNG, PictureFormat
 
 NAMES = ["a.jpg", "a.png", "sub/b.webp"]
 

@@ -17,14 +17,14 @@ from torch import Tensor
 from kl_vae import AutoEncoderKL
 from kl_vae.data import FolderSource, read_image, to_float
 from kl_vae.inference.images import load_images
-from kl_vae.inference.picture_files import PNG, PictureFormat, as_saved
 from kl_vae.inference.reconstruction.background import Background
 from kl_vae.inference.reconstruction.config import ReconstructConfig
 from kl_vae.inference.reconstruction.figures import measure
 from kl_vae.inference.reconstruction.output_files import OutputFiles
 from kl_vae.inference.reconstruction.reconstruct import reconstruct
 from kl_vae.inference.reconstruction.reconstructor import Reconstructor, unit_size
-from kl_vae.randomness import generator_for
+from kl_vae.runtime.randomness import generator_for
+from kl_vae.visual.image_files import PNG, PictureFormat, as_saved
 
 SIZES = [(24, 20), (9, 30), (24, 20), (22, 19), (13, 13), (21, 17)]
 

@@ -15,11 +15,11 @@ from PIL import Image
 
 from kl_vae import AutoEncoderKL
 from kl_vae.data import FolderSource
-from kl_vae.inference.picture_files import PNG, save_image
 from kl_vae.inference.reconstruction.figures import Figures
 from kl_vae.inference.reconstruction.output_files import OutputFiles
 from kl_vae.inference.reconstruction.results import Results
 from kl_vae.inference.reconstruction.summary import Report, begin_report
+from kl_vae.visual.image_files import PNG, save_image
 
 ABOUT = {
     "checkpoint": "run",

@@ -11,11 +11,11 @@ import torch
 
 from kl_vae import AutoEncoderKL
 from kl_vae.data import FolderSource, LatentDataset
-from kl_vae.distributed import Ranks
-from kl_vae.inference.ledger import Ledger
+from kl_vae.inference.progress import Ledger
 from kl_vae.inference.sampling.fit_latents import EncodedImages, StoredLatents, evenly_spaced
 from kl_vae.inference.sampling.gaussian_work import GaussianWork
 from kl_vae.latents import LatentNormalization
+from kl_vae.runtime.distributed import Ranks
 
 NAMES = ["000.png", "001.png", "bad.png", "002.png"]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kl_vae.inference.sampling.prior import sample_prior
-from kl_vae.randomness import generator_for
+from kl_vae.runtime.randomness import generator_for
 
 
 def test_an_image_depends_on_seed_and_place_alone(model):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kl_vae import AutoEncoderKL
-from kl_vae.acceleration import accelerate
+from kl_vae.accel.accelerate import accelerate
 from kl_vae.attention import ATTENTION, VanillaAttention
 from kl_vae.inference.tiling import Tiling, decode_tiled, encode_tiled, layers
 from kl_vae.inference.tiling.exact import check_exact, decode_exact, encode_exact

@@ -1,0 +1,59 @@
+"""Nearest upsampling by 2 and the 3 x 3 convolution after it, as one transposed convolution.
+
+B batch, C channels, O channels of the output, H and W height and width.
+
+Along one axis let x be the map, u[j] = x[j // 2] the upsampled one, and w the kernel. The
+convolution gives y[j] = w0 u[j - 1] + w1 u[j] + w2 u[j + 1], which is
+
+    y[2i]     = w0 x[i - 1] + (w1 + w2) x[i]
+    y[2i + 1] = (w0 + w1) x[i] + w2 x[i + 1].
+
+A transposed convolution with stride 2, padding 1 and the kernel t adds t[k] x[i] to y[2i - 1 + k],
+for k from 0 to 3: the same, with t = (w2, w1 + w2, w0 + w1, w0). So in two dimensions 4 instead of
+9 multiplications are made for each value of the output, and the upsampled map never exists.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kl_vae.accel.winograd import UPSAMPLED, winograd_convolve
+from kl_vae.accel.winograd_conv import WinogradConv2d, suits
+
+
+def upsample_and_convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, O, 2H, 2W]: to rounding `conv(F.interpolate(x, scale_factor=2.0))`.
+
+    `conv` is one that `is_3_by_3`; one of Winograd's takes even fewer multiplications.
+    """
+    if isinstance(conv, WinogradConv2d) and suits(x, conv.weight):
+        return winograd_convolve(x, conv.weight, conv.bias, transforms=UPSAMPLED)
+    return transposed_convolution(x, conv.weight, conv.bias)
+
+
+def transposed_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What is derived above; differentiable in x, weight [O, C, 3, 3] and bias [O]."""
+    kernel = _spread(_spread(weight, 2), 3).transpose(0, 1)  # [C, O, 4, 4]
+    return F.conv_transpose2d(x, kernel, bias, stride=2, padding=1)
+
+
+def _spread(weight: Tensor, dim: int) -> Tensor:
+    """The 4 taps t of the 3 taps w along `dim`, added in the precision of the weight."""
+    first, second, third = weight.unbind(dim)
+    return torch.stack((third, second + third, first + second, first), dim)
+
+
+def merging_pays(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Whether that was measured to be faster than both steps, forward and backward together.
+
+    In half precision it is not; and the kernel of a small map costs more than it saves. The way
+    that an image is computed does not depend on the others of its batch.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dtype == conv.weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and x.shape[2] * x.shape[3] >= 2 * conv.out_channels
+    )

@@ -1,0 +1,132 @@
+"""Our own checkpoint files.
+
+A checkpoint is a dict of tensors and plain values. `FORMAT` stands under "format", the raw weights
+under "model", and the resolved config under "config"; training adds what resuming needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+
+from kl_vae.checkpoints.torch_file import read_torch_file
+from kl_vae.runtime.files import sha256_of, write_atomically, write_text_atomically
+
+FORMAT = "kl_vae.checkpoint.1"
+
+
+def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint atomically, then its sha256 beside it.
+
+    Raises:
+        OSError: it cannot be written; what was there is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+
+    def write(file: BinaryIO) -> None:
+        with ThreadPoolExecutor(1) as thread:
+            stream = _Digesting(file, digest, thread)
+            try:
+                torch.save({"format": FORMAT, **content}, cast(BinaryIO, stream))
+            except RuntimeError:  # what torch makes of an OSError
+                if stream.error is None:
+                    raise
+                raise stream.error from None
+        file.flush()
+        os.fsync(file.fileno())
+        # that of an earlier file of this name, which keeps it as long as it is there itself; a
+        # damaged one goes with it, since nothing else says that it is damaged
+        try:
+            check_digest(path)
+        except ValueError:
+            path.unlink()
+        _digest_path(path).unlink(missing_ok=True)
+
+    write_atomically(path, write)
+    _write_digest(path, digest.hexdigest())
+
+
+def complete_checkpoint(path: Path) -> None:
+    """Write the sha256 of a checkpoint that is whole, if the save was cut short before it."""
+    if not _digest_path(path).is_file():
+        _write_digest(path, sha256_of(path))
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint, then its sha256: a damaged one never lies there without it."""
+    path.unlink(missing_ok=True)
+    _digest_path(path).unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """Read a checkpoint of ours; with `mmap` leave tensors in the file until they are used.
+
+    Raises:
+        ValueError: it is missing, damaged, or not one of ours.
+    """
+    check_digest(path)
+    content = read_torch_file(path, mmap=mmap)
+    if not is_checkpoint(content):
+        raise ValueError(f"{path}: not a checkpoint of kl_vae")
+    return dict(content)
+
+
+def check_digest(path: Path) -> None:
+    """Raise ValueError where a sha256 lies beside the file and is not that of the file."""
+    digest = _digest_path(path)
+    try:
+        known = digest.read_bytes()[:64] if path.is_file() and digest.is_file() else None
+        damaged = known is not None and known != sha256_of(path).encode()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); mend that") from None
+    if damaged:
+        raise ValueError(
+            f"{path}: does not match its sha256, it is damaged; use another checkpoint"
+        )
+
+
+def is_checkpoint(content: object) -> bool:
+    """Whether a loaded file is one of our checkpoints."""
+    return isinstance(content, Mapping) and content.get("format") == FORMAT
+
+
+class _Digesting:
+    """A file that a thread hashes while it is written; it remembers why it could not be."""
+
+    def __init__(self, file: BinaryIO, digest: hashlib._Hash, thread: ThreadPoolExecutor) -> None:
+        self._file = file
+        self._digest = digest
+        self._thread = thread
+        self.error: OSError | None = None
+
+    def write(self, block: bytes) -> int:
+        large = len(block) > 1 << 16  # else the thread costs more than it saves
+        digesting = self._thread.submit(self._digest.update, block) if large else None
+        try:
+            return self._file.write(block)
+        except OSError as error:
+            self.error = error
+            raise
+        finally:
+            if digesting is None:
+                self._digest.update(block)
+            else:
+                digesting.result()
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _write_digest(path: Path, digest: str) -> None:
+    write_text_atomically(_digest_path(path), f"{digest}  {path.name}\n")
+
+
+def _digest_path(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")

@@ -1,0 +1,122 @@
+"""Read and write safetensors files, whatever their name."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kl_vae.checkpoints.torch_archive import one_line
+
+_SUFFIX = ".safetensors"
+_INSTALL = 'pip install "kl-vae[formats]"'
+_LENGTH_BYTES = 8  # of the header's length, little-endian, at the start of a file
+_HEADER_BYTES = 16 * 2**20  # at most; SDXL's takes 300 kB, the format allows 100 MB
+
+
+class SafetensorsContent(NamedTuple):
+    """What was read of a file; the tensors are mapped, to be read when they are used."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def is_safetensors(path: Path) -> bool:
+    """Say whether a file is meant as safetensors: by its content, then by its name."""
+    start, size = b"", 0
+    if path.is_file():
+        try:
+            with open(path, "rb") as file:
+                start, size = file.read(_LENGTH_BYTES + 1), os.fstat(file.fileno()).st_size
+        except OSError:
+            pass  # to be reported by whoever reads it
+    length = int.from_bytes(start[:_LENGTH_BYTES], "little")
+    if start[_LENGTH_BYTES:] == b"{" and length <= size - _LENGTH_BYTES:
+        return True
+    return path.suffix.lower() == _SUFFIX and not start.startswith((b"PK", b"\x80"))
+
+
+def read_safetensors(
+    path: Path, choose: Callable[[list[str]], Iterable[str]]
+) -> SafetensorsContent:
+    """Map the tensors that `choose` picks from a file's keys; the others are not read.
+
+    Raises:
+        ValueError: no such file, safetensors is not installed, or the file is damaged.
+    """
+    if not path.is_file():
+        raise ValueError(f"no such checkpoint: {path}; give an existing file or run directory")
+    try:
+        from safetensors import safe_open
+    except ImportError:
+        raise ValueError(f"{path}: a safetensors file; {_INSTALL}") from None
+    with _reading(path):
+        _check_header(path)
+        opened: Any = safe_open(path, framework="pt", device="cpu")
+    with opened as file:
+        with _reading(path):
+            keys, metadata = list(file.keys()), dict(file.metadata() or {})
+        chosen = list(choose(keys))
+        with _reading(path):
+            return SafetensorsContent({key: file.get_tensor(key) for key in chosen}, metadata)
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return the content of a safetensors file.
+
+    Raises:
+        ValueError: safetensors is not installed.
+    """
+    try:
+        from safetensors.torch import save
+    except ImportError:
+        raise ValueError(f"writing safetensors files needs: {_INSTALL}") from None
+    storages: set[int] = set()
+    own: dict[str, Tensor] = {}
+    for key, x in tensors.items():
+        x = x.detach().contiguous()
+        storage = x.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() != x.numel() * x.element_size():
+            x = x.clone(memory_format=torch.contiguous_format)  # it refuses storages in common
+        storages.add(storage.data_ptr())
+        own[key] = x
+    return bytes(save(own, dict(metadata) or None))
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # each version has its own; a panic of Rust is no Exception
+        raise ValueError(
+            f"{path}: cannot be read as safetensors ({one_line(error)}); is the file whole? "
+            "Copy or download it again"
+        ) from None
+
+
+def _check_header(path: Path) -> None:
+    """Check what the library does not: that no key stands twice, and that the header is small."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        if size < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
+            raise ValueError(f"its header of {length} bytes does not fit into {size}")
+        if length > _HEADER_BYTES:
+            raise ValueError(f"its header takes {length} bytes, more than {_HEADER_BYTES}")
+        header = file.read(length).decode()
+    if not isinstance(json.loads(header, object_pairs_hook=_without_doubles), dict):
+        raise ValueError("its header is no JSON object")
+
+
+def _without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice in its header")
+    return dict(pairs)

@@ -1,1 +1,0 @@
-"""Files and layouts of weights: state dicts in, state dicts out."""

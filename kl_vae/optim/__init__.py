@@ -1,0 +1,1 @@
+"""Optimizers, their configuration and the learning-rate schedule."""

@@ -1,0 +1,223 @@
+"""Muon: momentum whose matrices are orthogonalised, and AdamW for what is no matrix.
+
+A stack: n parameters that make matrices of one shape, [n, rows, columns].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# of the odd quintic whose iteration drives singular values towards 1 (Jordan et al. 2024)
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+# Five iterations in two rounds, each from a Gram matrix of its own. That squares the singular
+# values, and the rounding of the small ones would grow through all five iterations of one round: to
+# 1e-3 of the result in float32, to half of it where TF32 is allowed. With two rounds the result is
+# as exact as without Gram matrices (1e-4, and about 1e-2 with TF32).
+NEWTON_SCHULZ_ROUNDS = (3, 2)
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """About the nearest matrices with orthonormal rows (or columns, where there are fewer).
+
+    [n, rows, columns] -> the same in float32, whatever autocast says. Singular values come to lie
+    within 0.67 to 1.21, which is enough; those below 1/600 of the matrix's Frobenius norm may stay
+    smaller, and 0 stays 0.
+
+    An iteration is X <- P X with P = a I + b G + c G^2, G = X X^T. P and G commute, so that several
+    iterations are one product of the P's, [r, r], with X, [r, c], while G <- P G P keeps up with X.
+    """
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    with torch.autocast(matrices.device.type, enabled=False):
+        x = (matrices.mT if tall else matrices).float()  # [n, r, c]
+        x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+        for iterations in NEWTON_SCHULZ_ROUNDS:
+            x = _iterate(x @ x.mT, iterations) @ x
+        out: Tensor = x.mT if tall else x
+    return out
+
+
+def _iterate(gram: Tensor, iterations: int) -> Tensor:
+    """The product of the P's of `iterations`, from the first one's G; both [n, r, r]."""
+    product = p = _factor(gram)
+    for _ in range(iterations - 1):
+        gram = p @ gram @ p
+        p = _factor(gram)
+        product = p @ product
+    return product
+
+
+def _factor(gram: Tensor) -> Tensor:
+    """P = a I + b G + c G^2 of the Gram matrices G; both [n, r, r]."""
+    a, b, c = NEWTON_SCHULZ
+    p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    p.diagonal(dim1=-2, dim2=-1).add_(a)
+    return p
+
+
+STACK_VALUES = 2**24  # of one stack: 64 MiB of float32, or one matrix if that is larger
+
+Stack = list[Tensor]  # parameters: torch._foreach_* are typed for no list of nn.Parameter
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
+
+    The kernel of a convolution is taken as the matrix [out, in * kh * kw]. Its Nesterov momentum is
+    replaced by the nearest matrix with orthonormal rows or columns, so that every direction is
+    learned at the same rate, and scaled by sqrt(max(1, rows / columns)).
+
+    Where torch.distributed is initialised, each rank orthogonalises a share of the matrices and all
+    ranks exchange the results: they hold the same parameters, bit for bit, if their gradients were
+    the same, as under DDP. The state is whole on each rank, so that the number of ranks may change.
+    Parameters without gradient are left alone; they have to be the same ones on all ranks.
+
+    Args:
+        groups: parameter groups, each with `lr`. With `orthogonalize=True` all its parameters
+            have 2 dimensions or more, and with several ranks lie on one device.
+        momentum: of the orthogonalised parameters.
+        betas: of AdamW, for the groups without `orthogonalize`.
+        eps: of AdamW.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        *,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-6,
+    ) -> None:
+        defaults = {"momentum": momentum, "betas": betas, "eps": eps, "weight_decay": 0.0}
+        super().__init__(groups, {**defaults, "orthogonalize": False})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step; the host waits for no result of the device."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            if group["weight_decay"]:
+                torch._foreach_mul_(parameters, 1.0 - group["lr"] * group["weight_decay"])
+            update = self._muon if group["orthogonalize"] else self._adamw
+            update(parameters, group)
+        return loss
+
+    def _muon(self, parameters: Stack, group: dict[str, Any]) -> None:
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        torch._foreach_lerp_(
+            self._states(parameters, "momentum"), _gradients(parameters), 1.0 - group["momentum"]
+        )
+        connected = dist.is_available() and dist.is_initialized()
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if connected else (0, 1)
+        shares = assign(parameters, world_size)
+        updates: Iterator[Tensor] = (
+            orthogonalize(self._directions(stack, group["momentum"])) for stack in shares[rank]
+        )
+        if world_size > 1:
+            updates = exchange(updates, shares)
+        for stack, update in zip(chain.from_iterable(shares), updates, strict=True):
+            rows, columns = _matrix_shape(stack[0])
+            torch._foreach_add_(
+                stack,
+                [u.reshape(p.shape).to(p.dtype) for u, p in zip(update, stack, strict=True)],
+                alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5,
+            )
+
+    def _directions(self, stack: Stack, momentum: float) -> Tensor:
+        """Nesterov's momentum of one stack, [n, rows, columns]."""
+        directions = torch._foreach_lerp(
+            _gradients(stack), self._states(stack, "momentum"), momentum
+        )
+        return torch.stack([x.reshape(_matrix_shape(x)) for x in directions])
+
+    def _adamw(self, parameters: Stack, group: dict[str, Any]) -> None:
+        for p in parameters:
+            state = self.state[p]
+            if not state:
+                state["step"] = 0
+                state["mean"], state["square"] = torch.zeros_like(p), torch.zeros_like(p)
+            state["step"] += 1
+        steps = [self.state[p]["step"] for p in parameters]
+        means, squares = self._states(parameters, "mean"), self._states(parameters, "square")
+        gradients = _gradients(parameters)
+        beta1, beta2 = group["betas"]
+        torch._foreach_lerp_(means, gradients, 1.0 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1.0 - beta2)
+        divisors = torch._foreach_sqrt(squares)
+        torch._foreach_div_(divisors, [(1.0 - beta2**step) ** 0.5 for step in steps])
+        torch._foreach_add_(divisors, group["eps"])
+        rates = [-group["lr"] / (1.0 - beta1**step) for step in steps]
+        torch._foreach_addcdiv_(parameters, means, divisors, rates)
+
+    def _states(self, parameters: Stack, key: str) -> list[Tensor]:
+        return [self.state[p][key] for p in parameters]
+
+
+def assign(parameters: Iterable[Tensor], world_size: int) -> list[list[Stack]]:
+    """For each rank the stacks that it orthogonalises; the same answer on all ranks.
+
+    A stack is of one matrix shape and at most STACK_VALUES values (or one matrix). The most
+    expensive matrix comes first, each to the rank that has least to do so far.
+    """
+    loads = [0] * world_size
+    shares: list[dict[Any, Stack]] = [{} for _ in range(world_size)]
+    for p in sorted(parameters, key=_cost, reverse=True):  # equal costs keep their order
+        rank = loads.index(min(loads))
+        loads[rank] += _cost(p)
+        alike = (_matrix_shape(p), p.dtype, p.device)
+        shares[rank].setdefault(alike, []).append(p)
+    return [[part for stack in share.values() for part in _parts(stack)] for share in shares]
+
+
+def exchange(updates: Iterable[Tensor], shares: list[list[Stack]]) -> Iterator[Tensor]:
+    """Give this rank's `updates` to all ranks; yield those of all shares in their order.
+
+    Each is [n, rows, columns]. The buffer for all is as large as the largest share times the ranks.
+    """
+    sizes = [sum(p.numel() for stack in share for p in stack) for share in shares]
+    device = next(stack[0].device for share in shares for stack in share)
+    mine = torch.zeros(max(sizes), dtype=torch.float32, device=device)  # on each rank as long
+    start = 0
+    for update in updates:
+        mine[start : start + update.numel()].view(update.shape).copy_(update)
+        start += update.numel()
+    everything = mine.new_empty(len(shares) * len(mine))
+    dist.all_gather_into_tensor(everything, mine)
+    for share, values in zip(shares, everything.view(len(shares), -1), strict=True):
+        start = 0
+        for stack in share:
+            shape = (len(stack), *_matrix_shape(stack[0]))
+            yield values[start : start + len(stack) * stack[0].numel()].view(shape)
+            start += len(stack) * stack[0].numel()
+
+
+def _gradients(parameters: Stack) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def _matrix_shape(x: Tensor) -> tuple[int, int]:
+    return x.shape[0], x.numel() // x.shape[0]
+
+
+def _cost(x: Tensor) -> int:
+    """About the multiplications of orthogonalising it: shorter side squared, times longer."""
+    return min(_matrix_shape(x)) * x.numel()
+
+
+def _parts(stack: Stack) -> Iterator[Stack]:
+    size = max(1, STACK_VALUES // stack[0].numel())
+    return (stack[start : start + size] for start in range(0, len(stack), size))

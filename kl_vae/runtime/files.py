@@ -1,0 +1,117 @@
+"""Write a file or a folder whole or not at all, and tell whether one is what it was."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+_TEMPORARY = re.compile(r"\.\d+\.tmp")
+
+
+def write_atomically(
+    path: Path, write: Callable[[BinaryIO], object], *, durable: bool = True
+) -> None:
+    """Write a file so that `path` holds either the whole of it or what it held before.
+
+    Written beside, then renamed; on failure the temporary is removed.
+
+    Args:
+        path: the file; its folder exists.
+        write: called with the open file.
+        durable: wait until file and rename are on the disk, so that they outlive a power cut.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    # short: `path` may be as long as names get; of no other process, on this machine or another
+    temporary = path.with_name(f".{secrets.randbits(63)}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if durable:
+        _flush(path.parent)  # the rename itself
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what the functions here left in a folder where their process was killed.
+
+    To be called where no other process writes into the folder.
+    """
+    for path in folder.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            _remove(path)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """`write_atomically` for text, as UTF-8."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Make a folder so that `path` is either the whole of it or what it was before.
+
+    Args:
+        path: the folder; it does not exist, or is empty.
+        write: called with a folder beside it, which is then renamed.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.tmp")
+    _remove(temporary)  # of a killed process: in a container numbers come again
+    try:
+        temporary.mkdir()
+        write(temporary)
+        for file in (*temporary.iterdir(), temporary):
+            _flush(file)
+        os.replace(temporary, path)
+    except BaseException:
+        _remove(temporary)
+        raise
+    _flush(path.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, 64 hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def display_name(path: str | os.PathLike[str]) -> str:
+    """Return a path as text that can be printed in one line, whatever bytes the name holds."""
+    name = os.fsencode(path).decode(errors="backslashreplace")
+    return name if name.isprintable() else name.encode("unicode_escape").decode()

@@ -1,0 +1,151 @@
+"""Which file each output goes to, and that none of them harms an input."""
+
+import os
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from itertools import chain, count
+from pathlib import Path, PurePosixPath
+
+from kl_vae.runtime.files import display_name, write_atomically
+
+MAX_NAME_BYTES = 255  # of nearly every file system
+
+
+def plan_outputs(
+    relative_paths: Sequence[str], suffix: str = ".png", reserved: Iterable[str] = ()
+) -> list[str]:
+    """Return one output path for each input path, in their order.
+
+    The input's tree is kept and its suffix replaced: `a/b.jpg` becomes `a/b.png`. Where an earlier
+    input, a folder or a reserved name has that, `a/b.jpg.png`, then `a/b.jpg.2.png` is taken. Names
+    that differ in case or Unicode normalisation alone are one file on some systems, and so here.
+    Names that would be too long lose their last letters.
+
+    Raises:
+        ValueError: a folder has a reserved name.
+    """
+    folders = {folder for path in relative_paths for folder in _folders(path)}
+    taken = {_folded(name) for name in reserved}
+    for folder in sorted(folders):
+        if _folded(folder) in taken:
+            raise ValueError(
+                f"the image folder {display_name(folder)} has the name of a file of the output; "
+                "rename it"
+            )
+    taken.update(map(_folded, folders))
+    outputs = []
+    for path in relative_paths:
+        output = next(name for name in _candidates(path, suffix) if _folded(name) not in taken)
+        taken.add(_folded(output))
+        outputs.append(output)
+    return outputs
+
+
+def check_output_folder(out: Path, image_folders: Iterable[Path] = ()) -> None:
+    """Check that `out` can be an output folder; nothing is written.
+
+    Raises:
+        ValueError: it is a file, or is one of the image folders, or lies in one.
+    """
+    # os.path throughout: of a folder that cannot be read pathlib's methods are an error
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise ValueError(f"the output folder {display_name(out)} is a file; give a folder")
+    resolved = Path(os.path.realpath(out))
+    existing = [folder for folder in (resolved, *resolved.parents) if os.path.exists(folder)]
+    for folder in image_folders:
+        if any(os.path.samefile(parent, folder) for parent in existing):
+            raise ValueError(
+                f"the output folder {display_name(out)} is in the image folder "
+                f"{display_name(folder)}, where its pictures would be taken for images; "
+                "give a folder outside of it"
+            )
+
+
+def check_outputs(out: Path, outputs: Iterable[str], inputs: Iterable[Path], earlier: str) -> None:
+    """Check that the files to be written stay in `out` and replace nothing of somebody else's.
+
+    Args:
+        out: the output folder.
+        outputs: paths relative to it.
+        inputs: files that must not be overwritten.
+        earlier: a file in `out` that an earlier run left; its outputs may be replaced.
+
+    Raises:
+        ValueError: an output is an input, a folder, or outside, or is there without `earlier`.
+    """
+    may_replace = os.path.exists(out / earlier)
+    root = os.path.realpath(out)
+    inside = cache(lambda folder: Path(os.path.realpath(folder)).is_relative_to(root))
+    input_files = {(status.st_dev, status.st_ino) for status in map(_status, inputs) if status}
+    for output in outputs:
+        path = out / output
+        name = display_name(path)
+        if not inside(path.parent):
+            raise ValueError(f"{name} leads out of the output folder; give an empty folder")
+        status = _status(path)
+        if status is None:
+            continue
+        if (status.st_dev, status.st_ino) in input_files:
+            raise ValueError(f"{name} is an image that would be overwritten; give another folder")
+        if os.path.isdir(path):
+            raise ValueError(f"{name} is a folder where a file would go; give an empty folder")
+        if not may_replace:
+            raise ValueError(
+                f"{name} exists, and no {earlier} of an earlier run; give an empty folder"
+            )
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder with its parents, unless it exists.
+
+    Raises:
+        ValueError: it cannot be created.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"cannot create the folder {display_name(folder)} ({error.strerror}); give another"
+        ) from error
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all; its folder is created.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    make_folder(path.parent)
+    try:
+        write_atomically(path, lambda file: file.write(content), durable=False)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {display_name(path)} ({error.strerror}); "
+            "make room and permission for it, or give another folder"
+        ) from error
+
+
+def _candidates(path: str, suffix: str) -> Iterator[str]:
+    folder, name = os.path.split(path)
+    first = [(os.path.splitext(name)[0], suffix), (name, suffix)]
+    for stem, ending in chain(first, ((name, f".{n}{suffix}") for n in count(2))):
+        while len(os.fsencode(stem + ending)) > MAX_NAME_BYTES:
+            stem = stem[:-1]
+        yield os.path.join(folder, stem + ending)
+
+
+def _folders(path: str) -> list[str]:
+    return [str(parent) for parent in PurePosixPath(path).parents]
+
+
+def _folded(path: str) -> str:
+    # twice: folding case can undo the composition
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:
+        return None

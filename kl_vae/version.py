@@ -1,3 +1,0 @@
-"""The version, readable without torch."""
-
-__version__ = "0.1.0"

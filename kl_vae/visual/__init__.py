@@ -1,0 +1,1 @@
+"""Image grids and files, the gallery page and the run report."""

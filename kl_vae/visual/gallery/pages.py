@@ -1,0 +1,107 @@
+"""One HTML file on many pictures, which needs no network."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from kl_vae.runtime.files import display_name
+from kl_vae.runtime.outputs import replace_file
+from kl_vae.visual.web_page import render_page
+
+GALLERY = "index.html"
+SCRIPTS = (
+    "data.js",
+    "elements.js",
+    "histogram.js",
+    "head.js",
+    "grid.js",
+    "zoom.js",
+    "viewer.js",
+    "pointers.js",
+    "address.js",
+    "page.js",
+)
+
+
+@dataclass(frozen=True)
+class GalleryPicture:
+    """An image and its reconstruction, as files; their paths are POSIX, relative to the page.
+
+    Attributes:
+        name: of the image, to be shown.
+        original: picture of the image as the model saw it.
+        reconstruction: picture of the same size.
+        thumbnail: a small picture of the image.
+        width: of original and reconstruction, in pixels.
+        height: of both.
+        metrics: figures by name, such as psnr, ssim and lpips; None or NaN: it has none.
+    """
+
+    name: str
+    original: str
+    reconstruction: str
+    thumbnail: str
+    width: int
+    height: int
+    metrics: Mapping[str, float | None]
+
+
+def write_gallery(path: Path, pictures: Sequence[GalleryPicture], about: Mapping[str, str]) -> None:
+    """Write the page of `pictures`, which need not exist yet; it is there whole or not at all.
+
+    Args:
+        path: the page, by custom index.html.
+        pictures: in the order of the input.
+        about: what they were made with, shown in this order; the first is in the page's title.
+
+    Raises:
+        ValueError: a picture's path is absolute, or the page cannot be written.
+    """
+    for picture in pictures:
+        for file in (picture.original, picture.reconstruction, picture.thumbnail):
+            if file.startswith("/"):
+                raise ValueError(
+                    f"{display_name(file)}: is absolute; give pictures relative to the page"
+                )
+    title = " · ".join(["Reconstructions", *list(about.values())[:1]])
+    data = _page_data(pictures, about)
+    replace_file(path, render_page("kl_vae.visual.gallery", SCRIPTS, title, data))
+
+
+def _page_data(pictures: Sequence[GalleryPicture], about: Mapping[str, str]) -> dict[str, object]:
+    """The page's data: a row of each picture, its figures in the order of `metrics`."""
+    names = {name: None for picture in pictures for name in picture.metrics}  # each once, in order
+    columns = {name: [_figure(picture.metrics.get(name)) for picture in pictures] for name in names}
+    columns = {name: column for name, column in columns.items() if set(column) != {None}}
+    rows = [
+        [
+            display_name(picture.name),
+            _url(picture.original),
+            _url(picture.reconstruction),
+            _url(picture.thumbnail),
+            picture.width,
+            picture.height,
+            *(column[i] for column in columns.values()),
+        ]
+        for i, picture in enumerate(pictures)
+    ]
+    return {"about": dict(about), "metrics": list(columns), "pictures": rows}
+
+
+def _figure(value: float | None) -> float | str | None:
+    """A figure in JSON, which has no infinity and no NaN; JavaScript's Number() reads the text."""
+    if value is None or math.isnan(value):
+        return None
+    if math.isinf(value):
+        return "Infinity" if value > 0 else "-Infinity"
+    return round(value, 6)
+
+
+def _url(path: str) -> str:
+    """A relative URL of a file, whatever bytes its name has."""
+    return quote(os.fsencode(path))

@@ -1,0 +1,212 @@
+"""Reading configs: strict YAML, overrides, and what others wrote."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from kl_vae import AutoEncoderKL
+from kl_vae.ddconfig import DDConfig
+from kl_vae.runtime.config_file import (
+    MAX_BYTES,
+    apply_override,
+    dump_config,
+    find_config,
+    load_config,
+    load_model_params,
+    parse_yaml,
+    shipped_configs,
+)
+
+COMPVIS = """\
+model:
+  base_learning_rate: 4.5e-6
+  target: ldm.models.autoencoder.AutoencoderKL
+  params:
+    monitor: val/rec_loss
+    embed_dim: 4
+    image_key: jpg
+    lossconfig:
+      target: torch.nn.Identity
+    ddconfig:
+      double_z: true
+      z_channels: 4
+      resolution: 16
+      in_channels: 3
+      out_ch: 3
+      ch: 32
+      ch_mult: [1, 2]
+      num_res_blocks: 1
+      attn_resolutions: []
+      dropout: 0.0
+data:
+  target: main.DataModuleFromConfig
+  params:
+    batch_size: 12
+lightning:
+  trainer:
+    benchmark: true
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "it.yaml"
+    path.write_text("model: {params: {embed_dim: 4}}\noptimizer:\n  learning_rate: 1.0e-3\n")
+    return path
+
+
+def test_a_file_is_read_as_plain_values(file: Path) -> None:
+    expected = {"model": {"params": {"embed_dim": 4}}, "optimizer": {"learning_rate": 0.001}}
+    assert load_config(file) == expected
+    assert load_config(str(file)) == expected
+    assert load_model_params(file) == {"embed_dim": 4}
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("a: 1\nb: {c: 2, c: 3}\n", "line 2: c is written twice; keep one of them"),
+        ("a: 1\na: 1\n", "line 2: a is written twice"),
+        ("a: &name [1]\nb: *name\n", r"line 2: aliases \(\*name\) are refused; write it out"),
+        ("a: &x {b: 1}\nc:\n  <<: *x\n", "line 3: aliases"),
+        ("a: !!python/object/apply:os.getcwd []\n", "not valid YAML: .*python/object/apply"),
+        ("a: !!python/name:os.getcwd\n", "not valid YAML: .*python/name"),
+        ("a: [1\n", "not valid YAML: .*line 2"),
+        ("a: 1\n---\nb: 2\n", "not valid YAML: .*another document"),
+        ("a: \0\n", "not valid YAML: "),
+        ("a: 2020-13-45\n", "month must be in 1..12"),
+        ("[" * 5000, "recursion"),
+        ("", "holds no keys; see the config reference in README.md"),
+        ("- 1\n", "holds no keys"),
+        ("5\n", "holds no keys"),
+    ],
+)
+def test_yaml_that_is_refused(tmp_path: Path, text: str, error: str) -> None:
+    path = tmp_path / "it.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"(?s)^{path}: .*{error}"):
+        load_config(path)
+
+
+def test_what_is_too_large_or_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "it.yaml"
+    path.write_bytes(b"a: 1\n" + b"#" * MAX_BYTES)
+    with pytest.raises(ValueError, match=f"{path}: over 1048576 bytes; a config is a small file"):
+        load_config(path)
+    path.write_bytes(b"a: \xff\xfe\n")
+    with pytest.raises(ValueError, match=f"{path}: cannot be read as text .*utf-8"):
+        load_config(path)
+    path.write_text("\ufeffa: ä\n", encoding="utf-8")  # as some editors begin a file
+    assert load_config(path) == {"a": "ä"}
+
+
+def test_a_missing_file_names_the_shipped_configs() -> None:
+    names = ", ".join(sorted(shipped_configs()))
+    assert "quickstart" in names
+    with pytest.raises(ValueError, match=f"no such config: kl-f9; give a YAML file.*{names}$"):
+        load_config("kl-f9")
+
+
+@pytest.mark.parametrize("name", sorted(shipped_configs()))
+def test_a_shipped_config_is_found_by_name_and_describes_an_autoencoder(name: str) -> None:
+    assert find_config(name) == find_config(f"{name}.yaml") == shipped_configs()[name]
+    params = load_model_params(name)
+    params["ddconfig"] = DDConfig.from_dict(params["ddconfig"])
+    if "disc_start" in params["lossconfig"]["params"]:
+        params["lossconfig"]["params"]["perceptual_weight"] = 0.0  # VGG's weights are not at hand
+    with torch.device("meta"):
+        assert AutoEncoderKL(**params).loss is not None
+
+
+def test_a_config_without_model_params_describes_no_autoencoder(tmp_path: Path) -> None:
+    for text in ("a: 1\n", "model:\n", "model: {params: 3}\n"):
+        (tmp_path / "it.yaml").write_text(text)
+        with pytest.raises(ValueError, match="it.yaml: has no model.params; give the config of an"):
+            load_model_params(tmp_path / "it.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("a.b=2", {"a": {"b": 2, "c": None}}),
+        ("a.b=1.0e-4", {"a": {"b": 1e-4, "c": None}}),
+        ("a.b=[1, x]", {"a": {"b": [1, "x"], "c": None}}),
+        ("a.b=null", {"a": {"b": None, "c": None}}),
+        ("a.b=x=y", {"a": {"b": "x=y", "c": None}}),
+        ("a.b=", {"a": {"b": None, "c": None}}),
+        ("a.c.d=1", {"a": {"b": 1, "c": {"d": 1}}}),
+        ("n.e.w=true", {"a": {"b": 1, "c": None}, "n": {"e": {"w": True}}}),
+        ("a={b: 3}", {"a": {"b": 3}}),
+    ],
+)
+def test_an_override_sets_one_key(override: str, expected: dict[str, Any]) -> None:
+    config: dict[str, Any] = {"a": {"b": 1, "c": None}}
+    apply_override(config, override)
+    assert config == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "error"),
+    [
+        ("a.b", "'a.b': write key.path=value, such as optimizer.learning_rate=0.001"),
+        ("=3", "'=3': write key.path=value"),
+        ("a..b=3", "'a..b=3': write key.path=value"),
+        ("a.b.c=3", "a.b.c=3: b holds 1, which has no keys below it"),
+        ("a.b=[1", r"a\.b=\[1: not valid YAML"),
+        ("a.b={c: 1, c: 2}", "c is written twice"),
+    ],
+)
+def test_an_override_that_cannot_be_applied_is_named(override: str, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        apply_override({"a": {"b": 1}}, override)
+
+
+def test_overrides_apply_in_order_to_a_file(file: Path) -> None:
+    config = load_config(file, ["optimizer.learning_rate=1", "optimizer.learning_rate=2"])
+    assert config["optimizer"] == {"learning_rate": 2}
+    assert load_config(file)["optimizer"] == {"learning_rate": 0.001}
+
+
+def test_of_a_compvis_file_the_model_is_read_and_the_rest_named_with_its_mend(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "autoencoder_kl.yaml"
+    path.write_text(COMPVIS)
+    with caplog.at_level(logging.WARNING, "kl_vae"):
+        config = load_config(path, ["data.train.root=images"])
+    params = config["model"].pop("params")
+    assert config == {"model": {}, "data": {"train": {"root": "images"}}}
+    assert AutoEncoderKL(**params).latent_channels == 4
+    beginnings_and_mends = [
+        ("model.base_learning_rate=4.5e-06 is not used", "write optimizer.learning_rate=RATE"),
+        ("model.params.image_key is not used", "data.train.root names the images"),
+        ("data.target=main.DataModuleFromConfig is not used", "write data.train.root=FOLDER"),
+        ("lightning is not used", "write training.precision, training.accumulate_batches"),
+    ]
+    assert len(caplog.messages) == len(beginnings_and_mends)
+    for message, (start, mend) in zip(caplog.messages, beginnings_and_mends, strict=True):
+        assert message.startswith(start)
+        assert mend in message
+
+
+def test_our_own_files_give_no_warning(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_config(file, ["model.target=AutoEncoderKL", "model.params.image_key=image"])
+    assert caplog.messages == []
+
+
+def test_another_models_file_is_refused(file: Path) -> None:
+    file.write_text("model: {target: ldm.models.autoencoder.VQModelInterface}\n")
+    error = "model.target='ldm.models.autoencoder.VQModelInterface': not a KL autoencoder; write"
+    with pytest.raises(ValueError, match=error):
+        load_config(file)
+
+
+def test_dump_writes_tuples_as_lists_and_repeats_what_is_shared() -> None:
+    shared = (1, 2)
+    text = dump_config({"b": shared, "a": shared, "rate": 1e-6})
+    assert parse_yaml(text, "it") == {"b": [1, 2], "a": [1, 2], "rate": 1e-6}
+    assert list(yaml.safe_load(text)) == ["b", "a", "rate"]

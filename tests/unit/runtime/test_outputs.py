@@ -1,0 +1,127 @@
+import os
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from kl_vae.runtime.outputs import (
+    check_output_folder,
+    check_outputs,
+    make_folder,
+    plan_outputs,
+    replace_file,
+)
+
+
+def test_the_tree_is_kept_and_the_suffix_replaced():
+    assert plan_outputs(["a.jpg", "b/c.d/e.tiff", "noext"]) == ["a.png", "b/c.d/e.png", "noext.png"]
+    assert plan_outputs(["a/b.tif"], suffix=".npy") == ["a/b.npy"]
+
+
+def test_inputs_that_share_a_name_get_different_ones():
+    assert plan_outputs(["a.jpg", "a.png"]) == ["a.png", "a.png.png"]
+    assert plan_outputs(["A.jpg", "a.jpg", "a.JPG"]) == ["A.png", "a.jpg.png", "a.JPG.2.png"]
+    assert plan_outputs(["a.jpg", "a.jpg", "a.jpg"]) == ["a.png", "a.jpg.png", "a.jpg.2.png"]
+    assert plan_outputs(["D/a.jpg", "d/a.jpg"]) == ["D/a.png", "d/a.jpg.png"]
+    composed, decomposed = (unicodedata.normalize(form, "é.jpg") for form in ("NFC", "NFD"))
+    assert plan_outputs([composed, decomposed])[1] == f"{decomposed}.png"
+
+
+def test_reserved_names_and_folders_are_left_alone():
+    reserved = ["comparison.png"]
+    assert plan_outputs(["comparison.jpg"], reserved=reserved) == ["comparison.jpg.png"]
+    assert plan_outputs(["Comparison.webp"], reserved=reserved) == ["Comparison.webp.png"]
+    assert plan_outputs(["a.jpg", "a.png/b.jpg"]) == ["a.jpg.png", "a.png/b.png"]
+    message = "the image folder comparison.png has the name of a file of the output; rename it"
+    with pytest.raises(ValueError, match=message):
+        plan_outputs(["comparison.png/a.jpg"], reserved=reserved)
+
+
+def test_names_that_are_not_utf8_stay_what_they_are():
+    names = [os.fsdecode(b"\xff.jpg"), os.fsdecode(b"\xfe.jpg")]
+    assert plan_outputs(names) == [os.fsdecode(b"\xff.png"), os.fsdecode(b"\xfe.png")]
+
+
+def test_the_output_folder_is_no_file(tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(ValueError, match="the output folder .*out is a file; give a folder"):
+        check_output_folder(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"cannot create the folder .*sub \(Not a directory\)"):
+        make_folder(tmp_path / "out" / "sub")
+
+
+@pytest.mark.parametrize(
+    "out", ["images", "images/out", "images/new/out", "link", "other/../images"]
+)
+def test_the_output_folder_is_not_within_the_images(tmp_path, out):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    with pytest.raises(ValueError, match="is in the image folder .*give a folder outside of it"):
+        check_output_folder(tmp_path / out, [tmp_path / "images"])
+
+
+def test_a_link_that_leads_to_itself_is_one_line(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    check_output_folder(tmp_path / "loop" / "out")
+    check_outputs(tmp_path / "loop" / "out", ["a.png"], [], earlier="metrics.csv")
+    with pytest.raises(ValueError, match="cannot create the folder .*out"):
+        make_folder(tmp_path / "loop" / "out")
+
+
+def test_other_output_folders_may_be_anywhere(tmp_path):
+    (tmp_path / "images").mkdir()
+    for out in ("out", "images2", ".", "new/out"):
+        check_output_folder(tmp_path / out, [tmp_path / "images"])
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_an_image_is_not_overwritten(tmp_path):
+    image = tmp_path / "a.png"
+    image.write_text("image")
+    (tmp_path / "metrics.csv").write_text("")
+    with pytest.raises(ValueError, match=r"a\.png is an image that would be overwritten; give"):
+        check_outputs(tmp_path, ["a.png"], [image], earlier="metrics.csv")
+
+
+def test_only_files_of_an_earlier_run_are_replaced(tmp_path):
+    (tmp_path / "a.png").write_text("somebody's")
+    with pytest.raises(ValueError, match=r"a\.png exists, and no metrics\.csv of an earlier run"):
+        check_outputs(tmp_path, ["a.png"], [], earlier="metrics.csv")
+    (tmp_path / "metrics.csv").write_text("")
+    check_outputs(tmp_path, ["a.png", "b/c.png"], [], earlier="metrics.csv")
+    (tmp_path / "d.png").mkdir()
+    with pytest.raises(
+        ValueError, match=r"d\.png is a folder where a file would go; give an empty"
+    ):
+        check_outputs(tmp_path, ["d.png"], [], earlier="metrics.csv")
+
+
+@pytest.mark.parametrize("output", ["../a.png", "elsewhere/a.png", "elsewhere/new/a.png"])
+def test_no_output_leads_out_of_the_folder(tmp_path, output):
+    out = tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "target").mkdir()
+    (out / "elsewhere").symlink_to(tmp_path / "target")
+    with pytest.raises(ValueError, match=r"a\.png leads out of the output folder; give an empty"):
+        check_outputs(out, [output], [], earlier="metrics.csv")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / ("n" * 251 + ".png")  # as long as names get
+    replace_file(path, b"old")
+    replace_file(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=r"cannot write .*folder \(Is a directory\); make room"):
+        replace_file(tmp_path / "folder", b"")
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "folder", path]
+
+
+def test_a_link_is_replaced_not_followed(tmp_path):
+    (tmp_path / "target").write_bytes(b"image")
+    (tmp_path / "link.png").symlink_to(tmp_path / "target")
+    replace_file(Path(tmp_path / "link.png"), b"new")
+    assert (tmp_path / "target").read_bytes() == b"image"
+    assert not (tmp_path / "link.png").is_symlink()

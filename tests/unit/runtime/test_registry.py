@@ -1,0 +1,93 @@
+"""Registered names, and parts of the user's own in a ddconfig."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kl_vae import (
+    AutoEncoderKL,
+    register_attention,
+    register_block,
+    register_normalization,
+)
+from kl_vae.attention import VanillaAttention
+from kl_vae.blocks import NORMALIZATION, ResnetBlock
+from kl_vae.runtime.registry import Registry
+
+
+def test_a_name_stands_for_what_was_registered_under_it() -> None:
+    registry = Registry("kind")
+    assert registry.register("b")(list) is list
+    registry.register("a")(dict)
+    assert registry["b"] is list
+    assert list(registry) == ["a", "b"]
+    assert "a" in registry
+    assert "c" not in registry
+
+
+def test_a_name_is_registered_once_though_the_same_thing_may_come_again() -> None:
+    registry = Registry("kind")
+    registry.register("a")(dict)
+    registry.register("a")(dict)
+    with pytest.raises(ValueError, match="kind='a': already registered; choose another name"):
+        registry.register("a")(list)
+    assert registry["a"] is dict
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
+    registry = Registry("kind")
+    registry.register("b")(list)
+    registry.register("a")(dict)
+    error = "kind='c': unknown; choose one of a, b, or register your own first"
+    with pytest.raises(ValueError, match=error):
+        registry["c"]
+
+
+def test_an_own_attention_stands_wherever_the_ddconfig_places_it(
+    tiny_ddconfig: dict[str, Any],
+) -> None:
+    @register_attention("twice")
+    class Twice(VanillaAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(super().forward(x))
+
+    model = AutoEncoderKL(tiny_ddconfig | {"attn_type": "twice"}, 3)
+    places = [name for name, module in model.named_modules() if isinstance(module, Twice)]
+    assert places == [
+        "encoder.down.1.attn.0",
+        "encoder.mid.attn_1",
+        "decoder.mid.attn_1",
+        "decoder.up.1.attn.0",
+        "decoder.up.1.attn.1",
+    ]
+    assert model(torch.zeros(1, 3, 16, 16))[0].shape == (1, 3, 16, 16)
+
+
+def test_an_own_norm_replaces_every_group_norm(tiny_ddconfig: dict[str, Any]) -> None:
+    register_normalization("batch")(nn.BatchNorm2d)
+    # 32 groups are then not asked of the channels
+    model = AutoEncoderKL(tiny_ddconfig | {"norm_type": "batch", "ch": 20}, 3)
+    kinds = [type(module) for module in model.modules()]
+    assert nn.GroupNorm not in kinds
+    assert kinds.count(nn.BatchNorm2d) == 2 * (4 + 6) + 5 + 2  # blocks, attention, norm_out
+    assert model(torch.rand(2, 3, 16, 16))[0].shape == (2, 3, 16, 16)
+
+
+def test_an_own_block_is_given_what_the_ddconfig_says(tiny_ddconfig: dict[str, Any]) -> None:
+    given: list[dict[str, Any]] = []
+
+    @register_block("noted")
+    class Noted(ResnetBlock):
+        def __init__(self, in_channels: int, out_channels: int, **shared: Any) -> None:
+            super().__init__(in_channels, out_channels, **shared)
+            given.append(shared)
+
+    keys = {"block_type": "noted", "dropout": 0.25, "context_channels": 5}
+    model = AutoEncoderKL(tiny_ddconfig | keys, 3)
+    blocks = [module for module in model.modules() if isinstance(module, ResnetBlock)]
+    assert {type(block) for block in blocks} == {Noted}
+    assert len(blocks) == len(given) == 10
+    shared = {"dropout": 0.25, "context_channels": 5, "norm": NORMALIZATION["group"]}
+    assert all(keywords == shared for keywords in given)

@@ -1,0 +1,371 @@
+"""What a report reads of a run, and how it is put on a page."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kl_vae.visual.report.content import MAX_NUMBERS, page_content
+from kl_vae.visual.report.directory import check_run_directory, read_run
+from kl_vae.visual.report.liveness import describe_silence, duration, is_locked
+from kl_vae.visual.report.metrics_file import MAX_FIGURES, MAX_LINE_BYTES, MetricsFile
+from kl_vae.visual.report.page import check_output, render, write_page
+from kl_vae.visual.report.panels import panels_of, split_of
+from kl_vae.visual.report.pictures import embedded_pictures, linked_pictures
+from kl_vae.visual.report.run_reading import RunReading
+from kl_vae.visual.report.series import Series, VectorSeries
+from kl_vae.visual.report.terminal import describe_run
+from kl_vae.visual.web_page import script_json
+
+
+def write_run(run: Path, lines: list[dict[str, Any]], **status: Any) -> Path:
+    """A run's directory, whose status says what is given."""
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").write_text(
+        "model:\n  params:\n    ddconfig:\n      resolution: 16\n"
+        "training:\n  global_batch_size: 8\n  max_steps: 100\n"
+    )
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    if status:
+        (run / "status.json").write_text(json.dumps(status))
+    return run
+
+
+def read(run: Path) -> tuple[RunReading, MetricsFile]:
+    metrics = MetricsFile(run / "metrics.jsonl")
+    metrics.read()
+    return read_run(run, metrics), metrics
+
+
+def content_of(run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = page_content(*read(run), pictures=[])
+    return content
+
+
+def test_few_lines_stay_as_they_are() -> None:
+    series = Series(max_points=4)
+    for step in (10, 20, 30):
+        series.add(step, step / 3)
+    assert [(b.first, b.mean, b.count) for b in series.buckets] == [
+        (step, step / 3, 1) for step in (10, 20, 30)
+    ]
+    assert not series.thinned and series.range == (10 / 3, 10)
+
+
+def test_thinning_keeps_extremes_means_and_what_is_not_finite() -> None:
+    series, number = Series(max_points=50), 10_000
+    for step in range(1, number + 1):
+        value = {4321: 1000.0, 4322: -7.0, 777: math.nan, 778: math.inf}.get(step, 1.0)
+        series.add(step, value)
+    assert 25 <= len(series.buckets) <= 50 and series.thinned
+    assert series.range == (-7.0, 1000.0)
+    assert sum(bucket.count for bucket in series.buckets) == number
+    (broken,) = [bucket for bucket in series.buckets if bucket.broken]
+    assert broken.first <= 777 <= broken.last and broken.kinds == {"nan", "inf"}
+    total = sum(bucket.total for bucket in series.buckets)
+    assert total == number - 4 + 993
+    assert series.latest == (number, 1.0)
+
+
+def test_a_bucket_of_nan_alone_has_no_mean() -> None:
+    series = Series()
+    series.add(1, math.nan)
+    assert series.buckets[0].mean is None and series.range == (math.inf, -math.inf)
+
+
+def test_what_is_done_again_replaces_what_was_lost() -> None:
+    series, vector = Series(), VectorSeries(1)
+    for step, value in ((10, 1.0), (20, 2.0), (30, 3.0), (20, 5.0)):
+        series.add(step, value)
+        vector.add(step, [value])
+    assert [(b.first, b.mean) for b in series.buckets] == [(10, 1.0), (20, 3.5)]
+    assert vector.steps == [(10, 10), (20, 20)] and vector.means == [[1.0], [3.5]]
+
+
+def test_vectors_are_thinned_to_means() -> None:
+    vector = VectorSeries(2, max_points=8)
+    for step in range(64):
+        vector.add(step, [float(step), 1.0])
+    vector.add(64, [math.nan, 1.0])
+    vector.add(65, [1.0])
+    assert vector.steps == [(i, i + 7) for i in range(0, 64, 8)]
+    assert vector.means == [[i + 3.5, 1.0] for i in range(0, 64, 8)]
+
+
+def test_lines_are_read_once_while_the_file_grows(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path)
+    metrics.read()
+    assert metrics.latest is None and not metrics.scalars  # no file yet
+    path.write_bytes(b'{"step": 1, "a": 1.5}\n{"step": 2, "a": "nan"}\n{"step": 3, "a"')
+    sizes: list[int] = []
+    metrics.read(sizes.append)
+    assert metrics.lines == 2 and metrics.unreadable == 0 and sum(sizes) == 46
+    with path.open("ab") as file:
+        file.write(b': 7}\nnonsense\n[1]\n{"step": true}\n{"a": 1}\n{"step": 4, "a": 8}\n')
+    metrics.read()
+    assert (metrics.lines, metrics.unreadable, metrics.latest) == (4, 4, 4)
+    assert [b.mean for b in metrics.scalars["a"].buckets] == [1.5, None, 7.0, 8.0]
+
+
+def test_a_resumed_run_that_dropped_lines_is_read_anew(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n')
+    metrics = MetricsFile(path)
+    metrics.read()
+    (tmp_path / "new").write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 5}\n')
+    os.replace(tmp_path / "new", path)
+    metrics.read()
+    assert [b.mean for b in metrics.scalars["a"].buckets] == [1.0, 5.0]
+
+
+def test_hostile_lines_do_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        b"[" * 200_000,
+        b'{"step": 1, "a": ' + b"9" * (2 * MAX_LINE_BYTES) + b"}",
+        b'{"step": 1e400}',
+        b'{"step": -1}',
+        b"\xff\xfe",
+        json.dumps({"step": 5, **{f"figure{i}": i for i in range(MAX_FIGURES + 5)}}).encode(),
+        b'{"step": 6, "figure0": 1' + b"0" * 400 + b', "figure1": {}, "figure2": "x", "v": [[]]}',
+    ]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    metrics = MetricsFile(path)
+    metrics.read()
+    assert (metrics.lines, metrics.unreadable) == (2, 5)
+    assert len(metrics.scalars) == MAX_FIGURES and metrics.left_out == 6
+    notes = read_run(write_run(tmp_path / "run", []), metrics).notes
+    assert "metrics.jsonl: 5 lines cannot be read" in notes
+    assert "metrics.jsonl: 6 figures are left out, of too many" in notes
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root reads every file")
+def test_metrics_that_may_not_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("")
+    path.chmod(0)
+    with pytest.raises(ValueError, match="metrics.jsonl: cannot be read .*; give yourself"):
+        MetricsFile(path).read()
+
+
+def test_metrics_that_are_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(ValueError, match=r"metrics.jsonl: cannot be read \(Is a directory\); give"):
+        MetricsFile(tmp_path / "metrics.jsonl").read()
+
+
+def test_figures_of_one_name_share_a_plot() -> None:
+    keys = ["val/psnr", "my_own", "train/psnr", "val_ema/psnr", "epoch", "train/logits_fake"]
+    keys += ["train/logits_real", "images_seen", "val/mine"]
+    shown = {panel.title: figures for panel, figures in panels_of(keys)}
+    assert shown == {
+        "PSNR": ["train/psnr", "val/psnr", "val_ema/psnr"],
+        "Discriminator's logits": ["train/logits_real", "train/logits_fake"],
+        "mine": ["val/mine"],
+        "my_own": ["my_own"],
+    }
+    assert split_of("val_ema/psnr") == ("val_ema", "psnr")
+    assert split_of("other/psnr") == ("train", "other/psnr")
+
+
+def test_constants_are_a_table_and_bits_are_made_of_nats(tmp_path: Path) -> None:
+    lines = [{"step": i, "train/logvar": 0.0, "train/kl_loss": 512.0 * i} for i in (1, 2)]
+    content = content_of(write_run(tmp_path / "run", lines))
+    assert content["constants"] == [["train/logvar", 0.0]]
+    assert [(panel["title"], panel["unit"]) for panel in content["panels"]] == [
+        ("KL", "nats an image"),
+        ("KL", "bits a pixel"),
+    ]
+    bits = content["scalars"]["train/kl_bits_per_pixel"]
+    assert bits["of"] == "train/kl_loss"
+    assert bits["latest"] == [2, pytest.approx(1024 / math.log(2) / 256)]
+
+
+def test_many_long_series_stay_small(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [])
+    names = [f"train/figure{i}" for i in range(120)]
+    metrics = MetricsFile(run / "metrics.jsonl")
+    for name in names:
+        metrics.scalars[name] = Series()
+    for step in range(1100):
+        for i, name in enumerate(names):
+            metrics.scalars[name].add(step, math.sin(step * i))
+    content = page_content(read_run(run, metrics), metrics, [])
+    numbers = [series for series in content["scalars"].values()]
+    assert sum(len(s["mean"]) + len(s["low"]) + len(s["high"]) for s in numbers) <= MAX_NUMBERS
+    assert len(render(content)) < 2_000_000
+    assert max(numbers[3]["high"]) > 0.999 and min(numbers[3]["low"]) < -0.999
+
+
+def test_what_is_not_finite_is_marked(tmp_path: Path) -> None:
+    lines = [{"step": i, "train/rec_loss": x} for i, x in enumerate((1.0, "nan", "inf", 2.0))]
+    series = content_of(write_run(tmp_path / "run", lines))["scalars"]["train/rec_loss"]
+    assert series["mean"] == [1, None, None, 2]
+    assert series["broken"] == [[1, 1, "nan"], [2, 1, "inf"]]
+
+
+HOSTILE = "</script><script>alert(1)</script><!--&amp;\u2028\ud800{{script}}"
+
+
+def test_text_of_others_cannot_leave_the_data(tmp_path: Path) -> None:
+    text = script_json({"a": HOSTILE})
+    assert not set("<>&\u2028") & set(text) and json.loads(text) == {"a": HOSTILE}
+    run = write_run(tmp_path / "<b>&", [{"step": 1, HOSTILE: 1.0}], state="failed", reason=HOSTILE)
+    (run / "config.yaml").write_text("# </script><script>alert(1)</script>\n")
+    page = render(content_of(run)).decode()
+    assert page.count("<script") == 2 and page.count("</script>") == 2
+    assert "<title>&lt;b&gt;&amp;: failed</title>" in page
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)
+    assert policy and policy[1].startswith("default-src 'none'; img-src data: 'self' file:; style")
+    assert "unsafe" not in policy[1] and "http" not in policy[1]
+    assert "img-src data:;" in render(content_of(run), linked=False).decode()
+
+
+def test_pictures_are_found_from_where_the_page_is(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a run", [])
+    (run / "samples").mkdir()
+    for name in ("prior_00000020", "reconstructions_00000100", "prior_00000010", "we#ird_00000010"):
+        (run / "samples" / f"{name}.png").write_bytes(b"x" * 10)
+    (run / "samples" / "notes.txt").write_text("")
+    reading, _ = read(run)
+    assert linked_pictures(reading, run)[0] == {
+        "name": "reconstructions",
+        "steps": ["00000100"],
+        "base": "samples/reconstructions_",
+    }
+    bases = [picture["base"] for picture in linked_pictures(reading, tmp_path / "pages")]
+    assert bases[1:] == ["../a%20run/samples/prior_", "../a%20run/samples/we%23ird_"]
+    pictures, left_out = embedded_pictures(reading)
+    assert left_out == 0 and pictures[1]["steps"] == ["00000010", "00000020"]
+    assert pictures[1]["content"] == ["data:image/png;base64,eHh4eHh4eHh4eA=="] * 2
+    pictures, left_out = embedded_pictures(reading, max_bytes=45)
+    assert left_out == 1 and pictures[1]["steps"] == ["00000020"]
+
+
+def test_pictures_that_were_left_out_are_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [])
+    (run / "samples").mkdir()
+    for step in (1, 2, 3):
+        (run / "samples" / f"prior_{step:08d}.png").write_bytes(b"x" * 30)
+    reading, metrics = read(run)
+    write_page(tmp_path / "page.html", reading, metrics, embed=True, max_bytes=64)
+    assert reading.notes[-1] == "1 pictures are left out of this file, for their size"
+
+
+def test_a_run_that_goes_on_says_when_it_will_end(tmp_path: Path) -> None:
+    lines = [{"step": i, "images_per_second": 4.0, "epoch": i, "images_seen": i} for i in (10, 20)]
+    run = write_run(tmp_path, lines, state="running", step=5, total_steps=100, pid=os.getpid())
+    reading, metrics = read(run)
+    assert (reading.state, reading.progress) == ("running", "step 20 of 100")
+    assert reading.seconds_left == 80 * 8 / 4.0
+    text = "\n".join(describe_run(reading, metrics))
+    assert "running, step 20 of 100 (20%), wrote last" in text
+    assert "4 images/s, 2 min 40 s left without validations, until" in text
+
+
+LOCKING = """
+import fcntl, os, sys
+descriptor = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+fcntl.lockf(descriptor, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_killed_run_is_known_by_its_lock(tmp_path: Path) -> None:
+    run = write_run(tmp_path, [{"step": 3, "a": 1}], state="running", step=3, total_steps=9, pid=1)
+    assert is_locked(run) is None  # there is no such file
+    command = [sys.executable, "-S", "-c", LOCKING, str(run / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"locked\n"
+        assert is_locked(run) is True
+        hour_ago = time.time() - 3600
+        for name in ("metrics.jsonl", "status.json"):
+            os.utime(run / name, (hour_ago, hour_ago))
+        reading, _ = read(run)
+        assert reading.state == "running" and "a long validation, or it hangs" in reading.remark
+        process.kill()
+    assert is_locked(run) is False
+    reading, metrics = read(run)
+    assert reading.state == "lost" and reading.seconds_left is None
+    assert reading.remark.startswith("nothing written for 1 h 00 min, and no process holds its")
+    assert f"remark       {reading.remark}" in describe_run(reading, metrics)
+
+
+def test_asking_for_the_lock_does_not_take_it(tmp_path: Path) -> None:
+    descriptor = os.open(tmp_path / ".lock", os.O_RDWR | os.O_CREAT)
+    assert is_locked(tmp_path) is False
+    fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(descriptor)
+
+
+def test_silence_is_judged_by_what_is_known() -> None:
+    assert describe_silence(False, 10) == describe_silence(None, 600) == (False, "")
+    assert describe_silence(True, 100) == (False, "")
+    assert describe_silence(None, 7200)[0]
+    assert "cannot be told here" in describe_silence(None, 7200)[1]
+    assert [duration(x) for x in (3.4, 185, 7800, 273_600)] == [
+        *("3 s", "3 min 05 s", "2 h 10 min", "3 d 4 h"),
+    ]
+
+
+def test_a_damaged_run_is_reported_as_far_as_it_goes(tmp_path: Path) -> None:
+    run = write_run(tmp_path, [{"step": 7, "my_figure": 0.5}])
+    (run / "config.yaml").write_text("a: [1\n")
+    (run / "status.json").write_text('{"state": "runn')
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "best.json").write_text("{}")
+    (run / "bad_images.txt").write_bytes(b"a\xff.png\tnot an image\nno tab\n")
+    reading, metrics = read(run)
+    assert (reading.state, reading.step, reading.total_steps) == ("unknown", 7, None)
+    assert reading.bad_images == [("a\ufffd.png", "not an image")] and reading.number_bad == 1
+    assert [note.partition(" (")[0] for note in reading.notes] == [
+        *("config.yaml: not YAML", "status.json: damaged", "checkpoints/best.json: damaged"),
+    ]
+    text = describe_run(reading, metrics)
+    assert text[0].startswith(f"{run}: unknown, step 7, wrote last")
+    assert "my_figure             0.5" in text
+    render(page_content(reading, metrics, []))
+
+
+def test_a_run_without_a_line_says_so(tmp_path: Path) -> None:
+    run = write_run(tmp_path, [], state="failed", step=0, total_steps=9, reason="RunError: a\nb")
+    (run / "metrics.jsonl").unlink()
+    reading, metrics = read(run)
+    assert (reading.state, reading.remark) == ("failed", "RunError: a b")
+    assert describe_run(reading, metrics)[-1] == "no metrics yet"
+    assert content_of(run)["panels"] == []
+
+
+def test_no_run_is_said_with_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere: no such directory; give the directory of a run"):
+        check_run_directory(tmp_path / "nowhere")
+    text = "is no run directory: it has no config.yaml, no metrics.jsonl and no status.json; give"
+    with pytest.raises(ValueError, match=text):
+        check_run_directory(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file: a file; give the directory of a run"):
+        check_run_directory(tmp_path / "file")
+
+
+def test_a_page_goes_where_no_other_file_is_harmed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--out metrics.jsonl: give a file name that ends in .htm"):
+        check_output(Path("metrics.jsonl"))
+    (tmp_path / "a.html").mkdir()
+    with pytest.raises(ValueError, match=r"a.html: is a folder; give a file name in it, such as r"):
+        check_output(tmp_path / "a.html")
+    (tmp_path / "file").write_text("")
+    reading, metrics = read(write_run(tmp_path / "run", []))
+    with pytest.raises(ValueError, match=r"cannot (create|write) .*file.* \(.*\)"):
+        write_page(tmp_path / "file" / "a.html", reading, metrics)
