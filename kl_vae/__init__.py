@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from kl_vae.decoder import Decoder
     from kl_vae.distribution import DiagonalGaussianDistribution
     from kl_vae.encoder import Encoder
+    from kl_vae.inference.convert import convert, export
+    from kl_vae.inference.encode import encode_dataset
+    from kl_vae.inference.sample import sample
     from kl_vae.losses import register_loss
     from kl_vae.model import AutoEncoderKL
 
@@ -26,11 +29,15 @@ __all__ = [
     "Encoder",
     "__version__",
     "accelerate",
+    "convert",
+    "encode_dataset",
+    "export",
     "make_attention",
     "register_attention",
     "register_block",
     "register_loss",
     "register_normalization",
+    "sample",
 ]
 
 # imported when first used: `kl-vae --help` lies below this package and should not wait for torch
@@ -41,11 +48,15 @@ _MODULES = {
     "DiagonalGaussianDistribution": "distribution",
     "Encoder": "encoder",
     "accelerate": "accel.accelerate",
+    "convert": "inference.convert",
+    "encode_dataset": "inference.encode",
+    "export": "inference.convert",
     "make_attention": "attention",
     "register_attention": "attention",
     "register_block": "blocks",
     "register_loss": "losses",
     "register_normalization": "blocks",
+    "sample": "inference.sample",
 }
 
 

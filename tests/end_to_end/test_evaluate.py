@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from kl_vae.inference.statistics import LatentSums
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
@@ -23,7 +24,6 @@ from kl_vae.cli.main import main
 from kl_vae.data import to_float
 from kl_vae.inference.evaluation import evaluator as evaluate
 from kl_vae.inference.progress import FOLDER
-from kl_vae.inference.statistics import LatentSums
 from kl_vae.losses.lpips import LPIPS
 from tests.processes import TORCHRUN, run_to_its_end
 

@@ -13,6 +13,7 @@ from kl_vae.inference.evaluation.images import PER_IMAGE, write_per_image
 from kl_vae.inference.evaluation.records import Record
 from kl_vae.inference.evaluation.results import DEFINITIONS, Evaluation
 from kl_vae.inference.evaluation.table import Rows, as_markdown, channel_rows
+from kl_vae.metrics.moments import latent_normalization
 from kl_vae.runtime.outputs import replace_file
 
 TABLE, RESULTS = "results.md", "results.json"
@@ -81,13 +82,12 @@ def _plain(evaluation: Evaluation) -> dict[str, Any]:
         figures["psnr_of_mean_mse"] = evaluation.psnr_of_mean_mse
     if evaluation.rfid is not None:
         figures["rfid"] = evaluation.rfid
-    latents = evaluation.latents
-    normalization = latents.normalization()
+    latents = latent_normalization(evaluation.latents)
     return {
         **figures,
         "latents": {
-            "scale_factor": normalization.scale_factor,
-            "shift_factor": normalization.shift_factor,
+            "scale_factor": latents.scale_factor,
+            "shift_factor": latents.shift_factor,
             "mean": latents.mean,
             "std": latents.std,
         },

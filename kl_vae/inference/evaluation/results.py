@@ -17,10 +17,9 @@ from kl_vae.inference.evaluation.records import (
     Record,
     image_figures,
     psnr_of,
-    sums_of,
 )
-from kl_vae.inference.statistics import LatentSums
 from kl_vae.metrics.fid import FeatureStatistics, frechet_distance
+from kl_vae.metrics.moments import RunningMoments
 from kl_vae.metrics.similarity import MS_SSIM_SIDE, WINDOW
 
 logger = logging.getLogger(__name__)
@@ -103,13 +102,14 @@ class Evaluation:
     figures: Mapping[str, Mean]
     psnr_of_mean_mse: float | None
     rfid: float | None
-    latents: LatentSums
-    means: LatentSums
+    latents: RunningMoments
+    means: RunningMoments
 
     @property
     def variances(self) -> list[float]:
         """Of the posteriors' means, over images and positions, of each channel."""
-        return [std**2 for std in self.means.std]
+        variances: list[float] = self.means.variance().tolist()
+        return variances
 
     @property
     def active_channels(self) -> int:
@@ -159,7 +159,9 @@ def _evaluation(records: Iterable[Record], model: int, name: str) -> Evaluation:
             for key, value in figures.items():
                 columns.setdefault(key, []).append(value)
         errors += of_model["figures"].get("mse", [])
-        ours, our_means = (sums_of(of_model[key]) for key in ("latents", "means"))
+        ours, our_means = (
+            RunningMoments.from_values(of_model[key]) for key in ("latents", "means")
+        )
         latents = ours if latents is None else latents.merge(ours)
         means = our_means if means is None else means.merge(our_means)
     assert latents is not None and means is not None  # there is an image

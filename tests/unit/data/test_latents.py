@@ -13,9 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
-
-from kl_vae.data import LatentDataset, LatentSample
 from kl_vae.data.latent_index import (
     LatentIndex,
     LatentSettings,
@@ -23,6 +20,9 @@ from kl_vae.data.latent_index import (
     ShardEntry,
     read_index,
 )
+from torch.utils.data import DataLoader
+
+from kl_vae.data import LatentDataset, LatentSample
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 

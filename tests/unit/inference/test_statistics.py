@@ -6,12 +6,12 @@ from functools import reduce
 
 import pytest
 import torch
+from kl_vae.inference.statistics import LatentSums, latent_sums
 from torch import Tensor
 
 from kl_vae import AutoEncoderKL
 from kl_vae.data import Batch
 from kl_vae.distribution import DiagonalGaussianDistribution
-from kl_vae.inference.statistics import LatentSums, latent_sums
 
 
 def moments_of(images: int, seed: int = 0, offset: float = 0.0) -> Tensor:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from kl_vae.inference.encoding.encode import LatentEncoding
+from kl_vae.inference.encoding.stored_latents import EncodeConfig
 from torch import Tensor
 
 from kl_vae import AutoEncoderKL
 from kl_vae.data import BadImage, FolderSource, ImageDataset, LatentDataset, list_images, to_float
-from kl_vae.inference.encoding.encode import LatentEncoding
-from kl_vae.inference.encoding.stored_latents import EncodeConfig
 from kl_vae.inference.progress import FOLDER
 from kl_vae.latents import LatentNormalization
 from kl_vae.runtime.distributed import Ranks

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from kl_vae.inference.sampling.fit_latents import EncodedImages, StoredLatents, evenly_spaced
+from kl_vae.inference.sampling.gaussian_work import GaussianWork
 
 from kl_vae import AutoEncoderKL
 from kl_vae.data import FolderSource, LatentDataset
 from kl_vae.inference.progress import Ledger
-from kl_vae.inference.sampling.fit_latents import EncodedImages, StoredLatents, evenly_spaced
-from kl_vae.inference.sampling.gaussian_work import GaussianWork
 from kl_vae.latents import LatentNormalization
 from kl_vae.runtime.distributed import Ranks
 
@@ -57,9 +57,10 @@ def test_evenly_spaced(number: int, most: int, expected: list[int]) -> None:
 
 
 def write_latents(folder: Path, model: AutoEncoderKL, source: FolderSource, **config: Any) -> None:
-    from kl_vae.data import ImageDataset
     from kl_vae.inference.encoding.encode import LatentEncoding
     from kl_vae.inference.encoding.stored_latents import EncodeConfig
+
+    from kl_vae.data import ImageDataset
 
     dataset = ImageDataset(source, 16, 16, flip=False, seed=0, training=False)
     work = LatentEncoding(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-
 from kl_vae.inference.sampling.gaussian import LatentGaussian, pool, upsample
 from kl_vae.inference.sampling.gaussian_fit import (
     COVARIANCES,
@@ -15,6 +13,7 @@ from kl_vae.inference.sampling.gaussian_fit import (
     fit,
     grid_side,
 )
+from torch import Tensor
 
 MIXING = torch.tensor([[1.0, 0.0], [0.8, 0.6]])  # channels of correlation 0.8
 SCALE = torch.tensor([2.0, 0.5])

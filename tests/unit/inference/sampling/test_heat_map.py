@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from kl_vae.inference.sampling.heat_map import ANCHORS, gain_for, heat_map
 
 

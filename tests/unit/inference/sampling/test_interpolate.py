@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-
 from kl_vae.inference.sampling.interpolate import interpolate, lerp, path_point, slerp
 
 START = torch.tensor([2.0, 0.0, 0.0, 0.0]).view(1, 2, 2)

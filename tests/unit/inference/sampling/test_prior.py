@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from kl_vae.inference.sampling.prior import sample_prior
+from kl_vae.inference.sampled_images import sample_prior
 from kl_vae.runtime.randomness import generator_for
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from kl_vae.inference.sampling.shrinkage import ledoit_wolf, symmetric_root
 
 
