@@ -25,7 +25,7 @@ KEYS = "keys"  # of a shard's metadata: the relative paths of its images, a JSON
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 _SHARD = re.compile(r"latents-\d{5,}-of-\d{5,}\.safetensors")
-_REPAIR = "copy it again, or give the command that wrote it once more, with --resume"
+REPAIR = "copy it again, or give the command that wrote it once more, with --resume"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,10 +131,10 @@ class ShardEntry:
             size = (folder / self.file).stat().st_size
         except OSError as error:
             raise ValueError(
-                f"{name}: a shard that cannot be found ({error.strerror}); {_REPAIR}"
+                f"{name}: a shard that cannot be found ({error.strerror}); {REPAIR}"
             ) from None
         if size != self.bytes:
-            raise ValueError(f"{name}: {size:,} bytes, and {self.bytes:,} were written; {_REPAIR}")
+            raise ValueError(f"{name}: {size:,} bytes, and {self.bytes:,} were written; {REPAIR}")
 
     def is_intact(self, folder: Path) -> bool:
         """Return whether the file is there and has this size and sha256."""
@@ -143,10 +143,6 @@ class ShardEntry:
             return path.stat().st_size == self.bytes and sha256_of(path) == self.sha256
         except OSError:
             return False
-
-    def read_error(self, folder: Path, problem: str) -> ValueError:
-        """Return the error to raise where the file's content cannot be used."""
-        return ValueError(f"{display_name(folder / self.file)}: {problem}; {_REPAIR}")
 
 
 @dataclass(frozen=True, kw_only=True)

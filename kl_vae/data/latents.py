@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kl_vae.data.latent_format import DTYPES, KEYS, LatentSettings, ShardEntry, read_index
+from kl_vae.data.latent_format import DTYPES, KEYS, REPAIR, LatentSettings, ShardEntry, read_index
 from kl_vae.data.paths import PathList
 from kl_vae.runtime.files import display_name
 
@@ -143,6 +143,7 @@ def _open_shard(folder: Path, entry: ShardEntry, settings: LatentSettings) -> _S
     """Map a shard and compare its tensors with the index."""
     from safetensors import safe_open
 
+    name = display_name(folder / entry.file)
     entry.check_size(folder)  # mapping a file that was cut short would end the process
     try:
         with safe_open(folder / entry.file, framework="pt", device="cpu") as file:
@@ -152,7 +153,7 @@ def _open_shard(folder: Path, entry: ShardEntry, settings: LatentSettings) -> _S
         raise
     except BaseException as error:  # types differ by version, and a panic of Rust is no Exception
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise entry.read_error(folder, f"cannot be read ({reason})") from None
+        raise ValueError(f"{name}: cannot be read ({reason}); {REPAIR}") from None
     latents = ([entry.number, *settings.shape], DTYPES[settings.dtype])
     expected = {"latents": latents}
     if settings.flipped:
@@ -161,5 +162,5 @@ def _open_shard(folder: Path, entry: ShardEntry, settings: LatentSettings) -> _S
         expected["labels"] = ([entry.number], torch.int64)
     found = {key: (list(x.shape), x.dtype) for key, x in tensors.items()}
     if found != expected or len(keys) != entry.number:
-        raise entry.read_error(folder, "holds something else than the index says")
+        raise ValueError(f"{name}: holds something else than the index says; {REPAIR}")
     return _Shard(tensors, keys)

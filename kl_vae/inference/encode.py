@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,29 +26,20 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from kl_vae.checkpoints.pretrained import write_export
 from kl_vae.checkpoints.safetensors_file import safetensors_bytes
-from kl_vae.data import MAX_PIXELS, BadImage, Batch, ImageDataset, Key, batch_loader, resolve_root
+from kl_vae.data import MAX_PIXELS, Batch, ImageDataset, Key, batch_loader, resolve_root
 from kl_vae.data.config import check_crop_fits
-from kl_vae.data.latent_format import (
-    DTYPES,
-    INDEX,
-    LatentIndex,
-    LatentSettings,
-    LatentStatistics,
-    ShardEntry,
-)
+from kl_vae.data.latent_format import DTYPES, LatentIndex, LatentSettings
 from kl_vae.distribution import DiagonalGaussianDistribution
 from kl_vae.inference.coding import encode_images
 from kl_vae.inference.latent_folder import (
+    EncodedShard,
     Labels,
+    LatentFolder,
     class_labels,
-    entry_moments,
-    open_folder,
-    weights_sha256,
-    write_file,
-    write_shard,
+    nothing_usable,
 )
 from kl_vae.inference.load import load_model_on
-from kl_vae.inference.progress import Ledger, units_of
+from kl_vae.inference.progress import units_of
 from kl_vae.inference.sources import open_sources
 from kl_vae.inference.tiling import Tiling
 from kl_vae.latents import LatentNormalization
@@ -57,7 +49,6 @@ from kl_vae.runtime.device import PRECISIONS
 from kl_vae.runtime.distributed import COMMAND, Ranks, connect
 from kl_vae.runtime.files import display_name
 from kl_vae.runtime.randomness import normal_noise
-from kl_vae.runtime.schema import from_mapping
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +198,10 @@ def encode_dataset(
         if statistics is not None:
             ranks.on_first(lambda: _check_new(Path(statistics), resume))
         model = load_model_on(ranks, checkpoint, config, ema, fast, compile)
-        resize, crop = _image_size(model, resize, crop)
+        crop = model.config.resolution if crop is None else crop
+        resize = crop if resize is None else resize
+        check_size(crop, model.downsampling_factor, "crop")
+        check_crop_fits(resize, crop)
         # listed once, so that all ranks share out the same images
         source, _ = ranks.on_first(
             lambda: open_sources(
@@ -239,15 +233,6 @@ def _check_new(path: Path, resume: bool) -> None:
         raise ValueError(f"statistics={path}: exists; name a file that does not")
     if not path.parent.is_dir():
         raise ValueError(f"statistics={path}: no such folder: {path.parent}; create it")
-
-
-def _image_size(model: AutoEncoderKL, resize: int | None, crop: int | None) -> tuple[int, int]:
-    """Return the short side that images are resized to and the side of the crop."""
-    crop = model.config.resolution if crop is None else crop
-    check_size(crop, model.downsampling_factor, "crop")
-    resize = crop if resize is None else resize
-    check_crop_fits(resize, crop)
-    return resize, crop
 
 
 def check_size(size: int, factor: int, name: str = "size") -> None:
@@ -293,7 +278,7 @@ def measure_latents(
     moments = functools.reduce(RunningMoments.merge, (moments for moments, _, _ in of_ranks))
     images, skipped = (sum(counts) for counts in list(zip(*of_ranks, strict=True))[1:])
     if not images:
-        raise _nothing_usable(skipped)
+        raise nothing_usable(skipped)
     return EncodingResult(images, skipped, latent_normalization(moments, per_channel))
 
 
@@ -310,8 +295,6 @@ def encode_folder(
 ) -> EncodingResult:
     """Encode a data set into a folder of latents; all ranks call this.
 
-    Shards that are there are compared with their sha256, and encoded again where they differ.
-
     Args:
         model: in eval mode.
         dataset: the images, with nothing drawn at random.
@@ -323,9 +306,8 @@ def encode_folder(
         resume: continue what is there, or verify what is complete.
 
     Raises:
-        ValueError: the folder holds something else, or work that `resume` would continue; a label
-            or the scale of the latents is missing; an image's latents are not finite or beyond the
-            dtype; no image can be used; memory, permission or safetensors is missing.
+        ValueError: as `LatentFolder` and `encode_units`; a label or the scale of the latents is
+            missing; safetensors is not installed.
     """
     safetensors_bytes({}, {})  # an error now rather than after the first shard
     if config.normalize and model.latents is None:
@@ -335,64 +317,18 @@ def encode_folder(
             "latents"
         )
     labels = ranks.on_first(lambda: class_labels(dataset.source) if config.labels else None)
-    settings = ranks.on_first(lambda: settings_of(model, dataset, config, labels))
-    units = units_of(len(dataset), config.shard_size)
-    files = [f"latents-{i:05d}-of-{len(units):05d}.safetensors" for i in range(len(units))]
-    earlier = ranks.on_first(lambda: open_folder(out, settings, resume))
-    ledger = Ledger(out, dataclasses.asdict(settings), resume, ranks)
-    done = ranks.on_first(lambda: _recorded(ledger, len(units), earlier))
-    damaged = _find_damaged(out, files, done, ranks)
-    todo = [unit for unit in range(len(units)) if unit not in done or unit in damaged]
-    own = todo[ranks.rank :: ranks.world_size]
-    shards = encode_units(model, dataset, [units[unit] for unit in own], config, ranks)
-    for unit, shard in zip(own, shards, strict=True):
-        entry = write_shard(
-            out / files[unit],
-            shard.tensors(settings, labels),
-            [dataset.source.key(i) for i in shard.positions],
-            moments=shard.moments,
-            bad=shard.bad,
-        )
-        ledger.write(unit, dataclasses.asdict(entry))
-    ranks.gather(None)  # all shards are written
-
-    def finish() -> EncodingResult:
-        entries = tuple(from_mapping(ShardEntry, x) for x in ledger.read(len(units)))
-        images = sum(entry.number for entry in entries)
-        if not images:
-            for entry in entries:
-                (out / entry.file).unlink(missing_ok=True)
-            ledger.close()
-            raise _nothing_usable(len(dataset))
-        moments = functools.reduce(
-            RunningMoments.merge,
-            map(entry_moments, entries),
-            RunningMoments.empty(settings.channels),
-        )
-        latents = latent_normalization(moments, per_channel)
-        index = LatentIndex(
-            checkpoint=checkpoint,
-            settings=settings,
-            classes=None if labels is None else labels.classes,
-            number=images,
-            statistics=LatentStatistics(
-                scale_factor=latents.scale_factor,
-                shift_factor=latents.shift_factor,
-                mean=latents.mean or (),
-                std=latents.std or (),
-            ),
-            shards=entries,
-        )
-        if earlier is None or earlier.shards != entries:
-            write_file(out / INDEX, index.to_json().encode())
-        ledger.close()
-        verified = earlier is not None and not todo
-        return EncodingResult(images, index.skipped, latents, index, verified)
-
-    return ranks.on_first(finish)
+    settings = ranks.on_first(lambda: latent_settings(model, dataset, config, labels))
+    folder = LatentFolder(out, settings, dataset.source, labels, ranks, resume=resume)
+    units = [folder.units[unit] for unit in folder.todo]
+    shards = encode_units(model, dataset, units, config, ranks)
+    for unit, shard in zip(folder.todo, shards, strict=True):
+        folder.write(unit, shard)
+    index = folder.finish(checkpoint)
+    latents = LatentNormalization(**vars(index.statistics), per_channel=per_channel)
+    return EncodingResult(index.number, index.skipped, latents, index, folder.verified)
 
 
-def settings_of(
+def latent_settings(
     model: AutoEncoderKL, dataset: ImageDataset, config: EncodeConfig, labels: Labels | None
 ) -> LatentSettings:
     """Return all that the latents of a data set depend on, but for the batch size and device.
@@ -419,58 +355,14 @@ def settings_of(
     )
 
 
-def _recorded(ledger: Ledger, number: int, earlier: LatentIndex | None) -> dict[int, ShardEntry]:
-    """Return the entries of the shards that are done, those of a complete folder among them."""
-    done = {}
-    for unit in range(number):
-        record = ledger.find(unit)
-        if record is None and earlier is not None:
-            record = dataclasses.asdict(earlier.shards[unit])
-            ledger.write(unit, record)
-        if record is not None:
-            done[unit] = from_mapping(ShardEntry, record)
-    return done
-
-
-def _find_damaged(
-    out: Path, files: Sequence[str], done: dict[int, ShardEntry], ranks: Ranks
-) -> set[int]:
-    """Return the units whose files are not as recorded; each rank reads a part of them."""
-    if done:
-        logger.info("verifying %d shards", len(done))
-    damaged = []
-    for unit in sorted(done)[ranks.rank :: ranks.world_size]:
-        if done[unit].file != files[unit] or not done[unit].is_intact(out):
-            logger.warning("%s: damaged or missing, to be encoded again", done[unit].file)
-            damaged.append(unit)
-    return {unit for of_rank in ranks.gather(damaged) for unit in of_rank}
-
-
-def _nothing_usable(number: int) -> ValueError:
-    return ValueError(
-        f"none of the {number} images can be used, for the reasons above; give others to --images"
-    )
-
-
-@dataclass
-class EncodedShard:
-    """The images of a unit, as they are encoded."""
-
-    moments: RunningMoments  # of raw latents of the images that are not mirrored, per channel
-    latents: list[Tensor] = field(default_factory=list)  # [B, z, h, w] or [B, 2z, h, w] each
-    flipped: list[Tensor] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)  # in the source
-    bad: list[BadImage] = field(default_factory=list)
-
-    def tensors(self, settings: LatentSettings, labels: Labels | None) -> dict[str, Tensor]:
-        """Return the tensors of the shard's file; of no images, too, with all dimensions."""
-        none = torch.empty(0, *settings.shape, dtype=DTYPES[settings.dtype])
-        tensors = {"latents": torch.cat([none, *self.latents])}
-        if settings.flipped:
-            tensors["flipped"] = torch.cat([none, *self.flipped])
-        if labels is not None:
-            tensors["labels"] = labels.values[self.positions]
-        return tensors
+def weights_sha256(model: AutoEncoderKL) -> str:
+    """Return 64 hex digits of the names, shapes and bits of a model's tensors, without its loss."""
+    digest = hashlib.sha256()
+    for key, x in sorted(model.without_loss().state_dict().items()):
+        digest.update(f"{key} {x.dtype} {list(x.shape)}\n".encode())
+        # as bytes: NumPy has no bf16
+        digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class _Batches(Sampler[list[Key]]):

@@ -1,14 +1,16 @@
-"""Write a folder of latents: what it was made from, the classes of the images, its shards.
+"""Write a folder of latents: the classes of its images, its shards and its index.
 
-n images of a shard, z latent channels, h and w height and width of the latents.
+B batch, n images of a shard, z latent channels, h and w height and width of the latents.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,22 +19,27 @@ from torch import Tensor
 from kl_vae.checkpoints.safetensors_file import safetensors_bytes
 from kl_vae.data import BadImage, Source
 from kl_vae.data.latent_format import (
+    DTYPES,
     INDEX,
     KEYS,
     LatentIndex,
     LatentSettings,
+    LatentStatistics,
     ShardEntry,
     SkippedImage,
     read_index,
 )
 from kl_vae.data.paths import name_bytes
-from kl_vae.inference.progress import FOLDER, differences
-from kl_vae.metrics.moments import RunningMoments
-from kl_vae.model import AutoEncoderKL
+from kl_vae.inference.progress import FOLDER, Ledger, differences, units_of
+from kl_vae.metrics.moments import RunningMoments, latent_normalization
+from kl_vae.runtime.distributed import Ranks
 from kl_vae.runtime.files import display_name, remove_temporaries, write_atomically
+from kl_vae.runtime.schema import from_mapping
+
+logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Labels:
     """The class of each image of a source."""
 
@@ -80,17 +87,158 @@ def class_labels(source: Source) -> Labels:
     return Labels(torch.tensor([numbers[folder] for folder in folders]), classes)
 
 
-def weights_sha256(model: AutoEncoderKL) -> str:
-    """Return 64 hex digits of the names, shapes and bits of a model's tensors, without its loss."""
-    digest = hashlib.sha256()
-    for key, x in sorted(model.without_loss().state_dict().items()):
-        digest.update(f"{key} {x.dtype} {list(x.shape)}\n".encode())
-        # as bytes: NumPy has no bf16
-        digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+@dataclass
+class EncodedShard:
+    """The images of a shard, as they are encoded."""
+
+    moments: RunningMoments  # of raw latents of the images that are not mirrored, per channel
+    latents: list[Tensor] = field(default_factory=list)  # [B, z, h, w] or [B, 2z, h, w] each
+    flipped: list[Tensor] = field(default_factory=list)  # likewise, of the mirrored images
+    positions: list[int] = field(default_factory=list)  # in the source
+    bad: list[BadImage] = field(default_factory=list)
 
 
-def open_folder(out: Path, settings: LatentSettings, resume: bool) -> LatentIndex | None:
+class LatentFolder:
+    """A folder of latents that is being written or verified; all ranks do the same calls.
+
+    Shards that are there are compared with their sha256, and written again where they differ.
+
+    Args:
+        out: the folder, which is created.
+        settings: everything that the latents depend on.
+        source: of the images.
+        labels: of the images; None: they are not stored.
+        ranks: they share the work.
+        resume: continue what is there, or verify what is complete.
+
+    Attributes:
+        units: of the images in the source; each becomes a shard.
+        todo: the units that this rank has to encode.
+        verified: the folder was complete before and no unit has to be encoded.
+
+    Raises:
+        ValueError: the folder holds something else, or work that `resume` would continue; or it
+            cannot be written to.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        settings: LatentSettings,
+        source: Source,
+        labels: Labels | None,
+        ranks: Ranks,
+        *,
+        resume: bool,
+    ) -> None:
+        self.units = units_of(settings.images, settings.shard_size)
+        self._out, self._settings, self._ranks = out, settings, ranks
+        self._source, self._labels = source, labels
+        self._earlier = ranks.on_first(lambda: _open(out, settings, resume))
+        self._ledger = Ledger(out, dataclasses.asdict(settings), resume, ranks)
+        known = ranks.on_first(lambda: [self._find(unit) for unit in range(len(self.units))])
+        if any(known):
+            logger.info("verifying the shards that are there")
+        missing = []  # each rank reads a part of the files
+        for unit in range(ranks.rank, len(self.units), ranks.world_size):
+            entry = known[unit]
+            if entry is None:
+                missing.append(unit)
+            elif entry.file != self._file(unit) or not entry.is_intact(out):
+                logger.warning("%s: damaged or missing, to be encoded again", entry.file)
+                missing.append(unit)
+        todo = sorted(unit for of_rank in ranks.gather(missing) for unit in of_rank)
+        self.verified = self._earlier is not None and not todo
+        self.todo = todo[ranks.rank :: ranks.world_size]
+
+    def write(self, unit: int, shard: EncodedShard) -> None:
+        """Write the file of a unit, and record that it is done.
+
+        Raises:
+            ValueError: a file cannot be written.
+        """
+        # of no images, too, tensors with all dimensions
+        none = torch.empty(0, *self._settings.shape, dtype=DTYPES[self._settings.dtype])
+        tensors = {"latents": torch.cat([none, *shard.latents])}
+        if self._settings.flipped:
+            tensors["flipped"] = torch.cat([none, *shard.flipped])
+        if self._labels is not None:
+            tensors["labels"] = self._labels.values[shard.positions]
+        # a single entry, since the library's order of several differs from run to run
+        keys = json.dumps([self._source.key(i) for i in shard.positions])
+        content = safetensors_bytes(tensors, {KEYS: keys})
+        path = self._out / self._file(unit)
+        _write(path, content)
+        entry = ShardEntry(
+            file=path.name,
+            number=len(shard.positions),
+            bytes=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
+            skipped=tuple(SkippedImage(*image) for image in shard.bad),
+            **shard.moments.values(),
+        )
+        self._ledger.write(unit, dataclasses.asdict(entry))
+
+    def finish(self, checkpoint: str) -> LatentIndex:
+        """Wait for all ranks, then write and return the index.
+
+        Args:
+            checkpoint: the name of the model in the index.
+
+        Raises:
+            ValueError: no image could be used, or the index cannot be written.
+        """
+        self._ranks.gather(None)  # all shards are written
+        return self._ranks.on_first(lambda: self._write_index(checkpoint))
+
+    def _find(self, unit: int) -> ShardEntry | None:
+        """Return the entry of a shard that was written, now or in a complete folder."""
+        record = self._ledger.find(unit)
+        if record is None and self._earlier is not None:
+            record = dataclasses.asdict(self._earlier.shards[unit])
+            self._ledger.write(unit, record)
+        return None if record is None else from_mapping(ShardEntry, record)
+
+    def _file(self, unit: int) -> str:
+        return f"latents-{unit:05d}-of-{len(self.units):05d}.safetensors"
+
+    def _write_index(self, checkpoint: str) -> LatentIndex:
+        entries = tuple(from_mapping(ShardEntry, x) for x in self._ledger.read(len(self.units)))
+        number = sum(entry.number for entry in entries)
+        if not number:
+            for entry in entries:
+                (self._out / entry.file).unlink(missing_ok=True)
+            self._ledger.close()
+            raise nothing_usable(self._settings.images)
+        moments = (RunningMoments.from_values(vars(entry)) for entry in entries)
+        latents = latent_normalization(functools.reduce(RunningMoments.merge, moments))
+        index = LatentIndex(
+            checkpoint=checkpoint,
+            settings=self._settings,
+            classes=None if self._labels is None else self._labels.classes,
+            number=number,
+            statistics=LatentStatistics(
+                scale_factor=latents.scale_factor,
+                shift_factor=latents.shift_factor,
+                mean=latents.mean or (),
+                std=latents.std or (),
+            ),
+            shards=entries,
+        )
+        if self._earlier is None or self._earlier.shards != entries:
+            _write(self._out / INDEX, index.to_json().encode())
+        self._ledger.close()
+        return index
+
+
+def nothing_usable(images: int) -> ValueError:
+    """Return the error to raise where all images were skipped."""
+    return ValueError(
+        f"none of the {images} images can be used, for the reasons above; give others to --images"
+    )
+
+
+def _open(out: Path, settings: LatentSettings, resume: bool) -> LatentIndex | None:
     """Check that latents may be written to `out`, and remove what a killed process left.
 
     Returns:
@@ -128,49 +276,8 @@ def open_folder(out: Path, settings: LatentSettings, resume: bool) -> LatentInde
     return index
 
 
-def write_shard(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    keys: list[str],
-    *,
-    moments: RunningMoments,
-    bad: list[BadImage],
-) -> ShardEntry:
-    """Write a shard, and return its entry in the index.
-
-    Args:
-        path: the file.
-        tensors: latents and perhaps flipped, [n, z, h, w]; perhaps labels, [n].
-        keys: relative paths of the n images.
-        moments: per channel, of raw latents of the n images.
-        bad: images of the source that are not among them.
-
-    Raises:
-        ValueError: the file cannot be written.
-    """
-    # a single entry, since the library's order of several differs from run to run
-    content = safetensors_bytes(dict(tensors), {KEYS: json.dumps(keys)})
-    write_file(path, content)
-    return ShardEntry(
-        file=path.name,
-        number=len(keys),
-        bytes=len(content),
-        sha256=hashlib.sha256(content).hexdigest(),
-        skipped=tuple(SkippedImage(*image) for image in bad),
-        values=moments.count,
-        mean=tuple(moments.mean.tolist()),
-        squares=tuple(moments.squares.tolist()),
-    )
-
-
-def entry_moments(entry: ShardEntry) -> RunningMoments:
-    """Return the moments that `write_shard` recorded."""
-    mean, squares = torch.tensor([entry.mean, entry.squares], dtype=torch.float64)
-    return RunningMoments(entry.values, mean, squares)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file of the folder whole or not at all.
+def _write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all.
 
     Raises:
         ValueError: it cannot be written.

@@ -60,12 +60,9 @@ class RunningMoments:
         return RunningMoments(count, self.mean + delta * share, squares)
 
     def values(self) -> dict[str, Any]:
-        """Return plain values for JSON, as `from_values` takes them."""
-        return {
-            "values": self.count,
-            "mean": self.mean.tolist(),
-            "squares": self.squares.tolist(),
-        }
+        """Return the moments of samples [d] as plain values, as `from_values` takes them."""
+        mean, squares = tuple(self.mean.tolist()), tuple(self.squares.tolist())
+        return {"values": self.count, "mean": mean, "squares": squares}
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> RunningMoments:

@@ -13,7 +13,6 @@ from kl_vae.inference.evaluation.images import PER_IMAGE, write_per_image
 from kl_vae.inference.evaluation.records import Record
 from kl_vae.inference.evaluation.results import DEFINITIONS, Evaluation
 from kl_vae.inference.evaluation.table import Rows, as_markdown, channel_rows
-from kl_vae.metrics.moments import latent_normalization
 from kl_vae.runtime.outputs import replace_file
 
 TABLE, RESULTS = "results.md", "results.json"
@@ -82,7 +81,7 @@ def _plain(evaluation: Evaluation) -> dict[str, Any]:
         figures["psnr_of_mean_mse"] = evaluation.psnr_of_mean_mse
     if evaluation.rfid is not None:
         figures["rfid"] = evaluation.rfid
-    latents = latent_normalization(evaluation.latents)
+    latents = evaluation.latents
     return {
         **figures,
         "latents": {

@@ -18,8 +18,9 @@ from kl_vae.inference.evaluation.records import (
     image_figures,
     psnr_of,
 )
+from kl_vae.latents import LatentNormalization
 from kl_vae.metrics.fid import FeatureStatistics, frechet_distance
-from kl_vae.metrics.moments import RunningMoments
+from kl_vae.metrics.moments import RunningMoments, latent_normalization
 from kl_vae.metrics.similarity import MS_SSIM_SIDE, WINDOW
 
 logger = logging.getLogger(__name__)
@@ -94,22 +95,16 @@ class Evaluation:
         figures: those of `FIGURES` that were asked for.
         psnr_of_mean_mse: in dB; None: not asked for, or every reconstruction is exact.
         rfid: None: not asked for.
-        latents: of samples of the posteriors.
-        means: of the posteriors' means.
+        latents: statistics of samples of the posteriors.
+        variances: of the posteriors' means, over images and positions, of each channel.
     """
 
     name: str
     figures: Mapping[str, Mean]
     psnr_of_mean_mse: float | None
     rfid: float | None
-    latents: RunningMoments
-    means: RunningMoments
-
-    @property
-    def variances(self) -> list[float]:
-        """Of the posteriors' means, over images and positions, of each channel."""
-        variances: list[float] = self.means.variance().tolist()
-        return variances
+    latents: LatentNormalization
+    variances: list[float]
 
     @property
     def active_channels(self) -> int:
@@ -171,6 +166,6 @@ def _evaluation(records: Iterable[Record], model: int, name: str) -> Evaluation:
         {key: Mean.of(columns[key]) for key in FIGURES if key in columns},
         psnr_of(mean_error) if mean_error else None,
         None,
-        latents,
-        means,
+        latent_normalization(latents),
+        means.variance().tolist(),
     )
