@@ -12,11 +12,12 @@ import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -53,6 +54,8 @@ from kl_vae.runtime.randomness import normal_noise
 logger = logging.getLogger(__name__)
 
 What = Literal["moments", "sample", "mode"]
+
+LOG_SECONDS = 30.0  # between log lines where there is no progress bar
 
 _WHOLE = Tiling("whole")  # the last bits of other modes depend on how much memory is free
 
@@ -141,8 +144,9 @@ def encode_dataset(
     Under torchrun all ranks call this and share the work.
 
     Args:
-        checkpoint: what `AutoEncoderKL.from_checkpoint` takes, or a model, which is put into eval
-            mode and stays on its device.
+        checkpoint: what `AutoEncoderKL.from_checkpoint` takes; or a model, which is put into eval
+            mode and else left as it is, on its device (`config`, `ema`, `device`, `fast` and
+            `compile` are about checkpoints).
         images: folders of images or tar shards, single files, or patterns of them.
         out: the folder to write; None: the statistics alone are measured.
         statistics: a file to write: the weights, as `kl_vae.export` writes them, with the
@@ -402,7 +406,7 @@ def encode_units(
     # no time-out: a slow disk is waited for
     loader = batch_loader(dataset, batches, config.num_workers, pin_memory, timeout_seconds=0)
     loaded = iter(loader)
-    with progress_bar(sum(map(len, units)), ranks) as bar:
+    with show_progress(sum(map(len, units)), ranks) as update:
         for unit in units:
             shard = EncodedShard(RunningMoments.empty(model.latent_channels))
             for _ in range(0, len(unit), config.batch_size):
@@ -413,20 +417,32 @@ def encode_units(
                 usable = batch.usable()
                 if usable.names:
                     _encode_batch(shard, model, dataset, usable, config)
-                bar.update(len(batch.names))
+                update(len(batch.names))
             yield shard
 
 
 @contextmanager
-def progress_bar(total: int, ranks: Ranks) -> Iterator[tqdm[Any]]:
-    """Show a bar of this rank's images, on rank 0 and where stderr is a terminal."""
+def show_progress(total: int, ranks: Ranks) -> Iterator[Callable[[int], None]]:
+    """Show how many of this rank's images are done, on rank 0: a bar, or a log line every 30 s.
+
+    The bar is shown where stderr is a terminal. Yields the function to call with the number of
+    images that were done since its last call.
+    """
     title = f"rank 0 of {ranks.world_size}" if ranks.world_size > 1 else None
     hidden = None if ranks.is_first else True  # None: hidden where stderr is no terminal
-    with (
-        logging_redirect_tqdm(),
-        tqdm(total=total, unit="image", desc=title, disable=hidden) as bar,
-    ):
-        yield bar
+    bar = tqdm(total=total, unit="image", desc=title, disable=hidden)
+    done, said = 0, time.monotonic()
+
+    def update(number: int) -> None:
+        nonlocal done, said
+        done += number
+        bar.update(number)
+        if bar.disable and ranks.is_first and time.monotonic() - said >= LOG_SECONDS:
+            said = time.monotonic()
+            logger.info("%s%d of %d images", f"{title}: " if title else "", done, total)
+
+    with logging_redirect_tqdm(), bar:
+        yield update
 
 
 @torch.inference_mode()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from kl_vae.data import MAX_PIXELS, JoinedSource, resolve_root
-from kl_vae.inference.encode import check_size, progress_bar
+from kl_vae.inference.encode import check_size, show_progress
+from kl_vae.inference.latent_folder import nothing_usable
 from kl_vae.inference.load import load_model_on, model_fingerprint
 from kl_vae.inference.progress import FOLDER, Ledger
 from kl_vae.inference.sampled_images import (
@@ -81,8 +82,9 @@ def sample(
     Under torchrun all ranks call this and share the work.
 
     Args:
-        checkpoint: what `AutoEncoderKL.from_checkpoint` takes, or a model, which is put into eval
-            mode and stays on its device.
+        checkpoint: what `AutoEncoderKL.from_checkpoint` takes; or a model, which is put into eval
+            mode and else left as it is, on its device (`config`, `ema`, `device`, `fast` and
+            `compile` are about checkpoints).
         out: the folder to write.
         origin: of the latents: the prior N(0, I), an interpolation between images, or samples of
             the posterior of each image.
@@ -174,39 +176,38 @@ def _check_outputs(
     check_output_folder(out, [folder for _, folders in opened for folder in folders])
     inputs = [file for source, _ in opened for file in source.files]
     earlier = FOLDER if (out / FOLDER).exists() else GRID
-    check_outputs(out, [*work.others, *work.files, GRID], inputs, earlier)
+    files = [file for unit in work.units for file in unit]
+    check_outputs(out, [*work.others, *files, GRID], inputs, earlier)
 
 
 def _draw(work: SampledImages, out: Path, ledger: Ledger, ranks: Ranks) -> SamplingResult:
     """Draw this rank's units, wait for the other ranks, and finish on rank 0."""
     ranks.on_first(lambda: remove_temporaries(out))  # of a killed command
-    own = ledger.share(len(work.sizes))
-    with progress_bar(sum(work.sizes[unit] for unit in own), ranks) as bar:
+    own = ledger.share(len(work.units))
+    with show_progress(sum(len(work.units[unit]) for unit in own), ranks) as update:
         for unit, record in zip(own, work.draw(own), strict=True):
             ledger.write(unit, record)
-            bar.update(work.sizes[unit])
+            update(len(work.units[unit]))
     ranks.gather(None)  # all units are drawn
 
     def finish() -> SamplingResult:
-        records: list[Any] = list(ledger.read(len(work.sizes)))
-        files, posteriors, end = [], [], 0
-        for record, size in zip(records, work.sizes, strict=True):
-            end += size
-            if not record:
-                files += work.files[end - size : end]
-            elif "skipped" not in record:
-                files += work.files[end - size : end]
-                posteriors.append(record["posterior_std"])
-        if not files:
+        # null: of a unit of version 0.1 without a record
+        records = [record or {} for record in ledger.read(len(work.units))]
+        drawn = [unit for unit, record in enumerate(records) if "skipped" not in record]
+        if not drawn:
             ledger.close()
-            raise ValueError(
-                f"none of the {len(records)} images can be used, for the reasons above; give "
-                "others to --images"
-            )
+            raise nothing_usable(len(records))
         shown = work.finish(records)
         ledger.close()
-        skipped = sum("skipped" in record for record in records if record)
-        return SamplingResult(out, tuple(files), shown, skipped, _summarize(posteriors))
+        return SamplingResult(
+            folder=out,
+            files=tuple(file for unit in drawn for file in work.units[unit]),
+            shown=shown,
+            skipped=len(records) - len(drawn),
+            posterior_std=_summarize(
+                [record["posterior_std"] for record in records if "posterior_std" in record]
+            ),
+        )
 
     return ranks.on_first(finish)
 

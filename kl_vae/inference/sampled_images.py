@@ -36,6 +36,8 @@ from kl_vae.visual.image_files import as_picture, as_saved, image_suffix, save_i
 
 logger = logging.getLogger(__name__)
 
+Record = dict[str, Any]  # of a unit, as JSON; `skipped`: why its image could not be used
+
 GRID = "grid.png"
 STATISTICS = "posterior.json"
 
@@ -102,21 +104,19 @@ class SampledImages(Protocol):
     """Images of one kind, drawn in numbered units.
 
     Attributes:
-        files: the images to write, in their order.
+        units: the files of the images of each unit.
         others: other files to write, without grid.png.
-        sizes: number of images of each unit; `files` has those of a unit one after the other.
         identity: what the images depend on, beside what all kinds depend on.
     """
 
-    files: list[str]
+    units: list[list[str]]
     others: list[str]
-    sizes: list[int]
     identity: dict[str, Any]
 
-    def draw(self, units: Sequence[int]) -> Iterator[Any]:
-        """Draw units, and yield the record of each (JSON) when its files are written."""
+    def draw(self, units: Sequence[int]) -> Iterator[Record]:
+        """Draw units, and yield the record of each when its files are written."""
 
-    def finish(self, records: Sequence[Any]) -> int:
+    def finish(self, records: Sequence[Record]) -> int:
         """Write grid.png and `others` from the records of all units.
 
         Returns:
@@ -147,24 +147,23 @@ class LatentSeries:
         self._canvas = canvas
         self._latents = latents
         self._columns = columns
-        self._units = units_of(len(names), canvas.batch_size)
-        self.files = [name + canvas.suffix for name in names]
+        self._numbers = units_of(len(names), canvas.batch_size)
+        self._files = [name + canvas.suffix for name in names]
+        self.units = [[self._files[i] for i in numbers] for numbers in self._numbers]
         self.others: list[str] = []
-        self.sizes = [len(unit) for unit in self._units]
         self.identity = identity
 
-    def draw(self, units: Sequence[int]) -> Iterator[None]:
+    def draw(self, units: Sequence[int]) -> Iterator[Record]:
         """Draw units; there is nothing to record of them."""
         for unit in units:
-            numbers = self._units[unit]
-            images = self._canvas.decode([self._latents(i) for i in numbers])
-            for i, image in zip(numbers, images, strict=True):
-                self._canvas.save(self.files[i], image)
-            yield None
+            images = self._canvas.decode([self._latents(i) for i in self._numbers[unit]])
+            for file, image in zip(self.units[unit], images, strict=True):
+                self._canvas.save(file, image)
+            yield {}
 
-    def finish(self, records: Sequence[None]) -> int:
+    def finish(self, records: Sequence[Record]) -> int:
         """Write grid.png; return the number of images in it."""
-        return self._canvas.save_grid(self.files, self._columns)
+        return self._canvas.save_grid(self._files, self._columns)
 
 
 def prior_images(canvas: Canvas, number: int, seed: int) -> LatentSeries:
@@ -306,18 +305,22 @@ class PosteriorImages:
         self._number = number
         self._seed = seed
         self._num_workers = num_workers
-        self.files = [file for image in range(len(source)) for file in self._files(image)]
+        # of each image: the image itself, the decoded mode, then the samples
+        kinds = ["original", "mode", *(f"sample_{k:05d}" for k in range(number))]
+        self.units = [
+            [f"image_{image:05d}_{kind}{canvas.suffix}" for kind in kinds]
+            for image in range(len(source))
+        ]
         self.others = [STATISTICS]
-        self.sizes = [number + 2] * len(source)  # the image and its mode, too
         self.identity = {"number": number, "images": source.fingerprint, "unit": "image"}
 
-    def draw(self, units: Sequence[int]) -> Iterator[dict[str, Any]]:
+    def draw(self, units: Sequence[int]) -> Iterator[Record]:
         """Draw units.
 
         Yields:
-            Why an image is skipped (`skipped`); or `posterior_std`, the mean, smallest and largest
-            standard deviation per latent channel, and `picture_std`, that of the decoded samples:
-            the root of the mean variance of their values from -1 to 1.
+            Per image `skipped`, why it cannot be used; or `posterior_std`, the mean, smallest and
+            largest standard deviation per latent channel, and `picture_std`, that of the decoded
+            samples: the root of the mean variance of their values from -1 to 1.
         """
         size = self._canvas.size
         loading = load_images(
@@ -331,7 +334,7 @@ class PosteriorImages:
                 else:
                     yield self._draw_image(loaded.index, loaded.image)
 
-    def finish(self, records: Sequence[dict[str, Any]]) -> int:
+    def finish(self, records: Sequence[Record]) -> int:
         """Write posterior.json and grid.png: an image, its mode and up to 8 samples per row."""
         usable = [image for image, record in enumerate(records) if "skipped" not in record]
         statistics = [
@@ -341,17 +344,12 @@ class PosteriorImages:
         text = json.dumps({"images": statistics}, indent=1) + "\n"
         replace_file(self._canvas.out / STATISTICS, text.encode())
         columns = 2 + min(self._number, _GRID_SAMPLES)
-        shown = [file for image in usable for file in self._files(image)[:columns]]
+        shown = [file for image in usable for file in self.units[image][:columns]]
         return self._canvas.save_grid(shown, columns)
 
-    def _files(self, image: int) -> list[str]:
-        """Return the files of an image: the image itself, the decoded mode, then the samples."""
-        kinds = ["original", "mode", *(f"sample_{k:05d}" for k in range(self._number))]
-        return [f"image_{image:05d}_{kind}{self._canvas.suffix}" for kind in kinds]
-
-    def _draw_image(self, number: int, image: Tensor) -> dict[str, Any]:
+    def _draw_image(self, number: int, image: Tensor) -> Record:
         canvas, posterior = self._canvas, self._canvas.encode(image)
-        original, *decoded_files = self._files(number)
+        original, *decoded_files = self.units[number]
         canvas.save(original, image)
 
         def latents(k: int) -> Tensor:

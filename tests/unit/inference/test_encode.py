@@ -402,3 +402,17 @@ def test_statistics_alone_are_those_of_the_folder(
     assert (measured.images, measured.skipped, measured.index) == (6, 1, None)
     for key, value in dataclasses.asdict(both).items():
         assert dataclasses.asdict(measured.latents)[key] == pytest.approx(value, rel=1e-5), key
+
+
+def test_without_a_terminal_progress_is_logged(
+    model: AutoEncoderKL,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(inference_encode, "LOG_SECONDS", 0.0)
+    with caplog.at_level(logging.INFO):
+        encode(model, images, tmp_path / "out")
+    said = [message for message in caplog.messages if message.endswith(" of 7 images")]
+    assert said == [f"{number} of 7 images" for number in (2, 3, 5, 6, 7)]
