@@ -15,18 +15,22 @@ if TYPE_CHECKING:
     from kl_vae.decoder import Decoder
     from kl_vae.distribution import DiagonalGaussianDistribution
     from kl_vae.encoder import Encoder
-    from kl_vae.inference.convert import convert, export
-    from kl_vae.inference.encode import encode_dataset
-    from kl_vae.inference.sample import sample
+    from kl_vae.inference.convert import ConversionResult, ExportResult, convert, export
+    from kl_vae.inference.encode import EncodingResult, encode_dataset
+    from kl_vae.inference.sample import SamplingResult, sample
     from kl_vae.losses import register_loss
     from kl_vae.model import AutoEncoderKL
 
 __all__ = [
     "AutoEncoderKL",
+    "ConversionResult",
     "DDConfig",
     "Decoder",
     "DiagonalGaussianDistribution",
     "Encoder",
+    "EncodingResult",
+    "ExportResult",
+    "SamplingResult",
     "__version__",
     "accelerate",
     "convert",
@@ -43,10 +47,14 @@ __all__ = [
 # imported when first used: `kl-vae --help` lies below this package and should not wait for torch
 _MODULES = {
     "AutoEncoderKL": "model",
+    "ConversionResult": "inference.convert",
     "DDConfig": "ddconfig",
     "Decoder": "decoder",
     "DiagonalGaussianDistribution": "distribution",
     "Encoder": "encoder",
+    "EncodingResult": "inference.encode",
+    "ExportResult": "inference.convert",
+    "SamplingResult": "inference.sample",
     "accelerate": "accel.accelerate",
     "convert": "inference.convert",
     "encode_dataset": "inference.encode",
