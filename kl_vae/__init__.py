@@ -15,37 +15,56 @@ if TYPE_CHECKING:
     from kl_vae.decoder import Decoder
     from kl_vae.distribution import DiagonalGaussianDistribution
     from kl_vae.encoder import Encoder
+    from kl_vae.inference.convert import ConversionResult, ExportResult, convert, export
+    from kl_vae.inference.encode import EncodingResult, encode_dataset
+    from kl_vae.inference.sample import SamplingResult, sample
     from kl_vae.losses import register_loss
     from kl_vae.model import AutoEncoderKL
 
 __all__ = [
     "AutoEncoderKL",
+    "ConversionResult",
     "DDConfig",
     "Decoder",
     "DiagonalGaussianDistribution",
     "Encoder",
+    "EncodingResult",
+    "ExportResult",
+    "SamplingResult",
     "__version__",
     "accelerate",
+    "convert",
+    "encode_dataset",
+    "export",
     "make_attention",
     "register_attention",
     "register_block",
     "register_loss",
     "register_normalization",
+    "sample",
 ]
 
 # imported when first used: `kl-vae --help` lies below this package and should not wait for torch
 _MODULES = {
     "AutoEncoderKL": "model",
+    "ConversionResult": "inference.convert",
     "DDConfig": "ddconfig",
     "Decoder": "decoder",
     "DiagonalGaussianDistribution": "distribution",
     "Encoder": "encoder",
+    "EncodingResult": "inference.encode",
+    "ExportResult": "inference.convert",
+    "SamplingResult": "inference.sample",
     "accelerate": "accel.accelerate",
+    "convert": "inference.convert",
+    "encode_dataset": "inference.encode",
+    "export": "inference.convert",
     "make_attention": "attention",
     "register_attention": "attention",
     "register_block": "blocks",
     "register_loss": "losses",
     "register_normalization": "blocks",
+    "sample": "inference.sample",
 }
 
 

@@ -12,15 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from kl_vae.benchmark.timing import Timing, alternate
 from kl_vae.data import FolderSource, ImageDataset, LatentDataset, list_images, to_float
-from kl_vae.data.latent_shard import DTYPES
+from kl_vae.data.latent_format import DTYPES
 from kl_vae.data.loader import START_METHOD
 from kl_vae.ddconfig import DDConfig
-from kl_vae.inference.encoding.encode import LatentEncoding
-from kl_vae.inference.encoding.stored_latents import EncodeConfig
+from kl_vae.inference.encode import EncodeConfig, encode_folder
 from kl_vae.model import AutoEncoderKL
 from kl_vae.runtime.distributed import Ranks
 
@@ -83,11 +81,10 @@ def compare_latents(
         paths = list_images(images, ddconfig.in_channels)
         source = FolderSource(images, paths, ddconfig.in_channels)
         dataset = ImageDataset(source, size, size, flip=False, seed=0, training=False)
-        work = LatentEncoding(model, dataset, out, config, Ranks(0, 1, device), "random")
         start = time.perf_counter()
-        with tqdm(total=number, unit="image", disable=None) as progress:
-            work.run(lambda read, _: progress.update(read))
-            index, _ = work.finish()
+        ranks = Ranks(0, 1, device)
+        index = encode_folder(model, dataset, out, config, ranks, checkpoint="random").index
+        assert index is not None
         encode_seconds = time.perf_counter() - start
 
         latents = LatentDataset(out)
@@ -106,7 +103,7 @@ def compare_latents(
             assert images == number
 
         epochs = alternate({"epoch": epoch}, repeats, device)["epoch"]
-    megabytes = sum(shard.bytes for shard in index.shards) / 1e6
+    megabytes = index.bytes / 1e6
     return LatentsResult(encode_seconds, epochs, number, checked, megabytes)
 
 

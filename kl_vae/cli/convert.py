@@ -29,19 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the file or folder; 0.
+    """Call `kl_vae.convert` and print what was written; return 0."""
+    from kl_vae.inference.convert import convert
 
-    Raises:
-        ValueError: no autoencoder there, one that the layout cannot express, or an output that
-            exists or cannot be written.
-    """
-    from kl_vae.inference.load import read_model
-
-    model = read_model(args.source, args.config, ema=not args.no_ema)
-    if args.to == "compvis":
-        model.save_compvis(args.out, args.dtype)
-    else:
-        model.save_pretrained(args.out, args.dtype)
-    number = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{number:,} parameters in {args.out} ({args.to}, {args.dtype})")
+    result = convert(
+        args.source, args.out, args.to, dtype=args.dtype, config=args.config, ema=not args.no_ema
+    )
+    print(f"{result.parameters:,} parameters in {args.out} ({args.to}, {args.dtype})")
     return 0

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import os
+from typing import TYPE_CHECKING
 
-from kl_vae.cli.arguments import add_image_arguments, add_model_arguments, add_work_arguments
-from kl_vae.cli.encode_arguments import (
-    OF_FOLDER,
-    add_folder_arguments,
-    add_statistics_arguments,
-    check_together,
+from kl_vae.cli.arguments import (
+    add_image_arguments,
+    add_model_arguments,
+    add_work_arguments,
+    positive,
 )
 
 if TYPE_CHECKING:
-    from kl_vae.data import BadImage, ImageDataset
-    from kl_vae.data.latent_index import LatentIndex
-    from kl_vae.inference.encoding.latent_shards import OnBatch
-    from kl_vae.inference.statistics import LatentSums
-    from kl_vae.model import AutoEncoderKL
-    from kl_vae.runtime.distributed import Ranks
+    from kl_vae.inference.encode import EncodingResult
 
 HELP = "encode a data set into files of latents, or to measure their mean and standard deviation"
+
+# about the folder of latents; None where left out: the default of `encode_dataset`
+OF_FOLDER = ("what", "normalize", "flip", "dtype", "shard_size", "labels", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,151 +27,135 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_image_arguments(parser, resize="the crop", crop="the resolution of the model's config")
     add_work_arguments(parser, "encodes")
-    add_statistics_arguments(parser)
-    add_folder_arguments(parser)
+    parser.add_argument(
+        "--statistics",
+        metavar="FILE",
+        help="write the weights here, as export does, with the latents' statistics in their config",
+    )
+    parser.add_argument(
+        "--per-channel",
+        action="store_true",
+        help="in FILE normalise each channel by its own mean and std, instead of all by one",
+    )
+    group = parser.add_argument_group("files of latents")
+    group.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help="write the latents here, in safetensors files beside index.json; is created",
+    )
+    group.add_argument(
+        "--what",
+        choices=("moments", "sample", "mode"),
+        help="of the posterior: mean and log variance (default), a sample, or the mean alone",
+    )
+    group.add_argument(
+        "--normalize",
+        action="store_true",
+        default=None,
+        help="shifted and scaled for a diffusion model (default: raw, as decode takes them)",
+    )
+    group.add_argument(
+        "--flip", action="store_true", default=None, help="encode the mirrored images as well"
+    )
+    group.add_argument(
+        "--dtype", choices=("fp32", "fp16", "bf16"), help="of what is stored (default: fp16)"
+    )
+    group.add_argument(
+        "--shard-size", type=positive, metavar="N", help="images per file (default: 1024)"
+    )
+    group.add_argument(
+        "--labels",
+        action="store_true",
+        default=None,
+        help="store classes: each image's own label, or the first folder that it lies in",
+    )
+    group.add_argument("--seed", type=int, metavar="N", help="of samples (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Encode the images; 1 if any was skipped, else 0.
+    """Call `kl_vae.encode_dataset` and print its result; return 1 if an image was skipped, else 0.
 
     Raises:
-        ValueError: what the user can mend; of latents what was done is kept for --resume, and the
-            file of statistics has not been written.
-        RunError: a rank was lost, or a data worker.
+        ValueError: what the user can fix.
+        RunError: a rank or a data worker was lost.
     """
-    from kl_vae.inference.load import load_model_on
-    from kl_vae.runtime.distributed import COMMAND, connect
+    from kl_vae.inference.encode import encode_dataset
 
-    check_together(args)
-    with connect(args.device, timeout_seconds=86_400, mends=COMMAND) as ranks:
-        if args.statistics is not None:
-            ranks.on_first(lambda: _check_new(Path(args.statistics), args.resume))
-        model = load_model_on(
-            ranks, args.checkpoint, args.config, not args.no_ema, args.fast, args.compile
-        )
-        dataset = _dataset(args, model, ranks)
-        last_line = ""
-        if args.out is None:
-            sums, skipped = _measure(args, model, dataset, ranks)
-        else:
-            index, sums, complete = _encode(args, model, dataset, ranks)
-            skipped, last_line = index.skipped, _summary(args.out, index, complete)
-        # the others wait: torchrun ends all ranks as soon as one ends with 1
-        ranks.on_first(lambda: _report(args, model, sums, last_line))
-    return 1 if skipped else 0
-
-
-def _check_new(out: Path, resume: bool) -> None:
-    """Raise ValueError unless `out` can become a new file: hours may pass before it is written."""
-    if out.exists() and not resume:
-        raise ValueError(f"--statistics {out}: exists; name a file that does not")
-    if not out.parent.is_dir():
-        raise ValueError(f"--statistics {out}: no such folder: {out.parent}; create it")
-
-
-def _dataset(args: argparse.Namespace, model: AutoEncoderKL, ranks: Ranks) -> ImageDataset:
-    from kl_vae.data import ImageDataset
-    from kl_vae.data.config import check_crop_fits
-    from kl_vae.inference.sources import open_sources
-
-    crop = args.crop or model.config.resolution
-    f = model.downsampling_factor
-    if crop % f:
-        nearest = max(1, round(crop / f)) * f
-        raise ValueError(f"crop={crop}: must be a multiple of {f}; give {nearest}")
-    resize = args.resize or crop
-    check_crop_fits(resize, crop)
-    channels = model.config.in_channels
-    # once, so that the ranks share out the same list
-    source, _ = ranks.on_first(
-        lambda: open_sources(args.images, channels, args.include, args.exclude, args.max_pixels)
+    _check_together(args)
+    of_folder = {key: getattr(args, key) for key in OF_FOLDER}
+    result = encode_dataset(
+        args.checkpoint,
+        args.images,
+        args.out,
+        statistics=args.statistics,
+        per_channel=args.per_channel,
+        resize=args.resize,
+        crop=args.crop,
+        include=args.include,
+        exclude=args.exclude,
+        max_pixels=args.max_pixels,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        config=args.config,
+        ema=not args.no_ema,
+        device=args.device,
+        precision=args.precision,
+        fast=args.fast,
+        compile=args.compile,
+        resume=args.resume,
+        **{key: value for key, value in of_folder.items() if value is not None},
     )
-    return ImageDataset(source, crop, resize, flip=False, seed=0, training=False)
-
-
-def _measure(
-    args: argparse.Namespace, model: AutoEncoderKL, dataset: ImageDataset, ranks: Ranks
-) -> tuple[LatentSums, int]:
-    from kl_vae.inference.encoding.measure import measure_latents
-
-    with _progress(len(dataset), ranks) as on_batch:
-        return measure_latents(
-            model, dataset, ranks, on_batch, args.batch_size, args.num_workers, args.precision
-        )
-
-
-def _encode(
-    args: argparse.Namespace, model: AutoEncoderKL, dataset: ImageDataset, ranks: Ranks
-) -> tuple[LatentIndex, LatentSums, bool]:
-    from kl_vae.data import resolve_root
-    from kl_vae.inference.encoding.encode import LatentEncoding
-    from kl_vae.inference.encoding.stored_latents import EncodeConfig
-    from kl_vae.runtime.files import display_name
-
-    keys = (*OF_FOLDER, "batch_size", "num_workers", "precision")
-    given: dict[str, Any] = {key: getattr(args, key) for key in keys}
-    config = EncodeConfig(**{key: value for key, value in given.items() if value is not None})
-    out, checkpoint = resolve_root(args.out), display_name(args.checkpoint)
-    work = LatentEncoding(model, dataset, out, config, ranks, checkpoint, args.resume)
-    with _progress(work.images, ranks, own=True) as on_batch:
-        work.run(on_batch)
-    return *work.finish(), work.complete
-
-
-@contextmanager
-def _progress(total: int, ranks: Ranks, own: bool = False) -> Iterator[OnBatch]:
-    """A bar of images on rank 0; `own`: it is of that rank's part."""
-    from tqdm import tqdm
-
-    hidden = None if ranks.is_first else True  # None: no bar where stderr is a file
-    title = f"rank 0 of {ranks.world_size}" if own and ranks.world_size > 1 else None
-    with tqdm(total=total, unit="image", desc=title, disable=hidden) as bar:
-
-        def on_batch(read: int, bad: Sequence[BadImage]) -> None:
-            for image in bad:
-                tqdm.write(f"skipped {image.name}: {image.reason}", file=sys.stderr)
-            bar.update(read)
-
-        yield on_batch
-
-
-def _summary(out: str, index: LatentIndex, complete: bool) -> str:
-    from kl_vae.runtime.files import display_name
-
-    size = sum(shard.bytes for shard in index.shards) / 1e6
-    skipped = f", {index.skipped:,} skipped" if index.skipped else ""
-    number = len(index.shards)
-    return (
-        f"{index.number:,} images in {number:,} shard{'s' * (number > 1)} ({size:.1f} MB) in "
-        f"{display_name(out)}: scale_factor {index.statistics.scale_factor:.4g}{skipped}"
-        f"{'; complete, verified' if complete else ''}"
-    )
-
-
-def _report(args: argparse.Namespace, model: AutoEncoderKL, sums: LatentSums, last: str) -> None:
-    """Print and write the statistics, where they are asked for, then print the last line."""
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # torchrun would end rank 0 while it prints
     if args.statistics is not None:
-        _write_statistics(model, sums, Path(args.statistics), args.per_channel)
-    if last:
-        print(last, flush=True)
+        _print_statistics(result, args.statistics)
+    if args.out is not None:
+        _print_folder(result, args.out)
+    return 1 if result.skipped else 0
 
 
-def _write_statistics(model: AutoEncoderKL, sums: LatentSums, out: Path, per_channel: bool) -> None:
-    from kl_vae.checkpoints.pretrained import write_export
+def _check_together(args: argparse.Namespace) -> None:
+    if args.out is None and args.statistics is None:
+        raise ValueError("nothing to write: give --out FOLDER, --statistics FILE, or both")
+    if args.out is None:
+        for key in (*OF_FOLDER, "resume"):
+            given = getattr(args, key)
+            if given is not None and given is not False:  # a seed of 0 is given
+                option = f"--{key.replace('_', '-')}"
+                raise ValueError(f"{option}: is about files of latents; give --out FOLDER, too")
+    elif args.per_channel and args.statistics is None:
+        raise ValueError("--per-channel: is about the file of statistics; give --statistics FILE")
+
+
+def _print_statistics(result: EncodingResult, file: str) -> None:
     from kl_vae.runtime.files import display_name
 
-    model.latents = latents = sums.normalization(per_channel)
-    lines = [
-        f"{sums.images:,} images, {len(sums.mean)} channels: scale_factor "
-        f"{latents.scale_factor:.4g}, shift_factor {latents.shift_factor:.4g}",
-        f"channel {'mean':>10} {'std':>10}",
-    ]
-    for channel, (mean, std) in enumerate(zip(sums.mean, sums.std, strict=True)):
-        lines.append(f"{channel:>7} {mean:>10.4g} {std:>10.4g}")
-    # at once: what is measured is not lost if the file cannot be written
-    print("\n".join(lines), flush=True)
-    if out.exists():  # only with --resume: the same command has written it before
-        print(f"{display_name(out)} exists and is left as it is", flush=True)
-        return
-    write_export(out, {key: x.cpu() for key, x in model.state_dict().items()}, model.params)
-    print(f"the weights and these statistics are in {display_name(out)}", flush=True)
+    latents, name = result.latents, display_name(file)
+    assert latents.mean is not None and latents.std is not None
+    print(
+        f"{result.images:,} images, {len(latents.mean)} channels: scale_factor "
+        f"{latents.scale_factor:.4g}, shift_factor {latents.shift_factor:.4g}"
+    )
+    print(f"channel {'mean':>10} {'std':>10}")
+    for channel, (mean, std) in enumerate(zip(latents.mean, latents.std, strict=True)):
+        print(f"{channel:>7} {mean:>10.4g} {std:>10.4g}")
+    if result.exported:
+        print(f"the weights and these statistics are in {name}", flush=True)
+    else:
+        print(f"{name} exists and is left as it is", flush=True)
+
+
+def _print_folder(result: EncodingResult, folder: str) -> None:
+    from kl_vae.runtime.files import display_name
+
+    index = result.index
+    assert index is not None
+    number = len(index.shards)
+    skipped = f", {index.skipped:,} skipped" if index.skipped else ""
+    verified = "; complete, verified" if result.verified else ""
+    print(
+        f"{index.number:,} images in {number:,} shard{'s' * (number > 1)} "
+        f"({index.bytes / 1e6:.1f} MB) in {display_name(folder)}: scale_factor "
+        f"{index.statistics.scale_factor:.4g}{skipped}{verified}",
+        flush=True,
+    )

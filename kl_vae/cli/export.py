@@ -14,18 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the file; 0.
+    """Call `kl_vae.export` and print what was written; return 0."""
+    from kl_vae.inference.convert import export
 
-    Raises:
-        ValueError: no checkpoint there, or a file that exists or cannot be written.
-    """
-    from pathlib import Path
-
-    from kl_vae.checkpoints.pretrained import export_checkpoint
-    from kl_vae.runtime.config_file import load_model_params
-
-    out = Path(args.out)
-    given = None if args.config is None else load_model_params(args.config)
-    which = export_checkpoint(args.checkpoint, out, ema=not args.no_ema, given=given)
-    print(f"{which} in {out}")
+    result = export(args.checkpoint, args.out, config=args.config, ema=not args.no_ema)
+    print(f"{result.weights} in {result.path}")
     return 0

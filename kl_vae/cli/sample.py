@@ -1,4 +1,4 @@
-"""Decode latents of the prior N(0, I), of a fitted Gaussian, between images, or of posteriors.
+"""Decode latents of the prior N(0, I), between images, or of posteriors.
 
 A KL autoencoder with a small kl_weight is no generator: of N(0, I) expect texture without things.
 """
@@ -6,119 +6,143 @@ A KL autoencoder with a small kl_weight is no generator: of N(0, I) expect textu
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import os
 
-from kl_vae.cli.sample_arguments import add_sample_arguments, check_together
+from kl_vae.cli.arguments import (
+    add_model_arguments,
+    add_picture_arguments,
+    add_tiling_arguments,
+    add_work_arguments,
+    positive,
+)
 
-if TYPE_CHECKING:
-    from kl_vae.cli.sample_plans import Plan
-    from kl_vae.inference.progress import Ledger
-    from kl_vae.runtime.distributed import Ranks
+HELP = "decode latents drawn from N(0, I) or posteriors, or between images"
 
-HELP = "decode latents drawn from N(0, I), a fitted Gaussian or posteriors, or between images"
+OF_IMAGES = ("interpolation", "posterior")
+# which --from uses an argument; None where left out: the default of `sample`
+USES = {
+    "number": ("prior", "posterior"),
+    "images": OF_IMAGES,
+    "include": OF_IMAGES,
+    "exclude": OF_IMAGES,
+    "max_pixels": OF_IMAGES,
+    "steps": ("interpolation",),
+    "linear": ("interpolation",),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    add_sample_arguments(parser)
+    add_model_arguments(parser)
+    add_picture_arguments(parser)
+    add_work_arguments(parser, "encodes or decodes")
+    add_tiling_arguments(parser)
+    parser.add_argument(
+        "--from",
+        dest="origin",
+        choices=("prior", *OF_IMAGES),
+        default="prior",
+        help="where latents come from: N(0, I) (default), the way from one image's to another's, "
+        "or samples of an image's posterior",
+    )
+    parser.add_argument(
+        "--number",
+        type=positive,
+        metavar="N",
+        help="images to draw, of posterior for each of --images (default: 16)",
+    )
+    parser.add_argument(
+        "--size",
+        type=positive,
+        metavar="N",
+        help="their side in pixels (default: the resolution of the model's config)",
+    )
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        metavar="FOLDER_OR_FILE",
+        help="images to go from and to (of a folder its first two), or whose posteriors to draw "
+        "from; they are resized and cropped to --size",
+    )
+    parser.add_argument(
+        "--include", nargs="+", metavar="PATTERN", help="take these files of folders only"
+    )
+    parser.add_argument("--exclude", nargs="+", metavar="PATTERN", help="leave these files out")
+    parser.add_argument(
+        "--max-pixels",
+        type=positive,
+        metavar="N",
+        help="refuse images with more pixels, before they are decoded (default: 178956970)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=positive,
+        metavar="N",
+        help="interpolation: images from one image to the next, both included (default: 9)",
+    )
+    parser.add_argument(
+        "--lerp",
+        dest="linear",
+        action="store_true",
+        default=None,
+        help="interpolation: on the straight line, not on the arc (slerp)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw the pictures and grid.png; 1 if an image was skipped, else 0.
+    """Call `kl_vae.sample` and print its result; return 1 if an image was skipped, else 0.
 
     Raises:
-        ValueError: what the user can mend; what was drawn before is kept for --resume.
+        ValueError: what the user can fix.
         RunError: a rank was lost.
     """
-    from kl_vae.cli.sample_plans import plan_for
-    from kl_vae.data import resolve_root
-    from kl_vae.inference.load import load_model_on, model_fingerprint
-    from kl_vae.inference.sampling.canvas import Canvas
-    from kl_vae.inference.sampling.prior import check_size
-    from kl_vae.inference.tiling import Tiling
-    from kl_vae.runtime.distributed import COMMAND, connect
-    from kl_vae.runtime.outputs import check_output_folder
+    from kl_vae.inference.sample import sample
+    from kl_vae.runtime.files import display_name
 
-    check_together(args)
-    tiling = Tiling(args.tiling, args.tile, args.overlap)
-    out = resolve_root(args.out)
-    with connect(args.device, timeout_seconds=86_400, mends=COMMAND) as ranks:
-        ranks.on_first(lambda: check_output_folder(out))
-        model = load_model_on(
-            ranks, args.checkpoint, args.config, not args.no_ema, args.fast, args.compile
-        )
-        size = model.config.resolution if args.size is None else args.size
-        check_size(size, model.downsampling_factor)
-        canvas = Canvas(model, out, size, args.precision, tiling)
-        plan = plan_for(args, canvas, ranks)
-        common = ("seed", "batch_size", "precision", "fast", "compile", "tiling", "tile", "overlap")
-        identity = {
-            "from": args.source,
-            **{key: getattr(args, key) for key in common},
-            "model": model_fingerprint(model),
-            "size": size,
-            **plan.identity,
-        }
-        return 1 if _draw(plan, out, identity, args.resume, ranks) else 0
-
-
-def _draw(plan: Plan, out: Path, identity: dict[str, Any], resume: bool, ranks: Ranks) -> bool:
-    """Do all units and write what follows of them; return whether an image was skipped."""
-    from kl_vae.inference.progress import Ledger
-    from kl_vae.runtime.files import remove_temporaries
-
-    ranks.on_first(lambda: _check_outputs(plan, out))
-    ledger = Ledger(out, identity, resume, ranks)
-    ranks.on_first(lambda: remove_temporaries(out))  # of a killed command
-    fit, drawing = plan.fit, plan.drawing
-    first = 0
-    if fit is not None:
-        first = len(fit.sizes)
-        _do(fit.do, 0, fit.sizes, "fit", ledger, ranks)
-        fitted = list(ledger.read(first))
-        ranks.on_first(lambda: fit.check(fitted, ledger))
-        fit.finish(fitted, ledger)
-    _do(drawing.draw, first, drawing.sizes, "draw", ledger, ranks)
-
-    def finish() -> bool:
-        records = list(ledger.read(first + len(drawing.sizes)))
-        lines = drawing.finish(records[first:], ledger)
-        ledger.close()
-        print("\n".join(lines), flush=True)
-        return any(record and record.get("skipped") for record in records)
-
-    # the others wait: torchrun ends all ranks as soon as one ends with 1
-    return ranks.on_first(finish)
+    _check_together(args)
+    given = {key: getattr(args, key) for key in USES}
+    result = sample(
+        args.checkpoint,
+        args.out,
+        origin=args.origin,
+        size=args.size,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        config=args.config,
+        ema=not args.no_ema,
+        device=args.device,
+        precision=args.precision,
+        tiling=args.tiling,
+        tile=args.tile,
+        overlap=args.overlap,
+        fast=args.fast,
+        compile=args.compile,
+        resume=args.resume,
+        **{key: value for key, value in given.items() if value is not None},
+    )
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # torchrun would end rank 0 while it prints
+    if result.posterior_std:
+        print(f"channel {'mean std':>10} {'smallest':>10} {'largest':>10}")
+        columns = (result.posterior_std[key] for key in ("mean", "smallest", "largest"))
+        for channel, values in enumerate(zip(*columns, strict=True)):
+            print(f"{channel:>7}", *(f"{value:>10.4g}" for value in values))
+    print(
+        f"{len(result.files)} images in {display_name(result.folder)} (grid.png shows "
+        f"{result.shown} of them)",
+        flush=True,
+    )
+    return 1 if result.skipped else 0
 
 
-def _check_outputs(plan: Plan, out: Path) -> None:
-    from kl_vae.inference.progress import FOLDER
-    from kl_vae.inference.sampling.canvas import GRID
-    from kl_vae.runtime.outputs import check_output_folder, check_outputs
-
-    check_output_folder(out, plan.folders)
-    earlier = FOLDER if (out / FOLDER).exists() else GRID
-    check_outputs(out, [*plan.drawing.names, GRID], plan.inputs, earlier)
-
-
-def _do(
-    work: Callable[[Sequence[int], Ledger], Iterator[Any]],
-    first: int,
-    sizes: Sequence[int],
-    title: str,
-    ledger: Ledger,
-    ranks: Ranks,
-) -> None:
-    """Do this rank's part of the units from `first` on, and wait for the others."""
-    from tqdm import tqdm
-
-    own = [unit - first for unit in ledger.share(first + len(sizes)) if unit >= first]
-    hidden = None if ranks.is_first else True  # None: no bar where stderr is a file
-    total = sum(sizes[unit] for unit in own)
-    with tqdm(total=total, unit="image", desc=title, disable=hidden) as progress:
-        for unit, record in zip(own, work(own, ledger), strict=True):
-            ledger.write(first + unit, record)
-            progress.update(sizes[unit])
-    ranks.gather(None)
+def _check_together(args: argparse.Namespace) -> None:
+    for key, users in USES.items():
+        if getattr(args, key) and args.origin not in users:
+            name = "lerp" if key == "linear" else key.replace("_", "-")
+            raise ValueError(
+                f"--{name}: --from {args.origin} has no use for it; leave it out, "
+                f"or give --from {' or '.join(users)}"
+            )
+    if args.origin in OF_IMAGES and args.images is None:
+        raise ValueError(f"--from {args.origin}: give --images, which it begins with")

@@ -1,20 +1,22 @@
 """Images that are encoded already: a data set to train a diffusion model on.
 
-z latent channels, h and w the latents' height and width.
+n images of a shard, z latent channels, h and w height and width of the latents.
 """
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kl_vae.data.latent_index import read_index
-from kl_vae.data.latent_shard import LatentShard, check_size, is_whole, open_shard
+from kl_vae.data.latent_format import DTYPES, KEYS, REPAIR, LatentSettings, ShardEntry, read_index
+from kl_vae.data.paths import PathList
 from kl_vae.runtime.files import display_name
 
 View = Literal["latents", "flipped", "both"]
@@ -29,22 +31,22 @@ class LatentSample(NamedTuple):
 
 
 class LatentDataset(Dataset[LatentSample]):
-    """A folder that `kl-vae encode --out` has written, in the order of the images.
+    """A folder that `kl_vae.encode_dataset` or `kl-vae encode --out` has written.
 
-    Any image can be had at any time: shards are mapped into memory when they are first used, by
-    each process for itself, and what is read stays in the system's cache, not in the process.
+    Access is random: each process maps a shard into memory when it first uses it, and what is read
+    stays in the cache of the operating system, not in the process.
 
     Attributes:
-        index: what index.json says (`LatentIndex`): settings, statistics, classes.
+        index: the content of index.json (`LatentIndex`): settings, statistics, classes.
 
     Args:
-        folder: that of --out.
-        view: the `latents` as the images are, those of the `flipped` images, or `both`: then there
-            are twice as many, the mirrored ones after the others.
+        folder: the folder of latents.
+        view: `latents` of the images as they are, of the `flipped` images, or `both`: twice as
+            many, the mirrored ones after the others.
 
     Raises:
-        ValueError: no index or one that cannot be read; a shard is missing or has another size;
-            there are no flipped latents; safetensors is not installed.
+        ValueError: there is no index or it cannot be read, a shard is missing or has another size,
+            there are no flipped latents, or safetensors is not installed.
     """
 
     def __init__(self, folder: str | Path, view: View = "latents") -> None:
@@ -60,7 +62,7 @@ class LatentDataset(Dataset[LatentSample]):
                 "the images again with --flip"
             )
         for shard in self.index.shards:
-            check_size(self.folder / shard.file, shard)
+            shard.check_size(self.folder)
         try:
             import safetensors  # noqa: F401
         except ImportError:
@@ -68,11 +70,26 @@ class LatentDataset(Dataset[LatentSample]):
                 f'{name}: latents are kept in safetensors files; pip install "kl-vae[formats]"'
             ) from None
         self._ends = list(accumulate(shard.number for shard in self.index.shards))
-        self._opened: dict[int, LatentShard] = {}
+        self._shards: dict[int, _Shard] = {}  # those that this process has opened
+
+    def __repr__(self) -> str:
+        """Return folder, view, length, and what each image's latents are."""
+        settings, classes = self.index.settings, self.index.classes
+        parts = [
+            f"view={self.view!r}",
+            f"length={len(self)}",
+            f"{settings.what} {list(settings.shape)} {settings.dtype}",
+            "normalized" if settings.normalized else "raw",
+            f"f={settings.f}",
+            f"scale_factor={self.index.statistics.scale_factor:.4g}",
+        ]
+        if settings.labels is not None:
+            parts.append("labels" if classes is None else f"labels of {len(classes)} classes")
+        return f"{type(self).__name__}({display_name(self.folder)!r}, {', '.join(parts)})"
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the mapped files out: each process opens its own."""
-        return {**self.__dict__, "_opened": {}}
+        return {**self.__dict__, "_shards": {}}
 
     def __len__(self) -> int:
         """Return the number of images, or with view="both" twice that."""
@@ -89,21 +106,23 @@ class LatentDataset(Dataset[LatentSample]):
             raise IndexError(f"image {i} of {len(self)}")
         mirrored, i = divmod(i % len(self), self.index.number)
         number = bisect_right(self._ends, i)
-        shard = self._shard(number)
-        own = i - (self._ends[number - 1] if number else 0)
-        flipped = mirrored or self.view == "flipped"
-        tensor = shard.flipped if flipped and shard.flipped is not None else shard.latents
-        label = -1 if shard.labels is None else int(shard.labels[own])
-        # a copy: the mapped file is not to be written to
-        return LatentSample(tensor[own].clone(), label, shard.keys[own])
+        if number not in self._shards:
+            entry = self.index.shards[number]
+            self._shards[number] = _open_shard(self.folder, entry, self.index.settings)
+        shard = self._shards[number]
+        row = i - (self._ends[number - 1] if number else 0)
+        key = "flipped" if mirrored or self.view == "flipped" else "latents"
+        label = int(shard.tensors["labels"][row]) if "labels" in shard.tensors else -1
+        # a copy, since the mapped file must not be written to
+        return LatentSample(shard.tensors[key][row].clone(), label, shard.keys[row])
 
     def verify(self) -> None:
         """Read all shards and compare their sha256 with the index.
 
         Raises:
-            ValueError: one or more are damaged or missing.
+            ValueError: shards are damaged or missing.
         """
-        bad = [x.file for x in self.index.shards if not is_whole(self.folder / x.file, x)]
+        bad = [shard.file for shard in self.index.shards if not shard.is_intact(self.folder)]
         if bad:
             raise ValueError(
                 f"{display_name(self.folder)}: {len(bad)} of {len(self.index.shards)} shards are "
@@ -111,9 +130,37 @@ class LatentDataset(Dataset[LatentSample]):
                 "again, or give the command that wrote them once more, with --resume"
             )
 
-    def _shard(self, number: int) -> LatentShard:
-        if number not in self._opened:
-            entry = self.index.shards[number]
-            path = self.folder / entry.file
-            self._opened[number] = open_shard(path, entry, self.index.settings)
-        return self._opened[number]
+
+class _Shard(NamedTuple):
+    """An open shard; its tensors are mapped into memory and read when they are used."""
+
+    # latents and perhaps flipped, [n, z, h, w] or of moments [n, 2z, h, w]; perhaps labels, [n]
+    tensors: dict[str, Tensor]
+    keys: PathList  # of the n images
+
+
+def _open_shard(folder: Path, entry: ShardEntry, settings: LatentSettings) -> _Shard:
+    """Map a shard and compare its tensors with the index."""
+    from safetensors import safe_open
+
+    name = display_name(folder / entry.file)
+    entry.check_size(folder)  # mapping a file that was cut short would end the process
+    try:
+        with safe_open(folder / entry.file, framework="pt", device="cpu") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            keys = PathList.of(json.loads((file.metadata() or {}).get(KEYS, "null")))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # types differ by version, and a panic of Rust is no Exception
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{name}: cannot be read ({reason}); {REPAIR}") from None
+    latents = ([entry.number, *settings.shape], DTYPES[settings.dtype])
+    expected = {"latents": latents}
+    if settings.flipped:
+        expected["flipped"] = latents
+    if settings.labels is not None:
+        expected["labels"] = ([entry.number], torch.int64)
+    found = {key: (list(x.shape), x.dtype) for key, x in tensors.items()}
+    if found != expected or len(keys) != entry.number:
+        raise ValueError(f"{name}: holds something else than the index says; {REPAIR}")
+    return _Shard(tensors, keys)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from hashlib import blake2b
+from pathlib import Path
 
 import torch
 
@@ -14,18 +15,22 @@ from kl_vae.runtime.distributed import Ranks, checksums
 
 def load_model_on(
     ranks: Ranks,
-    checkpoint: str,
+    checkpoint: str | Path | AutoEncoderKL,
     config: str | None,
     ema: bool = True,
     fast: str = "auto",
     compile: bool = False,
 ) -> AutoEncoderKL:
-    """`load_model` on each rank's device; all of them call this.
+    """Load a model on each rank's device; all ranks call this.
+
+    A model that is given in place of a checkpoint is put into eval mode and stays where it is.
 
     Raises:
         ValueError: as `load_model`, or the ranks have read different weights.
     """
-    model = load_model(checkpoint, config, ranks.device, ema, fast, compile)
+    if isinstance(checkpoint, AutoEncoderKL):
+        return checkpoint.eval()
+    model = load_model(str(checkpoint), config, ranks.device, ema, fast, compile)
     found = model_fingerprint(model)
     if ranks.on_first(lambda: found) != found:
         raise ValueError(

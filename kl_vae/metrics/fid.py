@@ -8,6 +8,7 @@ to resize to 299 x 299, without antialiasing. Other networks and resizes give ot
 
 from __future__ import annotations
 
+import functools
 import io
 import sys
 from collections.abc import Callable, Iterable
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from kl_vae.metrics.moments import RunningMoments
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
@@ -42,27 +45,21 @@ class FeatureStatistics:
         """The statistics of features that come in parts [n_i, d].
 
         Args:
-            parts: called twice, for the mean and for the deviations from it; each time it gives
-                the same parts in the same order.
+            parts: called once, or twice for few images (n <= d); each time it gives the same
+                parts in the same order.
 
         Raises:
             ValueError: fewer than two images.
         """
-        number, total = 0, torch.zeros(())
-        for part in parts():
-            number += len(part)
-            total = total + part.double().sum(0)
+        of_parts = (RunningMoments.of(part, covariance=True) for part in parts())
+        moments = functools.reduce(RunningMoments.merge, of_parts)
+        number, mean = moments.count, moments.mean
         if number < 2:
             raise ValueError(f"rfid: {number} image has no covariance; give at least 2 images")
-        mean = total / number
-        deviations = (part.double() - mean for part in parts())
         if number <= len(mean):
-            factor = torch.cat(list(deviations))
+            factor = torch.cat([part.double() - mean for part in parts()])
         else:
-            squares = torch.zeros(())
-            for part in deviations:
-                squares = squares + part.T @ part
-            values, vectors = torch.linalg.eigh(squares)
+            values, vectors = torch.linalg.eigh(moments.squares)
             factor = values.clamp_min(0.0).sqrt()[:, None] * vectors.T
         return cls(number, mean, factor / (number - 1) ** 0.5)
 

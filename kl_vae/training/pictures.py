@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kl_vae.data import ImageDataset, normalized
-from kl_vae.inference.sampling.prior import sample_prior
+from kl_vae.inference.sampled_images import sample_prior
 from kl_vae.model import AutoEncoderKL
 from kl_vae.training.figures import evaluating
 from kl_vae.visual.grid import comparison_grid, image_grid

@@ -24,17 +24,17 @@ ENCODE = str(Path(SCRIPT).with_name("encode.py"))
 # a disk that stops after the second shard of each rank
 STUCK = """
 import time
-from kl_vae.inference.encoding import encode
+from kl_vae.inference.latent_folder import LatentFolder
 
-write_shard, written = encode.write_shard, []
+write, written = LatentFolder.write, []
 
 def write_two(*args):
     if len(written) == 2:
         time.sleep(600)
     written.append(1)
-    return write_shard(*args)
+    return write(*args)
 
-encode.write_shard = write_two
+LatentFolder.write = write_two
 """
 
 

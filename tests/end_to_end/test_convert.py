@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import kl_vae
 from kl_vae import AutoEncoderKL
 from kl_vae.cli.main import main
 from tests.processes import assert_same
@@ -144,3 +145,19 @@ def test_the_quickstarts_model_gives_diffusers_the_same_picture(
     assert theirs.config.scaling_factor == measured.scale_factor
     assert theirs.config.shift_factor == measured.shift_factor
     assert theirs.config.latents_mean is None  # its pipelines would scale twice
+
+
+def test_from_python(model: AutoEncoderKL) -> None:
+    """A model in memory in place of a checkpoint."""
+    result = kl_vae.convert(model, "vae.safetensors", "compvis")
+    assert result.path == Path("vae.safetensors")
+    assert result.parameters == sum(x.numel() for x in model.parameters())
+    assert_same(tensors_in("vae.safetensors"), dict(model.state_dict()))
+    assert (
+        kl_vae.export(model, "alone.pt").weights == f"weights ({len(model.state_dict())} tensors)"
+    )
+    exported = kl_vae.export("alone.pt", "again.pt")
+    assert exported.path == Path("again.pt")
+    assert_same(dict(AutoEncoderKL.from_checkpoint("again.pt").state_dict()), model.state_dict())
+    with pytest.raises(ValueError, match="to='gguf': give one of compvis, diffusers"):
+        kl_vae.convert(model, "vae.gguf", "gguf")  # type: ignore[arg-type]

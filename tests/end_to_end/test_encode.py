@@ -16,7 +16,8 @@ from kl_vae import AutoEncoderKL
 from kl_vae.checkpoints.checkpoint import write_checkpoint
 from kl_vae.cli.main import main
 from kl_vae.data import center_crop, read_image, resize_short_side, to_float
-from kl_vae.inference import statistics
+from kl_vae.inference import encode
+from kl_vae.metrics.moments import RunningMoments
 from tests.processes import assert_same
 
 COMMAND = ["encode", "--checkpoint", "model.pt", "--statistics", "out.pt", "--num-workers", "0"]
@@ -169,28 +170,29 @@ def test_weights_alone_take_a_config(
 
 
 def test_files_that_cannot_be_used_are_named_and_left_out(
-    checkpoint: Path, tiny_model: AutoEncoderKL, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    tiny_model: AutoEncoderKL,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     Path("images/bad.png").write_bytes(b"nothing of the kind")
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save("images/large.png")
     command = [*COMMAND, "--images", "images", "--max-pixels", "600", "--batch-size", "1"]
     assert main(command) == 1
-    captured = capsys.readouterr()
-    assert "skipped images/bad.png: not an image" in captured.err
-    assert "skipped images/large.png: 40 x 40 pixels are more than max_pixels=600" in captured.err
-    assert captured.out.startswith("7 images, ")
+    assert "skipped images/bad.png: not an image" in caplog.text
+    assert "skipped images/large.png: 40 x 40 pixels are more than max_pixels=600" in caplog.text
+    assert capsys.readouterr().out.startswith("7 images, ")
     assert written() == expected(tiny_model, pictures(*ALL))
 
 
 def test_images_none_of_which_can_be_used_are_a_mistake(
-    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("a.png", "b.png"):
         Path("more", name).write_bytes(b"nothing of the kind")
     assert main([*COMMAND, "--images", "more", "--include", "?.png"]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert sum(line.startswith("skipped more/") for line in lines) == 2
-    assert lines[-1] == (
+    assert sum(line.startswith("skipped more/") for line in caplog.messages) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
         "kl-vae encode: error: none of the 2 images can be used, for the reasons above; "
         "give others to --images"
     )
@@ -200,10 +202,10 @@ def test_images_none_of_which_can_be_used_are_a_mistake(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"--statistics": "model.pt"}, "--statistics model.pt: exists; name a file that does not"),
+        ({"--statistics": "model.pt"}, "statistics=model.pt: exists; name a file that does not"),
         (
             {"--statistics": "none/out.pt"},
-            "--statistics none/out.pt: no such folder: none; create it",
+            "statistics=none/out.pt: no such folder: none; create it",
         ),
         ({"--checkpoint": "none.pt"}, "no such checkpoint: none.pt"),
         ({"--images": "none"}, "no such folder: none; give an existing folder of images"),
@@ -250,14 +252,14 @@ def test_of_a_run_that_goes_on_meanwhile_the_measured_weights_are_written(
     tiny_model: AutoEncoderKL,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    latent_sums = statistics.latent_sums
+    latent_moments = encode.latent_moments
 
-    def while_training(*args: Any) -> statistics.LatentSums:
+    def while_training(*args: Any) -> RunningMoments:
         checkpoint.unlink(missing_ok=True)
         save(AutoEncoderKL(tiny_ddconfig, embed_dim=3), tiny_ddconfig)
-        return latent_sums(*args)
+        return latent_moments(*args)
 
-    monkeypatch.setattr(statistics, "latent_sums", while_training)
+    monkeypatch.setattr(encode, "latent_moments", while_training)
     assert main([*COMMAND, "--images", "images"]) == 0
     tensors = torch.load("out.pt", weights_only=True)["model"]
     assert_same(tensors, dict(tiny_model.state_dict()))

@@ -22,7 +22,7 @@ COMMANDS = {  # some of those that a page shows
     "docs/large_images.md": {"benchmark"},
     "docs/performance.md": {"benchmark"},
     "docs/latents.md": {"encode"},
-    "docs/sample.md": {"sample", "encode"},
+    "docs/sample.md": {"sample"},
 }
 
 

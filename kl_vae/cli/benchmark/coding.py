@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from kl_vae.benchmark.measurement import table
     from kl_vae.benchmark.plots import matplotlib_figure, plot_growth
     from kl_vae.benchmark.twin import why_no_twin
-    from kl_vae.inference.sampling.prior import check_size
+    from kl_vae.inference.encode import check_size
 
     ddconfig, embed_dim, device = prepare(args)
     for size in args.sizes:

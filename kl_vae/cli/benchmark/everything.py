@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         RunError: a measurement failed.
     """
     from kl_vae.cli.benchmark import BENCHMARKS
-    from kl_vae.inference.sampling.prior import check_size
+    from kl_vae.inference.encode import check_size
     from kl_vae.runtime.files import write_text_atomically
 
     ddconfig, _, _ = prepare(args)

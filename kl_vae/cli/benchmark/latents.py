@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure and print; 0."""
     from kl_vae.benchmark.latents import compare_latents
-    from kl_vae.inference.encoding.stored_latents import EncodeConfig
+    from kl_vae.inference.encode import EncodeConfig
 
     ddconfig, embed_dim, device = prepare(args)
     config = EncodeConfig(

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print; 0."""
     from kl_vae.benchmark.memory import figures, measure_memory, table
     from kl_vae.benchmark.twin import why_no_twin
-    from kl_vae.inference.sampling.prior import check_size
+    from kl_vae.inference.encode import check_size
 
     ddconfig, embed_dim, device = prepare(args)
     check_size(args.step_size, ddconfig.downsampling_factor)

@@ -91,7 +91,7 @@ def prepare(args: argparse.Namespace) -> tuple[DDConfig, int | None, torch.devic
         ValueError: a config that cannot be used, a size that f does not divide, no such device or
             folder.
     """
-    from kl_vae.inference.sampling.prior import check_size
+    from kl_vae.inference.encode import check_size
     from kl_vae.runtime.config_file import load_model_params
     from kl_vae.runtime.device import choose_device
     from kl_vae.runtime.schema import from_mapping

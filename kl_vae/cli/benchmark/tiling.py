@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from kl_vae.benchmark.machine import describe_machine
     from kl_vae.benchmark.plots import matplotlib_figure
     from kl_vae.benchmark.tiling import measure, plot, table
-    from kl_vae.inference.sampling.prior import check_size
+    from kl_vae.inference.encode import check_size
 
     ddconfig, embed_dim, device = prepare(args)
     for size in args.sizes:

@@ -82,12 +82,11 @@ def _plain(evaluation: Evaluation) -> dict[str, Any]:
     if evaluation.rfid is not None:
         figures["rfid"] = evaluation.rfid
     latents = evaluation.latents
-    normalization = latents.normalization()
     return {
         **figures,
         "latents": {
-            "scale_factor": normalization.scale_factor,
-            "shift_factor": normalization.shift_factor,
+            "scale_factor": latents.scale_factor,
+            "shift_factor": latents.shift_factor,
             "mean": latents.mean,
             "std": latents.std,
         },

@@ -1,7 +1,7 @@
 """What is recorded of a unit of images: plain values, from which all results follow.
 
 A record has `images`, [index, height, width] of each; `skipped`, [index, reason]; and for each of
-`models` its `figures`, lists of one value an image (None: it has none), and as `LatentSums` its
+`models` its `figures`, lists of one value an image (None: it has none), and as `RunningMoments` its
 `latents`, of samples of the posteriors, and their `means`.
 """
 
@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
 from kl_vae.distribution import DiagonalGaussianDistribution
-from kl_vae.inference.statistics import LatentSums
+from kl_vae.metrics.moments import RunningMoments, latent_moments
 
 Record = dict[str, Any]
 
@@ -27,21 +26,21 @@ class ModelRecord:
 
     def __init__(self, latent_channels: int) -> None:
         self._figures: dict[str, list[float | None]] = {}
-        self._latents = self._means = LatentSums.of_nothing(latent_channels)
+        self._latents = self._means = RunningMoments.empty(latent_channels)
 
     def add(self, posterior: DiagonalGaussianDistribution, figures: Mapping[str, Tensor]) -> None:
         """Add a batch: B posteriors, and [B] of each figure; of PSNR `mse`, which is finite."""
         for key, values in {**figures, "kl": posterior.kl()}.items():
             finite = [value if math.isfinite(value) else None for value in values.tolist()]
             self._figures.setdefault(key, []).extend(finite)
-        self._latents = self._latents.merge(LatentSums.of(posterior))
+        self._latents = self._latents.merge(latent_moments(posterior))
         # what varies without the noise
         points = DiagonalGaussianDistribution(posterior.parameters, deterministic=True)
-        self._means = self._means.merge(LatentSums.of(points))
+        self._means = self._means.merge(latent_moments(points))
 
     def values(self) -> Record:
         """As JSON takes it."""
-        latents, means = asdict(self._latents), asdict(self._means)
+        latents, means = self._latents.values(), self._means.values()
         return {"figures": self._figures, "latents": latents, "means": means}
 
 
@@ -58,12 +57,6 @@ def image_figures(record: Record, model: int) -> Iterator[dict[str, float | None
         if "mse" in found:
             found["psnr"] = psnr_of(found["mse"])
         yield {key: found[key] for key in FIGURES if key in found}
-
-
-def sums_of(values: Record) -> LatentSums:
-    """The `LatentSums` that were recorded."""
-    mean, squares = tuple(values["mean"]), tuple(values["squares"])
-    return LatentSums(values["images"], values["values"], mean, squares)
 
 
 def psnr_of(mse: float) -> float:

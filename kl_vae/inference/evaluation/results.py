@@ -17,10 +17,10 @@ from kl_vae.inference.evaluation.records import (
     Record,
     image_figures,
     psnr_of,
-    sums_of,
 )
-from kl_vae.inference.statistics import LatentSums
+from kl_vae.latents import LatentNormalization
 from kl_vae.metrics.fid import FeatureStatistics, frechet_distance
+from kl_vae.metrics.moments import RunningMoments, latent_normalization
 from kl_vae.metrics.similarity import MS_SSIM_SIDE, WINDOW
 
 logger = logging.getLogger(__name__)
@@ -95,21 +95,16 @@ class Evaluation:
         figures: those of `FIGURES` that were asked for.
         psnr_of_mean_mse: in dB; None: not asked for, or every reconstruction is exact.
         rfid: None: not asked for.
-        latents: of samples of the posteriors.
-        means: of the posteriors' means.
+        latents: statistics of samples of the posteriors.
+        variances: of the posteriors' means, over images and positions, of each channel.
     """
 
     name: str
     figures: Mapping[str, Mean]
     psnr_of_mean_mse: float | None
     rfid: float | None
-    latents: LatentSums
-    means: LatentSums
-
-    @property
-    def variances(self) -> list[float]:
-        """Of the posteriors' means, over images and positions, of each channel."""
-        return [std**2 for std in self.means.std]
+    latents: LatentNormalization
+    variances: list[float]
 
     @property
     def active_channels(self) -> int:
@@ -159,7 +154,9 @@ def _evaluation(records: Iterable[Record], model: int, name: str) -> Evaluation:
             for key, value in figures.items():
                 columns.setdefault(key, []).append(value)
         errors += of_model["figures"].get("mse", [])
-        ours, our_means = (sums_of(of_model[key]) for key in ("latents", "means"))
+        ours, our_means = (
+            RunningMoments.from_values(of_model[key]) for key in ("latents", "means")
+        )
         latents = ours if latents is None else latents.merge(ours)
         means = our_means if means is None else means.merge(our_means)
     assert latents is not None and means is not None  # there is an image
@@ -169,6 +166,6 @@ def _evaluation(records: Iterable[Record], model: int, name: str) -> Evaluation:
         {key: Mean.of(columns[key]) for key in FIGURES if key in columns},
         psnr_of(mean_error) if mean_error else None,
         None,
-        latents,
-        means,
+        latent_normalization(latents),
+        means.variance().tolist(),
     )

@@ -38,8 +38,8 @@ def rows_of(evaluations: Sequence[Evaluation], lpips_net: str = "") -> Rows:
         if key == "psnr":
             add("PSNR of mean MSE (dB)", lambda x: _number(x.psnr_of_mean_mse, 2))
     add("active channels", lambda x: f"{x.active_channels} of {len(x.variances)}")
-    add("scale_factor", lambda x: f"{x.latents.normalization().scale_factor:.4g}")
-    add("shift_factor", lambda x: f"{x.latents.normalization().shift_factor:.4g}")
+    add("scale_factor", lambda x: f"{x.latents.scale_factor:.4g}")
+    add("shift_factor", lambda x: f"{x.latents.shift_factor:.4g}")
     return rows
 
 
@@ -65,7 +65,7 @@ def as_markdown(names: Sequence[str], rows: Rows) -> str:
 def channel_rows(evaluation: Evaluation) -> Rows:
     """A row for each latent channel: mean, std, variance of the posteriors' means."""
     latents = evaluation.latents
-    values = zip(latents.mean, latents.std, evaluation.variances, strict=True)
+    values = zip(latents.mean or (), latents.std or (), evaluation.variances, strict=True)
     return [(str(i), [f"{value:.4g}" for value in row]) for i, row in enumerate(values)]
 
 

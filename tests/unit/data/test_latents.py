@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from kl_vae.data import LatentDataset, LatentSample
-from kl_vae.data.latent_index import (
+from kl_vae.data.latent_format import (
     LatentIndex,
     LatentSettings,
     LatentStatistics,
@@ -123,6 +123,8 @@ def test_any_image_at_any_time(folder: Path) -> None:
     assert_is(dataset[0], 0, 0)
     dataset.verify()
     assert dataset.index.settings == SETTINGS
+    for part in (str(folder), "view='latents'", "length=5", "mode [4, 2, 2] bf16", "labels"):
+        assert part in repr(dataset)
 
 
 def test_mirrored_images(folder: Path) -> None:

@@ -1,6 +1,6 @@
-"""index.json of a folder of latents: what its shards hold and how they were made.
+"""The format of a folder of latents: safetensors files (shards) and an `index.json` about them.
 
-z latent channels, h and w the latents' height and width, f = H / h.
+z latent channels, h and w height and width of the latents, f = H / h.
 """
 
 from __future__ import annotations
@@ -12,33 +12,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from kl_vae.runtime.files import display_name
+import torch
+
+from kl_vae.runtime.files import display_name, sha256_of
 from kl_vae.runtime.schema import from_mapping
 
 INDEX = "index.json"
 FORMAT = "kl-vae latents"
 VERSION = 1
 
+KEYS = "keys"  # of a shard's metadata: the relative paths of its images, a JSON list
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 _SHARD = re.compile(r"latents-\d{5,}-of-\d{5,}\.safetensors")
+REPAIR = "copy it again, or give the command that wrote it once more, with --resume"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentSettings:
-    """All that the latents of a folder depend on: one who goes on with it must have the same.
+    """Everything that the stored latents depend on; a command that resumes must have the same.
 
     Attributes:
         what: the posterior's moments (mean, then log variance), a sample of it, or its mode.
         dtype: of the stored tensors.
-        normalized: whether they are what `normalize_latents` of the model gives.
-        flipped: whether the mirrored images' latents lie beside.
+        normalized: whether they are what the model's `normalize_latents` gives.
+        flipped: whether the latents of the mirrored images are stored as well.
         f: H / h.
         channels: z.
         crop: side of the images in pixels.
         resize: short side that the images were resized to before they were cropped.
         precision: of the encoder: fp32, bf16 or fp16.
         seed: of samples; None: nothing was drawn.
-        images: how many the source has, usable or not.
-        shard_size: of how many images of the source each shard was made, but for the last.
+        images: number of images of the source, usable or not.
+        shard_size: number of images of the source per shard; the last one may have fewer.
         labels: a checksum of the images' class labels; None: there are none.
         source: the fingerprint of the source.
         weights: the sha256 of the model's tensors.
@@ -69,13 +75,13 @@ class LatentSettings:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of an image's stored latents: (z, h, w), or of moments (2z, h, w)."""
+        """Shape of an image's stored latents: (z, h, w), or of moments (2z, h, w)."""
         side = self.crop // self.f
         return self.channels * (2 if self.what == "moments" else 1), side, side
 
     @property
     def number_shards(self) -> int:
-        """How many files there are."""
+        """Number of shards."""
         return -(-self.images // self.shard_size)
 
 
@@ -89,17 +95,17 @@ class SkippedImage:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
-    """One file of a folder of latents.
+    """One shard.
 
     Attributes:
         file: its name.
-        number: of images in it.
+        number: number of images in it.
         bytes: its size.
         sha256: of its content.
         skipped: images of the source that are not in it.
-        values: of each channel, over the shard's images without the mirrored ones.
-        mean: of raw latents sampled from the posteriors, of each channel.
-        squares: the sum of their squared deviations from `mean`, of each channel.
+        values: number of values per channel, over the shard's images without the mirrored ones.
+        mean: per channel, of raw latents sampled from the posteriors.
+        squares: per channel, the sum of their squared deviations from `mean`.
     """
 
     file: str
@@ -112,22 +118,42 @@ class ShardEntry:
     squares: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        # of a stranger: no path that leads out of the folder
+        # an index may come from anyone: no path that leads out of the folder
         if not _SHARD.fullmatch(self.file):
             raise ValueError(f"file={self.file!r:.80}: no name of a shard")
         if self.number < 0 or self.bytes < 0 or self.values < 0:
             raise ValueError("number, bytes and values: at least 0")
 
+    def check_size(self, folder: Path) -> None:
+        """Raise ValueError unless the file is there and has `bytes` bytes."""
+        name = display_name(folder / self.file)
+        try:
+            size = (folder / self.file).stat().st_size
+        except OSError as error:
+            raise ValueError(
+                f"{name}: a shard that cannot be found ({error.strerror}); {REPAIR}"
+            ) from None
+        if size != self.bytes:
+            raise ValueError(f"{name}: {size:,} bytes, and {self.bytes:,} were written; {REPAIR}")
+
+    def is_intact(self, folder: Path) -> bool:
+        """Return whether the file is there and has this size and sha256."""
+        path = folder / self.file
+        try:
+            return path.stat().st_size == self.bytes and sha256_of(path) == self.sha256
+        except OSError:
+            return False
+
 
 @dataclass(frozen=True, kw_only=True)
 class LatentStatistics:
-    """Of raw latents, sampled from the posteriors of all images (without the mirrored ones).
+    """Statistics of raw latents sampled from the posteriors of all images but the mirrored ones.
 
     Attributes:
         scale_factor: 1 / standard deviation of all values.
         shift_factor: their mean.
-        mean: of each channel.
-        std: of each channel.
+        mean: per channel.
+        std: per channel.
     """
 
     scale_factor: float
@@ -138,15 +164,15 @@ class LatentStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentIndex:
-    """What index.json says; `from_mapping` checks one of a stranger.
+    """The content of index.json.
 
     Attributes:
         format: "kl-vae latents".
         version: of the format.
         checkpoint: the name that the model was loaded by.
-        settings: all that the latents depend on.
+        settings: everything that the latents depend on.
         classes: the names of the labels 0, 1, ...; None: labels without names, or none.
-        number: of images in all shards.
+        number: number of images in all shards.
         statistics: of raw latents, whatever is stored.
         shards: in the order of the source's images.
     """
@@ -168,11 +194,16 @@ class LatentIndex:
 
     @property
     def skipped(self) -> int:
-        """How many images of the source are in no shard."""
+        """Number of images of the source that are in no shard."""
         return sum(len(shard.skipped) for shard in self.shards)
 
+    @property
+    def bytes(self) -> int:
+        """Size of all shards."""
+        return sum(shard.bytes for shard in self.shards)
+
     def to_json(self) -> str:
-        """The file's text: what is said of a shard stands in one line."""
+        """Return the text of index.json, with one line per shard."""
         content = dataclasses.asdict(self)
         lines = [json.dumps(shard, allow_nan=False) for shard in content.pop("shards")]
         head = json.dumps(content, indent=1, allow_nan=False).removesuffix("\n}")
@@ -181,10 +212,10 @@ class LatentIndex:
 
 
 def read_index(folder: Path) -> LatentIndex:
-    """Read index.json.
+    """Read and check index.json, which may come from anyone.
 
     Raises:
-        ValueError: it is not there, cannot be read, or is of another format or version.
+        ValueError: it is missing, cannot be read, or is of another format or version.
     """
     path = folder / INDEX
     name = display_name(path)

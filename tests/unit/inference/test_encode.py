@@ -13,10 +13,16 @@ import torch
 from torch import Tensor
 
 from kl_vae import AutoEncoderKL
-from kl_vae.data import BadImage, FolderSource, ImageDataset, LatentDataset, list_images, to_float
-from kl_vae.inference.encoding.encode import LatentEncoding
-from kl_vae.inference.encoding.stored_latents import EncodeConfig
-from kl_vae.inference.progress import FOLDER
+from kl_vae.data import FolderSource, ImageDataset, LatentDataset, list_images, to_float
+from kl_vae.inference import encode as inference_encode
+from kl_vae.inference.encode import (
+    EncodeConfig,
+    EncodingResult,
+    encode_dataset,
+    encode_folder,
+    measure_latents,
+)
+from kl_vae.inference.progress import FOLDER, Ledger
 from kl_vae.latents import LatentNormalization
 from kl_vae.runtime.distributed import Ranks
 from kl_vae.runtime.randomness import generator_for
@@ -46,15 +52,24 @@ def encode(
     out: Path,
     resume: bool = False,
     **changed: Any,
-) -> tuple[LatentEncoding, list[BadImage]]:
-    """Encode to the end; return the work and the images that were left out by it."""
+) -> EncodingResult:
     config = dataclasses.replace(CONFIG, **changed)
     dataset = dataset_of(images) if isinstance(images, Path) else images
-    work = LatentEncoding(model, dataset, out, config, ALONE, "model.pt", resume)
-    skipped: list[BadImage] = []
-    work.run(lambda _, bad: skipped.extend(bad))
-    work.finish()
-    return work, skipped
+    return encode_folder(model, dataset, out, config, ALONE, checkpoint="model.pt", resume=resume)
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The keys of images in the order in which they are encoded and stored."""
+    keys: list[str] = []
+    stored_latents = inference_encode.stored_latents
+
+    def record(*args: Any) -> Tensor:
+        keys.extend(args[3])
+        return stored_latents(*args)
+
+    monkeypatch.setattr(inference_encode, "stored_latents", record)
+    return keys
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -133,7 +148,7 @@ def test_normalised_latents(
 
 
 def test_normalising_needs_a_scale(model: AutoEncoderKL, images: Path, tmp_path: Path) -> None:
-    message = "^--normalize: the scale of this model's latents is not known; measure it with kl-vae"
+    message = "^normalize: the scale of this model's latents is not known; measure it with kl-vae"
     with pytest.raises(ValueError, match=message):
         encode(model, images, tmp_path / "out", normalize=True)
     assert not (tmp_path / "out").exists()
@@ -151,8 +166,8 @@ class Failing(FolderSource):
 
 
 @pytest.mark.parametrize("fails_at", [1, 5])
-def test_what_is_killed_and_goes_on_ends_as_if_it_had_not_been(
-    model: AutoEncoderKL, images: Path, tmp_path: Path, fails_at: int
+def test_what_is_killed_and_resumed_ends_as_if_it_had_not_been(
+    model: AutoEncoderKL, images: Path, tmp_path: Path, encoded: list[str], fails_at: int
 ) -> None:
     encode(model, images, tmp_path / "whole", what="sample", labels=False)
     out = tmp_path / "out"
@@ -169,26 +184,32 @@ def test_what_is_killed_and_goes_on_ends_as_if_it_had_not_been(
     with pytest.raises(ValueError, match=text):
         encode(model, images, out, resume=True, what="sample", seed=1)
     first = (out / SHARDS[0]).stat().st_mtime_ns if fails_at == 5 else None
-    work, _ = encode(model, images, out, resume=True, what="sample", batch_size=2)
-    assert not work.complete and work.images == (4 if first else 7)
+    encoded.clear()
+    result = encode(model, images, out, resume=True, what="sample", batch_size=2)
+    assert not result.verified and len(encoded) == (4 if first else 7)
     assert content(out) == content(tmp_path / "whole")
     assert first is None or (out / SHARDS[0]).stat().st_mtime_ns == first  # not written again
 
 
 def test_damaged_shards_are_done_again(
-    model: AutoEncoderKL, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    model: AutoEncoderKL,
+    images: Path,
+    tmp_path: Path,
+    encoded: list[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     out = tmp_path / "out"
     encode(model, images, out)
     before = content(out)
-    work, _ = encode(model, images, out, resume=True)
-    assert work.complete and content(out) == before
+    encoded.clear()
+    assert encode(model, images, out, resume=True).verified
+    assert content(out) == before and not encoded
     (out / SHARDS[0]).write_bytes(before[SHARDS[0]][:-1] + b"?")
     (out / SHARDS[2]).unlink()
     (out / "index.json").touch()
     with caplog.at_level(logging.WARNING):
-        work, _ = encode(model, images, out, resume=True)
-    assert not work.complete and work.images == 4
+        result = encode(model, images, out, resume=True)
+    assert not result.verified and encoded == ["000.png", "001.png", "002.png", "006.png"]
     assert [record.message for record in caplog.records] == [
         f"{name}: damaged or missing, to be encoded again" for name in (SHARDS[0], SHARDS[2])
     ]
@@ -196,14 +217,19 @@ def test_damaged_shards_are_done_again(
 
 
 def test_a_shard_that_is_damaged_before_the_end_is_done_again(
-    model: AutoEncoderKL, images: Path, tmp_path: Path
+    model: AutoEncoderKL, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     encode(model, images, out)
     before = content(out)
+
     # verifying what is complete was killed, after which a shard was cut short
-    config = dataclasses.replace(CONFIG)
-    LatentEncoding(model, dataset_of(images), out, config, ALONE, "model.pt", True)
+    def killed(_: Ledger) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(Ledger, "close", killed)
+        encode(model, images, out, resume=True)
     assert (out / FOLDER).exists()
     (out / SHARDS[1]).write_bytes(before[SHARDS[1]][:50])
     encode(model, images, out, resume=True)
@@ -226,21 +252,23 @@ def test_complete_latents_are_not_thrown_away(
         encode(model, images, out, resume=True)
     assert content(out) == before
     (out / "index.json").unlink()
-    text = f"out: holds {SHARDS[0]} and no index.json; remove what there is of latents, or give"
+    text = f"out: holds {SHARDS[0]} and no index.json; remove the latents there, or give"
     with pytest.raises(ValueError, match=text):
         encode(model, images, out, resume=True)
 
 
 def test_images_that_cannot_be_used_are_left_out(
-    model: AutoEncoderKL, images: Path, tmp_path: Path
+    model: AutoEncoderKL, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for i in (0, 1, 2, 4):  # all of the first shard
         (images / f"{i:03d}.png").write_bytes(b"nothing of the kind")
-    work, skipped = encode(model, images, tmp_path / "out", flip=True)
+    result = encode(model, images, tmp_path / "out", flip=True)
+    assert result.skipped == sum("skipped " in message for message in caplog.messages) == 4
     latents = LatentDataset(tmp_path / "out", "both")
     assert [shard.number for shard in latents.index.shards] == [0, 2, 1]
-    assert latents.index.skipped == len(skipped) == 4
-    assert [x.name for x in latents.index.shards[0].skipped] == [x.name for x in skipped[:3]]
+    assert latents.index.skipped == 4
+    bad = [x.name for x in latents.index.shards[0].skipped]
+    assert bad == [str(images / f"{i:03d}.png") for i in range(3)]
     assert latents.index.shards[1].skipped[0].reason.startswith("not an image: the bytes are none")
     assert [sample.name for sample in latents] == 2 * ["003.png", "005.png", "006.png"]
     latents.verify()
@@ -340,7 +368,7 @@ def test_what_cannot_be_written_is_an_error(
     (out / FOLDER).mkdir()
     (out / SHARDS[0] / "something").touch()
     with pytest.raises(
-        ValueError, match="cannot write .*; make room and permission for it, and go"
+        ValueError, match="cannot write .*; make room and permission for it, and continue"
     ):
         encode(model, images, out)
     (out / SHARDS[0] / "something").unlink()
@@ -350,3 +378,41 @@ def test_what_cannot_be_written_is_an_error(
         ValueError, match="index.json in it; give a folder that kl-vae encode --out"
     ):
         encode(model, images, out, resume=True)
+
+
+def test_a_model_in_memory_from_python(model: AutoEncoderKL, images: Path, tmp_path: Path) -> None:
+    out, weights = tmp_path / "out", tmp_path / "weights.pt"
+    options: dict[str, Any] = {"dtype": "fp32", "batch_size": 2, "num_workers": 0}
+    result = encode_dataset(model, images, out, shard_size=3, statistics=weights, **options)
+    assert (result.images, result.skipped, result.exported, result.verified) == (7, 0, True, False)
+    assert torch.equal(stored(out), in_batches(model, images))
+    assert model.latents is None  # as it was
+    assert AutoEncoderKL.from_checkpoint(weights).latents == result.latents
+    with pytest.raises(ValueError, match="nothing to write: give out, statistics, or both"):
+        encode_dataset(model, images)
+
+
+def test_statistics_alone_are_those_of_the_folder(
+    model: AutoEncoderKL, images: Path, tmp_path: Path
+) -> None:
+    (images / "003.png").write_bytes(b"nothing of the kind")
+    both = encode(model, images, tmp_path / "out", flip=True).latents
+    config = dataclasses.replace(CONFIG, batch_size=3, dtype="fp16")
+    measured = measure_latents(model, dataset_of(images), config, ALONE)
+    assert (measured.images, measured.skipped, measured.index) == (6, 1, None)
+    for key, value in dataclasses.asdict(both).items():
+        assert dataclasses.asdict(measured.latents)[key] == pytest.approx(value, rel=1e-5), key
+
+
+def test_without_a_terminal_progress_is_logged(
+    model: AutoEncoderKL,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(inference_encode, "LOG_SECONDS", 0.0)
+    with caplog.at_level(logging.INFO):
+        encode(model, images, tmp_path / "out")
+    said = [message for message in caplog.messages if message.endswith(" of 7 images")]
+    assert said == [f"{number} of 7 images" for number in (2, 3, 5, 6, 7)]

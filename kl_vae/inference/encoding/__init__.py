@@ -1,1 +1,0 @@
-"""Encode a data set, and measure its latents."""

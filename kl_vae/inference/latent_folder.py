@@ -1,0 +1,291 @@
+"""Write a folder of latents: the classes of its images, its shards and its index.
+
+B batch, n images of a shard, z latent channels, h and w height and width of the latents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kl_vae.checkpoints.safetensors_file import safetensors_bytes
+from kl_vae.data import BadImage, Source
+from kl_vae.data.latent_format import (
+    DTYPES,
+    INDEX,
+    KEYS,
+    LatentIndex,
+    LatentSettings,
+    LatentStatistics,
+    ShardEntry,
+    SkippedImage,
+    read_index,
+)
+from kl_vae.data.paths import name_bytes
+from kl_vae.inference.progress import FOLDER, Ledger, differences, units_of
+from kl_vae.metrics.moments import RunningMoments, latent_normalization
+from kl_vae.runtime.distributed import Ranks
+from kl_vae.runtime.files import display_name, remove_temporaries, write_atomically
+from kl_vae.runtime.schema import from_mapping
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The class of each image of a source."""
+
+    values: Tensor  # [N], int64, at least 0
+    classes: tuple[str, ...] | None  # the names of 0, 1, ...; None: they have none
+
+    @property
+    def checksum(self) -> str:
+        """32 hex digits of labels and names."""
+        digest = hashlib.blake2b(self.values.numpy().tobytes(), digest_size=16)
+        digest.update(b"\0".join(map(name_bytes, self.classes or ())))
+        return digest.hexdigest()
+
+
+def class_labels(source: Source) -> Labels:
+    """Return the label that each image comes with; where none does, the folder that it lies in.
+
+    Folders are taken as torchvision's ImageFolder does: the first of the image's relative path,
+    numbered in the order of their names' bytes.
+
+    Raises:
+        ValueError: an image has no label.
+    """
+    texts = [source.label_text(i) for i in range(len(source))]
+    if any(text is not None for text in texts):
+        for i, text in enumerate(texts):
+            if text is None or not text.strip().isdecimal():
+                what = "has no label" if text is None else f"its label is {text.strip()!r:.40}"
+                raise ValueError(
+                    f"{source.name(i)}: {what}; give each image an integer of at least 0, or leave "
+                    "--labels out"
+                )
+        return Labels(torch.tensor([int(text) for text in texts if text is not None]), None)
+    folders = []
+    for i in range(len(source)):
+        folder, slash, _ = source.key(i).partition("/")
+        if not slash:
+            raise ValueError(
+                f"{source.name(i)}: has no label, since it lies in no subfolder of what is given "
+                "as --images; put the images of each class into a folder, or leave --labels out"
+            )
+        folders.append(folder)
+    classes = tuple(sorted(set(folders), key=name_bytes))
+    numbers = {name: number for number, name in enumerate(classes)}
+    return Labels(torch.tensor([numbers[folder] for folder in folders]), classes)
+
+
+@dataclass
+class EncodedShard:
+    """The images of a shard, as they are encoded."""
+
+    moments: RunningMoments  # of raw latents of the images that are not mirrored, per channel
+    latents: list[Tensor] = field(default_factory=list)  # [B, z, h, w] or [B, 2z, h, w] each
+    flipped: list[Tensor] = field(default_factory=list)  # likewise, of the mirrored images
+    positions: list[int] = field(default_factory=list)  # in the source
+    bad: list[BadImage] = field(default_factory=list)
+
+
+class LatentFolder:
+    """A folder of latents that is being written or verified; all ranks do the same calls.
+
+    Shards that are there are compared with their sha256, and written again where they differ.
+
+    Args:
+        out: the folder, which is created.
+        settings: everything that the latents depend on.
+        source: of the images.
+        labels: of the images; None: they are not stored.
+        ranks: they share the work.
+        resume: continue what is there, or verify what is complete.
+
+    Attributes:
+        units: of the images in the source; each becomes a shard.
+        todo: the units that this rank has to encode.
+        verified: the folder was complete before and no unit has to be encoded.
+
+    Raises:
+        ValueError: the folder holds something else, or work that `resume` would continue; or it
+            cannot be written to.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        settings: LatentSettings,
+        source: Source,
+        labels: Labels | None,
+        ranks: Ranks,
+        *,
+        resume: bool,
+    ) -> None:
+        self.units = units_of(settings.images, settings.shard_size)
+        self._out, self._settings, self._ranks = out, settings, ranks
+        self._source, self._labels = source, labels
+        self._earlier = ranks.on_first(lambda: _open(out, settings, resume))
+        self._ledger = Ledger(out, dataclasses.asdict(settings), resume, ranks)
+        known = ranks.on_first(lambda: [self._find(unit) for unit in range(len(self.units))])
+        if any(known):
+            logger.info("verifying the shards that are there")
+        missing = []  # each rank reads a part of the files
+        for unit in range(ranks.rank, len(self.units), ranks.world_size):
+            entry = known[unit]
+            if entry is None:
+                missing.append(unit)
+            elif entry.file != self._file(unit) or not entry.is_intact(out):
+                logger.warning("%s: damaged or missing, to be encoded again", entry.file)
+                missing.append(unit)
+        todo = sorted(unit for of_rank in ranks.gather(missing) for unit in of_rank)
+        self.verified = self._earlier is not None and not todo
+        self.todo = todo[ranks.rank :: ranks.world_size]
+
+    def write(self, unit: int, shard: EncodedShard) -> None:
+        """Write the file of a unit, and record that it is done.
+
+        Raises:
+            ValueError: a file cannot be written.
+        """
+        # of no images, too, tensors with all dimensions
+        none = torch.empty(0, *self._settings.shape, dtype=DTYPES[self._settings.dtype])
+        tensors = {"latents": torch.cat([none, *shard.latents])}
+        if self._settings.flipped:
+            tensors["flipped"] = torch.cat([none, *shard.flipped])
+        if self._labels is not None:
+            tensors["labels"] = self._labels.values[shard.positions]
+        # a single entry, since the library's order of several differs from run to run
+        keys = json.dumps([self._source.key(i) for i in shard.positions])
+        content = safetensors_bytes(tensors, {KEYS: keys})
+        path = self._out / self._file(unit)
+        _write(path, content)
+        entry = ShardEntry(
+            file=path.name,
+            number=len(shard.positions),
+            bytes=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
+            skipped=tuple(SkippedImage(*image) for image in shard.bad),
+            **shard.moments.values(),
+        )
+        self._ledger.write(unit, dataclasses.asdict(entry))
+
+    def finish(self, checkpoint: str) -> LatentIndex:
+        """Wait for all ranks, then write and return the index.
+
+        Args:
+            checkpoint: the name of the model in the index.
+
+        Raises:
+            ValueError: no image could be used, or the index cannot be written.
+        """
+        self._ranks.gather(None)  # all shards are written
+        return self._ranks.on_first(lambda: self._write_index(checkpoint))
+
+    def _find(self, unit: int) -> ShardEntry | None:
+        """Return the entry of a shard that was written, now or in a complete folder."""
+        record = self._ledger.find(unit)
+        if record is None and self._earlier is not None:
+            record = dataclasses.asdict(self._earlier.shards[unit])
+            self._ledger.write(unit, record)
+        return None if record is None else from_mapping(ShardEntry, record)
+
+    def _file(self, unit: int) -> str:
+        return f"latents-{unit:05d}-of-{len(self.units):05d}.safetensors"
+
+    def _write_index(self, checkpoint: str) -> LatentIndex:
+        entries = tuple(from_mapping(ShardEntry, x) for x in self._ledger.read(len(self.units)))
+        number = sum(entry.number for entry in entries)
+        if not number:
+            for entry in entries:
+                (self._out / entry.file).unlink(missing_ok=True)
+            self._ledger.close()
+            raise nothing_usable(self._settings.images)
+        moments = (RunningMoments.from_values(vars(entry)) for entry in entries)
+        latents = latent_normalization(functools.reduce(RunningMoments.merge, moments))
+        index = LatentIndex(
+            checkpoint=checkpoint,
+            settings=self._settings,
+            classes=None if self._labels is None else self._labels.classes,
+            number=number,
+            statistics=LatentStatistics(
+                scale_factor=latents.scale_factor,
+                shift_factor=latents.shift_factor,
+                mean=latents.mean or (),
+                std=latents.std or (),
+            ),
+            shards=entries,
+        )
+        if self._earlier is None or self._earlier.shards != entries:
+            _write(self._out / INDEX, index.to_json().encode())
+        self._ledger.close()
+        return index
+
+
+def nothing_usable(images: int) -> ValueError:
+    """Return the error to raise where all images were skipped."""
+    return ValueError(
+        f"none of the {images} images can be used, for the reasons above; give others to --images"
+    )
+
+
+def _open(out: Path, settings: LatentSettings, resume: bool) -> LatentIndex | None:
+    """Check that latents may be written to `out`, and remove what a killed process left.
+
+    Returns:
+        The index of a folder that was complete before; None: it was not.
+
+    Raises:
+        ValueError: it holds other latents, or complete ones without `resume`.
+    """
+    name = display_name(out)
+    if not (out / INDEX).exists():
+        begun = (out / FOLDER).exists()
+        stray = sorted(out.glob("latents-*-of-*.safetensors"))
+        if stray and not begun:
+            raise ValueError(
+                f"{name}: holds {display_name(stray[0].name)} and no {INDEX}; remove the latents "
+                "there, or give another --out"
+            )
+        if begun and resume:
+            remove_temporaries(out)
+        return None
+    if not resume:
+        raise ValueError(
+            f"{name}: holds latents already; give --resume to verify and repair them, or another "
+            "--out"
+        )
+    index = read_index(out)
+    plain = (json.loads(json.dumps(dataclasses.asdict(x))) for x in (index.settings, settings))
+    changed = differences(*plain)
+    if changed:
+        raise ValueError(
+            f"{name}: holds other latents ({changed}); give the same again to verify them, or "
+            "another --out"
+        )
+    remove_temporaries(out)
+    return index
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    try:
+        write_atomically(path, lambda file: file.write(content))
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {display_name(path)} ({error.strerror}); make room and permission for "
+            "it, and continue with --resume"
+        ) from error

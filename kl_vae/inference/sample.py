@@ -1,0 +1,227 @@
+"""Decode latents of the prior, between images, or of posteriors, into files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from kl_vae.data import MAX_PIXELS, JoinedSource, resolve_root
+from kl_vae.inference.encode import check_size, show_progress
+from kl_vae.inference.latent_folder import nothing_usable
+from kl_vae.inference.load import load_model_on, model_fingerprint
+from kl_vae.inference.progress import FOLDER, Ledger
+from kl_vae.inference.sampled_images import (
+    GRID,
+    Canvas,
+    PosteriorImages,
+    SampledImages,
+    interpolated_images,
+    prior_images,
+)
+from kl_vae.inference.sources import open_sources
+from kl_vae.inference.tiling import Tiling
+from kl_vae.model import AutoEncoderKL
+from kl_vae.runtime.distributed import COMMAND, Ranks, connect
+from kl_vae.runtime.files import remove_temporaries
+from kl_vae.runtime.outputs import check_output_folder, check_outputs
+
+Origin = Literal["prior", "interpolation", "posterior"]
+
+
+@dataclass(frozen=True)
+class SamplingResult:
+    """What `sample` wrote, over all ranks.
+
+    Attributes:
+        folder: the output folder.
+        files: the images, in their order; grid.png shows the first of them.
+        shown: number of images in grid.png.
+        skipped: number of images that could not be used; a warning names each.
+        posterior_std: of `origin="posterior"`: mean, smallest and largest standard deviation of the
+            posteriors, each per latent channel, over all images and positions; else empty.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    shown: int
+    skipped: int
+    posterior_std: dict[str, list[float]]
+
+
+def sample(
+    checkpoint: str | Path | AutoEncoderKL,
+    out: str | Path,
+    *,
+    origin: Origin = "prior",
+    number: int = 16,
+    size: int | None = None,
+    images: str | Path | Sequence[str | Path] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    max_pixels: int = MAX_PIXELS,
+    steps: int = 9,
+    linear: bool = False,
+    seed: int = 0,
+    batch_size: int = 8,
+    num_workers: int = 4,
+    config: str | None = None,
+    ema: bool = True,
+    device: str = "auto",
+    precision: str = "fp32",
+    tiling: Literal["auto", "whole", "exact", "blend"] = "auto",
+    tile: int = 512,
+    overlap: int = 128,
+    fast: str = "auto",
+    compile: bool = False,
+    resume: bool = False,
+) -> SamplingResult:
+    """Decode latents into image files and a grid.png.
+
+    Under torchrun all ranks call this and share the work.
+
+    Args:
+        checkpoint: what `AutoEncoderKL.from_checkpoint` takes; or a model, which is put into eval
+            mode and else left as it is, on its device (`config`, `ema`, `device`, `fast` and
+            `compile` are about checkpoints).
+        out: the folder to write.
+        origin: of the latents: the prior N(0, I), an interpolation between images, or samples of
+            the posterior of each image.
+        number: images to draw; of `posterior` per image.
+        size: their side in pixels; None: the resolution of the model's config.
+        images: for interpolation (of a folder its first two) and posterior: folders of images or
+            tar shards, single files, or patterns of them.
+        include: patterns of the files of folders to take; none: all.
+        exclude: patterns of the files of folders to leave out.
+        max_pixels: larger images are refused before they are decoded.
+        steps: for interpolation: images from one image to the next, both included.
+        linear: for interpolation: on the straight line (lerp) instead of the arc (slerp).
+        seed: of what is drawn; each image also depends on its number alone.
+        batch_size: images that a process decodes at once.
+        num_workers: processes that read images, for each process that encodes.
+        config: a config file or the name of a shipped config; None: as the checkpoint says.
+        ema: load the moving average of the weights, where the checkpoint has one.
+        device: auto, cuda, cuda:N, mps or cpu.
+        precision: fp32, bf16 or fp16; what is not finite is computed again in fp32.
+        tiling: auto, whole, exact or blend; see `Tiling`.
+        tile: side of the tiles of blend, in pixels.
+        overlap: pixels that neighbouring tiles of blend share at least.
+        fast: auto, exact or off; see `accelerate_as`.
+        compile: use `torch.compile`.
+        resume: continue what is unfinished in `out`.
+
+    Raises:
+        ValueError: an argument is impossible or the images cannot be used; what was drawn before is
+            kept for `resume`.
+        RunError: a rank was lost.
+    """
+    if origin not in get_args(Origin):
+        raise ValueError(f"origin={origin!r}: give one of {', '.join(get_args(Origin))}")
+    roots = [str(x) for x in ([images] if isinstance(images, (str, Path)) else images)]
+    if bool(roots) != (origin != "prior"):
+        problem = "prior has no use for them" if roots else f"{origin} begins with them"
+        raise ValueError(f"images={roots}: {problem}; {'leave out' if roots else 'give'} images")
+    cutting = Tiling(tiling, tile, overlap)
+    folder = resolve_root(str(out))
+    if isinstance(checkpoint, AutoEncoderKL):
+        device = str(next(checkpoint.parameters()).device)
+    with connect(device, timeout_seconds=86_400, mends=COMMAND) as ranks:
+        ranks.on_first(lambda: check_output_folder(folder))
+        model = load_model_on(ranks, checkpoint, config, ema, fast, compile)
+        size = model.config.resolution if size is None else size
+        check_size(size, model.downsampling_factor)
+
+        def open_images(roots: Sequence[str]) -> tuple[JoinedSource, list[Path]]:
+            channels = model.config.in_channels
+            # listed once for all ranks
+            return ranks.on_first(
+                lambda: open_sources(roots, channels, include, exclude, max_pixels)
+            )
+
+        canvas = Canvas(model, folder, size, precision, cutting, batch_size)
+        opened: list[tuple[JoinedSource, list[Path]]] = []
+        work: SampledImages
+        if origin == "prior":
+            work = prior_images(canvas, number, seed)
+        elif origin == "interpolation":
+            opened = [open_images([root]) for root in roots]
+            sources = [source for source, _ in opened]
+            work = interpolated_images(canvas, sources, steps=steps, linear=linear)
+        else:
+            opened = [open_images(roots)]
+            work = PosteriorImages(canvas, opened[0][0], number, seed, num_workers)
+        ranks.on_first(lambda: _check_outputs(work, folder, opened))
+        identity = {
+            "from": origin,
+            "seed": seed,
+            "batch_size": batch_size,
+            "precision": precision,
+            "fast": fast,
+            "compile": compile,
+            "tiling": tiling,
+            "tile": tile,
+            "overlap": overlap,
+            "model": model_fingerprint(model),
+            "size": size,
+            **work.identity,
+        }
+        return _draw(work, folder, Ledger(folder, identity, resume, ranks), ranks)
+
+
+def _check_outputs(
+    work: SampledImages, out: Path, opened: Sequence[tuple[JoinedSource, list[Path]]]
+) -> None:
+    """Check that nothing of somebody else's is overwritten."""
+    check_output_folder(out, [folder for _, folders in opened for folder in folders])
+    inputs = [file for source, _ in opened for file in source.files]
+    earlier = FOLDER if (out / FOLDER).exists() else GRID
+    files = [file for unit in work.units for file in unit]
+    check_outputs(out, [*work.others, *files, GRID], inputs, earlier)
+
+
+def _draw(work: SampledImages, out: Path, ledger: Ledger, ranks: Ranks) -> SamplingResult:
+    """Draw this rank's units, wait for the other ranks, and finish on rank 0."""
+    ranks.on_first(lambda: remove_temporaries(out))  # of a killed command
+    own = ledger.share(len(work.units))
+    with show_progress(sum(len(work.units[unit]) for unit in own), ranks) as update:
+        for unit, record in zip(own, work.draw(own), strict=True):
+            ledger.write(unit, record)
+            update(len(work.units[unit]))
+    ranks.gather(None)  # all units are drawn
+
+    def finish() -> SamplingResult:
+        # null: of a unit of version 0.1 without a record
+        records = [record or {} for record in ledger.read(len(work.units))]
+        drawn = [unit for unit, record in enumerate(records) if "skipped" not in record]
+        if not drawn:
+            ledger.close()
+            raise nothing_usable(len(records))
+        shown = work.finish(records)
+        ledger.close()
+        return SamplingResult(
+            folder=out,
+            files=tuple(file for unit in drawn for file in work.units[unit]),
+            shown=shown,
+            skipped=len(records) - len(drawn),
+            posterior_std=_summarize(
+                [record["posterior_std"] for record in records if "posterior_std" in record]
+            ),
+        )
+
+    return ranks.on_first(finish)
+
+
+def _summarize(images: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
+    """Return the mean, smallest and largest value per channel over all images."""
+    if not images:
+        return {}
+
+    def over(key: str) -> list[tuple[float, ...]]:
+        return list(zip(*(image[key] for image in images), strict=True))
+
+    return {
+        "mean": [sum(values) / len(values) for values in over("mean")],
+        "smallest": [min(values) for values in over("smallest")],
+        "largest": [max(values) for values in over("largest")],
+    }

@@ -1,0 +1,376 @@
+"""Images that are decoded from latents: of the prior, between images, of posteriors.
+
+Each kind is drawn in work units; what a unit gives is a function of the unit alone.
+
+B batch, z latent channels, h and w height and width of the latents, C channels, H and W height and
+width of an image.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kl_vae.data import Source, read_image
+from kl_vae.distribution import DiagonalGaussianDistribution
+from kl_vae.inference.coding import decode_latents, encode_images
+from kl_vae.inference.encode import check_size
+from kl_vae.inference.images import load_images
+from kl_vae.inference.progress import units_of
+from kl_vae.inference.tiling import Tiling
+from kl_vae.metrics.moments import RunningMoments
+from kl_vae.model import AutoEncoderKL
+from kl_vae.runtime.outputs import replace_file
+from kl_vae.runtime.randomness import normal_noise
+from kl_vae.visual.grid import MAX_SIDE, image_grid, save_png
+from kl_vae.visual.image_files import as_picture, as_saved, image_suffix, save_image
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]  # of a unit, as JSON; `skipped`: why its image could not be used
+
+GRID = "grid.png"
+STATISTICS = "posterior.json"
+
+_GRID_CELLS = 64  # at most, but for a single row
+_GRID_WIDTH = 8192  # in pixels, up to which many columns make cells smaller
+_SMALLEST_CELL = 32
+_GRID_SAMPLES = 8  # of a posterior, at most
+_SMALLEST_SINE = 1e-4  # of the angle between two vectors, below which their plane is not known
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What decodes and writes images.
+
+    Attributes:
+        model: in eval mode.
+        out: the output folder.
+        size: the images' side in pixels.
+        precision: fp32, bf16 or fp16; what is not finite is decoded again in fp32.
+        tiling: how latents that are large for the memory are cut up.
+        batch_size: images that are decoded at once.
+    """
+
+    model: AutoEncoderKL
+    out: Path
+    size: int
+    precision: str
+    tiling: Tiling
+    batch_size: int
+
+    @property
+    def suffix(self) -> str:
+        """Suffix of the images' files: .png, or .npy for channels that no PNG holds."""
+        return image_suffix(self.model.config.out_ch)
+
+    def encode(self, image: Tensor) -> DiagonalGaussianDistribution:
+        """Encode an image [C, H, W] to a posterior with B = 1."""
+        return encode_images(self.model, image[None], self.precision, self.tiling)
+
+    def decode(self, latents: Sequence[Tensor]) -> Tensor:
+        """Decode latents [z, h, w], at most `batch_size` of them, to images [B, C, H, W]."""
+        return decode_latents(self.model, torch.stack(list(latents)), self.precision, self.tiling)
+
+    def save(self, file: str, image: Tensor) -> None:
+        """Write an image [C, H, W] in [-1, 1]."""
+        save_image(self.out / file, as_saved(image))
+
+    def save_grid(self, files: Sequence[str], columns: int) -> int:
+        """Write the first images of `files` row by row into grid.png; return how many."""
+        shown = files[: max(1, _GRID_CELLS // columns) * columns]
+        side = min(MAX_SIDE, max(_SMALLEST_CELL, _GRID_WIDTH // columns))
+        save_png(self.out / GRID, image_grid(map(self._read, shown), columns, side))
+        return len(shown)
+
+    def _read(self, file: str) -> Tensor:
+        """Read what `save` wrote as RGB: uint8 [3, H, W]."""
+        model = self.model
+        device = next(model.parameters()).device  # of the weights of `to_rgb`
+        image = read_image(self.out / file, model.config.out_ch)
+        return as_picture(image, lambda x: model.to_rgb(x.to(device)).cpu())
+
+
+class SampledImages(Protocol):
+    """Images of one kind, drawn in numbered units.
+
+    Attributes:
+        units: the files of the images of each unit.
+        others: other files to write, without grid.png.
+        identity: what the images depend on, beside what all kinds depend on.
+    """
+
+    units: list[list[str]]
+    others: list[str]
+    identity: dict[str, Any]
+
+    def draw(self, units: Sequence[int]) -> Iterator[Record]:
+        """Draw units, and yield the record of each when its files are written."""
+
+    def finish(self, records: Sequence[Record]) -> int:
+        """Write grid.png and `others` from the records of all units.
+
+        Returns:
+            The number of images in grid.png.
+        """
+
+
+class LatentSeries:
+    """Images of numbered latents.
+
+    Args:
+        canvas: what decodes and writes them.
+        names: of the images, without suffix.
+        latents: returns those of an image by its number, [z, h, w].
+        columns: of grid.png.
+        identity: see `SampledImages`.
+    """
+
+    def __init__(
+        self,
+        canvas: Canvas,
+        names: Sequence[str],
+        latents: Callable[[int], Tensor],
+        *,
+        columns: int,
+        identity: dict[str, Any],
+    ) -> None:
+        self._canvas = canvas
+        self._latents = latents
+        self._columns = columns
+        self._numbers = units_of(len(names), canvas.batch_size)
+        self._files = [name + canvas.suffix for name in names]
+        self.units = [[self._files[i] for i in numbers] for numbers in self._numbers]
+        self.others: list[str] = []
+        self.identity = identity
+
+    def draw(self, units: Sequence[int]) -> Iterator[Record]:
+        """Draw units; there is nothing to record of them."""
+        for unit in units:
+            images = self._canvas.decode([self._latents(i) for i in self._numbers[unit]])
+            for file, image in zip(self.units[unit], images, strict=True):
+                self._canvas.save(file, image)
+            yield {}
+
+    def finish(self, records: Sequence[Record]) -> int:
+        """Write grid.png; return the number of images in it."""
+        return self._canvas.save_grid(self._files, self._columns)
+
+
+def prior_images(canvas: Canvas, number: int, seed: int) -> LatentSeries:
+    """Draw `number` images from the prior N(0, I).
+
+    Nothing but the KL term ties the posteriors to the prior. An autoencoder with the small
+    kl_weight of latent diffusion is no generator: expect texture without objects, neither grey nor
+    saturated.
+    """
+    columns = math.ceil(math.sqrt(min(number, _GRID_CELLS)))
+    names = [f"sample_{i:05d}" for i in range(number)]
+
+    def latents(i: int) -> Tensor:
+        return prior_latents(canvas.model, canvas.size, seed, i)
+
+    return LatentSeries(canvas, names, latents, columns=columns, identity={"number": number})
+
+
+def prior_latents(model: AutoEncoderKL, size: int, seed: int, index: int) -> Tensor:
+    """Draw the latents [z, h, w] of image `index` from N(0, I)."""
+    side = size // model.downsampling_factor
+    return normal_noise((model.latent_channels, side, side), "sample", seed, index)
+
+
+def sample_prior(
+    model: AutoEncoderKL, number: int, size: int, seed: int = 0, batch_size: int = 8
+) -> Iterator[Tensor]:
+    """Yield `number` images [C, size, size] in [-1, 1] drawn from N(0, I), on the CPU.
+
+    The latents of image i depend on the seed and i alone, not on `number` or `batch_size`.
+
+    Args:
+        model: in eval mode.
+        number: how many images.
+        size: their side in pixels, a multiple of f.
+        seed: of the latents.
+        batch_size: images that are decoded at once.
+
+    Raises:
+        ValueError: `size` is not a multiple of f, or an image is not finite.
+    """
+    check_size(size, model.downsampling_factor)
+    for numbers in units_of(number, batch_size):
+        z = torch.stack([prior_latents(model, size, seed, i) for i in numbers])  # [B, z, h, w]
+        yield from decode_latents(model, z, tiling=Tiling("whole"))
+
+
+def interpolated_images(
+    canvas: Canvas, sources: Sequence[Source], *, steps: int, linear: bool
+) -> LatentSeries:
+    """Draw images on the path from each image to the next.
+
+    Args:
+        canvas: what encodes, decodes and writes.
+        sources: the first two images of each are taken, in their order.
+        steps: images per pair, both ends included.
+        linear: interpolate on the straight line, `lerp`, instead of the arc, `slerp`.
+
+    Raises:
+        ValueError: fewer than 2 steps or images, or an image that cannot be used.
+    """
+    if steps < 2:
+        raise ValueError(f"steps={steps}: give at least 2, which are the images themselves")
+    ends: list[Tensor] = []  # posterior means, [z, h, w]
+    for source in sources:
+        indices = range(min(2, len(source)))
+        for loaded in load_images(source, indices, resize=canvas.size, crop=canvas.size):
+            if loaded.image is None:
+                name = source.name(loaded.index)
+                raise ValueError(f"{name}: {loaded.reason}; give another image to --images")
+            ends.append(canvas.encode(loaded.image).mode()[0])
+    if len(ends) < 2:
+        raise ValueError(
+            "--images: 1 image, which there is nothing between; give 2 or more, or a folder"
+        )
+    between = lerp if linear else slerp
+
+    def latents(i: int) -> Tensor:
+        pair, step = divmod(i, steps)
+        return between(ends[pair], ends[pair + 1], step / (steps - 1))
+
+    pairs = range(len(ends) - 1)
+    names = [f"pair_{pair:05d}_step_{step:05d}" for pair in pairs for step in range(steps)]
+    fingerprints = [source.fingerprint for source in sources]
+    identity = {"images": fingerprints, "steps": steps, "lerp": linear}
+    return LatentSeries(canvas, names, latents, columns=steps, identity=identity)
+
+
+def lerp(start: Tensor, end: Tensor, fraction: float) -> Tensor:
+    """Return (1 - fraction) start + fraction end."""
+    return (1.0 - fraction) * start + fraction * end
+
+
+def slerp(start: Tensor, end: Tensor, fraction: float) -> Tensor:
+    """Return a point on the great arc between the directions of two tensors of any shape.
+
+    sin((1 - t) w) / sin(w) u + sin(t w) / sin(w) v for the unit vectors u and v at an angle w
+    (Shoemake 1985, "Animating rotation with quaternion curves"), times their lengths, which are
+    interpolated linearly. The middle of distant vectors is as long as they are, where that of
+    `lerp` is shorter, and so nearer to grey. Vectors without a single arc between them (zero,
+    nearly parallel or opposite) are interpolated by `lerp`.
+    """
+    # float64: the difference of nearly equal directions
+    first, second = start.double(), end.double()
+    lengths = first.norm(), second.norm()
+    if min(lengths) == 0:
+        return lerp(start, end, fraction)
+    u, v = first / lengths[0], second / lengths[1]
+    angle = (u * v).sum().clamp(-1.0, 1.0).acos()
+    if angle.sin() < _SMALLEST_SINE:
+        return lerp(start, end, fraction)
+    direction = ((1.0 - fraction) * angle).sin() * u + (fraction * angle).sin() * v
+    length = (1.0 - fraction) * lengths[0] + fraction * lengths[1]
+    point: Tensor = length * direction / angle.sin()
+    return point.to(start.dtype)
+
+
+class PosteriorImages:
+    """Images beside decoded modes and samples of their posteriors; a unit is an image.
+
+    Args:
+        canvas: what encodes, decodes and writes.
+        source: of the images.
+        number: samples per image.
+        seed: of the samples; each also depends on its number and on its image's.
+        num_workers: processes that decode images.
+
+    Raises:
+        ValueError: fewer than 2 samples.
+    """
+
+    def __init__(
+        self, canvas: Canvas, source: Source, number: int, seed: int, num_workers: int
+    ) -> None:
+        if number < 2:
+            raise ValueError(f"number={number}: one sample has no deviation; give at least 2")
+        self._canvas = canvas
+        self._source = source
+        self._number = number
+        self._seed = seed
+        self._num_workers = num_workers
+        # of each image: the image itself, the decoded mode, then the samples
+        kinds = ["original", "mode", *(f"sample_{k:05d}" for k in range(number))]
+        self.units = [
+            [f"image_{image:05d}_{kind}{canvas.suffix}" for kind in kinds]
+            for image in range(len(source))
+        ]
+        self.others = [STATISTICS]
+        self.identity = {"number": number, "images": source.fingerprint, "unit": "image"}
+
+    def draw(self, units: Sequence[int]) -> Iterator[Record]:
+        """Draw units.
+
+        Yields:
+            Per image `skipped`, why it cannot be used; or `posterior_std`, the mean, smallest and
+            largest standard deviation per latent channel, and `picture_std`, that of the decoded
+            samples: the root of the mean variance of their values from -1 to 1.
+        """
+        size = self._canvas.size
+        loading = load_images(
+            self._source, units, resize=size, crop=size, num_workers=self._num_workers
+        )
+        with closing(loading) as images:
+            for loaded in images:
+                if loaded.image is None:
+                    logger.warning("skipped %s: %s", self._source.name(loaded.index), loaded.reason)
+                    yield {"skipped": loaded.reason}
+                else:
+                    yield self._draw_image(loaded.index, loaded.image)
+
+    def finish(self, records: Sequence[Record]) -> int:
+        """Write posterior.json and grid.png: an image, its mode and up to 8 samples per row."""
+        usable = [image for image, record in enumerate(records) if "skipped" not in record]
+        statistics = [
+            {"image": self._source.name(i), "files": f"image_{i:05d}_*", **records[i]}
+            for i in usable
+        ]
+        text = json.dumps({"images": statistics}, indent=1) + "\n"
+        replace_file(self._canvas.out / STATISTICS, text.encode())
+        columns = 2 + min(self._number, _GRID_SAMPLES)
+        shown = [file for image in usable for file in self.units[image][:columns]]
+        return self._canvas.save_grid(shown, columns)
+
+    def _draw_image(self, number: int, image: Tensor) -> Record:
+        canvas, posterior = self._canvas, self._canvas.encode(image)
+        original, *decoded_files = self.units[number]
+        canvas.save(original, image)
+
+        def latents(k: int) -> Tensor:
+            if k == 0:
+                return posterior.mode()[0]
+            noise = normal_noise(posterior.mean.shape, "posterior", self._seed, number, k - 1)
+            return posterior.sample(noise=noise)[0]
+
+        pixels = RunningMoments.empty(canvas.model.config.out_ch, canvas.size, canvas.size)
+        for part in units_of(1 + self._number, canvas.batch_size):
+            decoded = canvas.decode([latents(k) for k in part])
+            for k, x in zip(part, decoded, strict=True):
+                canvas.save(decoded_files[k], x)
+                if k > 0:
+                    pixels = pixels.merge(RunningMoments.of(x[None]))
+        std = posterior.std[0].double().flatten(1)  # [z, h * w]
+        return {
+            "posterior_std": {
+                "mean": std.mean(1).tolist(),
+                "smallest": std.amin(1).tolist(),
+                "largest": std.amax(1).tolist(),
+            },
+            "picture_std": pixels.variance(correction=1).mean().sqrt().item(),
+        }

@@ -1,1 +1,0 @@
-"""Pictures from latents: of a Gaussian, between images, of posteriors."""
