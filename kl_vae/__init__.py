@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kl_vae.encoder import Encoder
     from kl_vae.losses import register_loss
     from kl_vae.model import AutoEncoderKL
+    from kl_vae.training.loop import TrainingResult, train
 
 __all__ = [
     "AutoEncoderKL",
@@ -24,6 +25,7 @@ __all__ = [
     "Decoder",
     "DiagonalGaussianDistribution",
     "Encoder",
+    "TrainingResult",
     "__version__",
     "accelerate",
     "make_attention",
@@ -31,6 +33,7 @@ __all__ = [
     "register_block",
     "register_loss",
     "register_normalization",
+    "train",
 ]
 
 # imported when first used: `kl-vae --help` lies below this package and should not wait for torch
@@ -40,12 +43,14 @@ _MODULES = {
     "Decoder": "decoder",
     "DiagonalGaussianDistribution": "distribution",
     "Encoder": "encoder",
+    "TrainingResult": "training.loop",
     "accelerate": "accel.accelerate",
     "make_attention": "attention",
     "register_attention": "attention",
     "register_block": "blocks",
     "register_loss": "losses",
     "register_normalization": "blocks",
+    "train": "training.loop",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 
@@ -17,3 +18,8 @@ def generator_for(*key: int | str) -> torch.Generator:
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     # manual_seed takes a signed 64-bit integer
     return torch.Generator().manual_seed(int.from_bytes(digest, "big", signed=True))
+
+
+def normal_noise(shape: Sequence[int], *key: str | int) -> torch.Tensor:
+    """Return standard normal noise of `shape`, float32 on the CPU: a function of the key alone."""
+    return torch.randn(tuple(shape), generator=generator_for(*key))

@@ -8,15 +8,15 @@ import sys
 from collections.abc import Iterator
 
 import torch
+from kl_vae.training.global_batch import divide_batch
+from kl_vae.training.prepare import build_model, build_state, wrap
 from torch import nn
 
 from kl_vae import AutoEncoderKL
 from kl_vae.data import Batch
 from kl_vae.runtime.distributed import Ranks, connect
 from kl_vae.training.config import RunConfig
-from kl_vae.training.global_batch import divide_batch
 from kl_vae.training.guards import BadImages
-from kl_vae.training.prepare import build_model, build_state, wrap
 from kl_vae.training.step import TrainingStep
 
 out, accumulate, weighting, precision, broken_rank = sys.argv[1:]

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from kl_vae.training.prepare import build_data
 from torch.distributed import TCPStore
 
 from kl_vae.cli.main import main
 from kl_vae.data import StepSampler
 from kl_vae.runtime.distributed import Ranks, RollCall
 from kl_vae.training.config import RunConfig
-from kl_vae.training.prepare import build_data
 from tests.processes import (
     SCRIPT,
     TORCHRUN,

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from kl_vae.training.prepare import build_data
 
 from kl_vae.checkpoints.checkpoint import read_checkpoint
 from kl_vae.checkpoints.run_directory import checkpoint_path
@@ -21,7 +22,6 @@ from kl_vae.cli.main import main
 from kl_vae.data import StepSampler
 from kl_vae.runtime.distributed import Ranks
 from kl_vae.training.config import RunConfig, TrainingConfig
-from kl_vae.training.prepare import build_data
 from tests.processes import (
     TRAIN,
     Running,

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from kl_vae.training.checkpoints import Checkpoints
+from kl_vae.training.updater import Updater
 
 from kl_vae import AutoEncoderKL
 from kl_vae.checkpoints.checkpoint import read_checkpoint
@@ -19,10 +21,8 @@ from kl_vae.checkpoints.run_directory import (
 )
 from kl_vae.optim.config import OptimizerConfig
 from kl_vae.runtime.errors import RunError
-from kl_vae.training.checkpoints import Checkpoints
 from kl_vae.training.ema import WeightAverage
 from kl_vae.training.state import TrainingState
-from kl_vae.training.updater import Updater
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 """Scalars and vectors that a run measures."""
 
 import torch
+from kl_vae.training.figures import as_figures, evaluating, latent_moments, scalar
 from torch import nn
 
 from kl_vae import DiagonalGaussianDistribution
-from kl_vae.training.figures import as_figures, evaluating, latent_moments, scalar
 
 
 def test_mean_and_std_of_each_channel_are_those_of_samples() -> None:

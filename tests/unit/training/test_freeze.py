@@ -1,9 +1,9 @@
 """Freezing parameters by patterns of their names."""
 
 import pytest
+from kl_vae.training.freeze import freeze
 
 from kl_vae import AutoEncoderKL
-from kl_vae.training.freeze import freeze
 
 
 def test_patterns_choose_by_name(tiny_model: AutoEncoderKL) -> None:

@@ -1,9 +1,9 @@
 """How a step's images are shared, at the start and when a run goes on."""
 
 import pytest
+from kl_vae.training.global_batch import divide_batch
 
 from kl_vae.training.config import TrainingConfig
-from kl_vae.training.global_batch import divide_batch
 
 
 def config(images: int = 24, accumulate: int = 1) -> TrainingConfig:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from kl_vae.training.journal import Journal
+from kl_vae.training.updater import Updater
 
 from kl_vae import AutoEncoderKL
 from kl_vae.optim.config import OptimizerConfig
-from kl_vae.training.journal import Journal
 from kl_vae.training.state import TrainingState
-from kl_vae.training.updater import Updater
 
 
 def state_at(step: int, ddconfig: dict[str, object], validated_step: int = 0) -> TrainingState:

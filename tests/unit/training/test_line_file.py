@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-
 from kl_vae.training.line_file import LineFile
 
 

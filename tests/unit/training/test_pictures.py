@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from kl_vae.training.pictures import draw_pictures
 
 from kl_vae import AutoEncoderKL
 from kl_vae.data import FolderSource, ImageDataset, list_images
-from kl_vae.training.pictures import draw_pictures
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from kl_vae.training.run_lock import RunLock
 
 HOLD = """

@@ -6,9 +6,9 @@ import os
 import signal
 
 import pytest
+from kl_vae.training.signals import stop_on_signals
 
 from kl_vae.data import STOP_SIGNALS
-from kl_vae.training.signals import stop_on_signals
 
 
 @pytest.mark.parametrize("name", STOP_SIGNALS)

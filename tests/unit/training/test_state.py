@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from kl_vae.training.updater import Updater
 
 from kl_vae import AutoEncoderKL
 from kl_vae.checkpoints.checkpoint import read_checkpoint, write_checkpoint
 from kl_vae.optim.config import OptimizerConfig
 from kl_vae.training.state import TrainingState
-from kl_vae.training.updater import Updater
 
 
 def build(ddconfig: dict[str, object], fingerprint: str = "a") -> TrainingState:

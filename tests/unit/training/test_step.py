@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kl_vae.training.prepare import build_model, build_state, wrap
 
 from kl_vae import AutoEncoderKL
 from kl_vae.data import BadImage, Batch, to_float
@@ -14,7 +15,6 @@ from kl_vae.runtime.distributed import Ranks
 from kl_vae.runtime.errors import RunError
 from kl_vae.training.config import RunConfig
 from kl_vae.training.guards import BadImages
-from kl_vae.training.prepare import build_model, build_state, wrap
 from kl_vae.training.step import TrainingStep, latent_noise, to_device
 
 Loss = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
