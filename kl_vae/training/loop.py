@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,10 @@ def _train(config: RunConfig, run: RunDirectory, ranks: Ranks, stop: StopRequest
     _write_status(run, ranks, setup, "running")
     latest: Metrics = {}
     stopping = False
+
+    def is_due(every: int | None) -> bool:
+        return every is not None and state.step % every == 0
+
     try:
         while True:
             # the validation of this step, or one that was missing when the run was resumed
@@ -117,8 +122,12 @@ def _train(config: RunConfig, run: RunDirectory, ranks: Ranks, stop: StopRequest
 
             # forward, backward and update, see step.py
             metrics, stopping = setup.take_step(batches, stop)
+            ending = stopping or setup.is_last_step or setup.bad_images.too_many
+            saving = ending or setup.validation_is_due or is_due(training.save_every_steps)
+            if saving or is_due(training.check_ranks_every_steps):
+                check_agreement(state.model, ranks, state.step)
 
-            if state.step % training.log_every_steps == 0 or setup.is_last_step:
+            if is_due(training.log_every_steps) or setup.is_last_step:
                 means = to_numbers(ranks.mean(metrics))
                 means["epoch"] = state.step / setup.steps_per_epoch
                 means["skipped_steps"] = state.skips.total
@@ -129,15 +138,9 @@ def _train(config: RunConfig, run: RunDirectory, ranks: Ranks, stop: StopRequest
             if run_logger is not None:
                 run_logger.advance()
 
-            ending = stopping or setup.is_last_step or setup.bad_images.too_many
-            save = ending or setup.validation_is_due or state.step % training.save_every_steps == 0
-            check = training.check_ranks_every_steps
-            if save or (check is not None and state.step % check == 0):
-                check_agreement(state.model, ranks, state.step)
-            if save:
-                ranks.on_first(
-                    lambda: run.save(state, training.keep_checkpoints, final=ending)  # noqa: B023
-                )
+            if saving:  # before the validation, which a signal may cut short
+                save = partial(run.save, state, training.keep_checkpoints, final=ending)
+                ranks.on_first(save)
                 _write_status(run, ranks, setup, "running")
     except Exception as error:
         explained = explain(error, ranks.monitor)

@@ -60,14 +60,14 @@ class TrainingStep:
         self.total_steps = total_steps
         self.bad_images = bad_images
         # each network has a DistributedDataParallel of its own, whose backward averages gradients
-        self.discriminator: nn.Module | None = None
+        self.ddp_discriminator: nn.Module | None = None
         if state.model.adversary is None:
-            self.autoencoder = distribute(state.model, ranks)
+            self.ddp_autoencoder = distribute(state.model, ranks)
         else:  # which is part of the model, but is not reached by the autoencoder's backward
             discriminator = state.model.adversary.discriminator
-            self.discriminator = distribute(RealAndFake(discriminator), ranks)
+            self.ddp_discriminator = distribute(RealAndFake(discriminator), ranks)
             discriminator.requires_grad_(False)
-            self.autoencoder = distribute(state.model, ranks)
+            self.ddp_autoencoder = distribute(state.model, ranks)
             discriminator.requires_grad_(True)
 
     def __call__(self, batches: Iterator[Batch], stop: StopRequest | None = None) -> StepResult:
@@ -112,28 +112,30 @@ class TrainingStep:
             dropout = generator_for("dropout", training.seed, state.step, self.ranks.rank, micro)
             torch.manual_seed(dropout.initial_seed())
 
-            with nullcontext() if last else no_sync(self.autoencoder):
+            with nullcontext() if last else no_sync(self.ddp_autoencoder):
                 with autocast:
                     out = model.step(
                         images,
                         state.step,
                         "train",
-                        forward=self.autoencoder,
+                        forward=self.ddp_autoencoder,
                         noise=noise,
                         equivariance=equivariance,
                     )
-                backward(out.total / micro_batches, state.autoencoder.scaler)
+                scaler: torch.amp.GradScaler = state.autoencoder.scaler  # scales in fp16 alone
+                scaler.scale(out.total / micro_batches).backward()  # type: ignore[no-untyped-call]
             metrics = {**out.log, **latent_moments(out.posterior, "train")}
             metrics["train/psnr"] = mean_psnr(out.target, out.reconstruction.detach())
             loss = metrics["train/total_loss"]
 
             if adversary is not None:
-                with nullcontext() if last else no_sync(self.discriminator):
+                with nullcontext() if last else no_sync(self.ddp_discriminator):
                     with autocast:
                         disc_loss, log = adversary.discriminator_loss(
-                            out.target, out.reconstruction.detach(), forward=self.discriminator
+                            out.target, out.reconstruction.detach(), forward=self.ddp_discriminator
                         )
-                    backward(disc_loss / micro_batches, networks[1].scaler)
+                    scaler = networks[1].scaler
+                    scaler.scale(disc_loss / micro_batches).backward()  # type: ignore[no-untyped-call]
                 metrics |= log
                 loss = loss + metrics["train/disc_loss"]
 
@@ -209,11 +211,6 @@ def no_sync(module: nn.Module | None) -> AbstractContextManager[None]:
     if isinstance(module, DistributedDataParallel):
         return module.no_sync()
     return nullcontext()
-
-
-def backward(loss: Tensor, scaler: torch.amp.GradScaler) -> None:
-    """Add the gradient of a scalar loss, scaled in fp16."""
-    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
 
 def posterior_noise(model: AutoEncoderKL, batch: Batch, purpose: str, *key: int) -> Tensor:

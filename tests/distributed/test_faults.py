@@ -57,6 +57,7 @@ def assert_first_rank_failed(running: Running, run: str, reason: str) -> None:
     assert status(run)["reason"].startswith(f"RunError: {reason}")
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_lost_ends_the_others_with_an_error_that_names_it(project: Path) -> None:
     scenarios = (killed_under_torchrun, killed, stopped, store_stopped, restarted)
     faulty_loss(project)
@@ -200,6 +201,7 @@ def images_of_step(step: int, rank: int) -> str:
     return ", ".join(train_set.source.name(index) for _, index, _ in keys)
 
 
+@pytest.mark.slow
 def test_signals_and_another_number_of_ranks_after_them(project: Path, caplog: Any) -> None:
     """To torchrun, which passes them on to all, and to one rank."""
     arguments = ["training.validate_every_steps=100000", "data.num_workers=1"]

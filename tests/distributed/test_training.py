@@ -92,6 +92,7 @@ def test_validation_is_exact_whatever_the_number_of_images(
             assert results[2][number][key] == pytest.approx(value, rel=1e-6, abs=1e-6), key
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_ranks(project: Path) -> None:
     """1 -> 2 -> 1 ranks take the same samples in the same steps as one rank throughout."""
     arguments = ["tiny.yaml", "training.validate_every_steps=100"]

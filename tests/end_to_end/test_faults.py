@@ -54,6 +54,7 @@ def limit_files(running: Running, size: int) -> None:
     resource.prlimit(running.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
+@pytest.mark.slow
 def test_a_full_disk(project: Path, caplog: Any) -> None:
     """Throughout; for a while; and at the last save."""
     arguments = [*faulty_loss(project), "training.save_every_steps=2"]
