@@ -156,7 +156,7 @@ MISTAKES = {
         ["training.freeze=[decoder.conv_out.*]"],
         "disc_weighting=global: needs the gradient of the last layer",
     ),
-    "frozen nothing": (["training.freeze=[enc.*]"], "training.freeze=enc.*: no parameter has such"),
+    "frozen nothing": (["training.freeze=[enc.*]"], "training.freeze=enc.*: matches no parameter"),
     "no such average": (
         ["model.params.monitor=val_ema/psnr", "training.ema_decay=null"],
         "model.params.monitor=val_ema/psnr: not a validation metric; choose one of val/",
