@@ -370,7 +370,7 @@ class OnlyMSE(nn.Module):
     for line in metrics("run"):  # the total is there though the loss does not name it
         split = "val" if "val/psnr" in line else "train"
         assert line[f"{split}/total_loss"] == line[f"{split}/rec_loss"]
-    others = ["--checkpoint", "run", "--import", "my_parts", "--out", "out"]
+    others = ["--checkpoint", "run", "--import", "my_parts", "--out", "out", "--num-workers", "0"]
     assert main(["reconstruct", "--images", "images", *others]) == 0
     assert train("--run-dir", "run", "--import", "no_such_parts", *own) == 2
     assert "--import no_such_parts: No module named" in capsys.readouterr().err
