@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
     import time
     from contextlib import suppress
 
+    from kl_vae.checkpoints.run_directory import METRICS
     from kl_vae.runtime.files import display_name
-    from kl_vae.training.run_directory import METRICS
     from kl_vae.visual.report.directory import check_run_directory, read_run
     from kl_vae.visual.report.metrics_file import MetricsFile
     from kl_vae.visual.report.page import REPORT, check_output, write_page

@@ -12,10 +12,17 @@ from typing import Any
 
 import yaml
 
-from kl_vae.checkpoints.run_directory import BEST, FOLDER, list_checkpoints
+from kl_vae.checkpoints.run_directory import (
+    BAD_IMAGES,
+    BEST,
+    CONFIG,
+    FOLDER,
+    METRICS,
+    SAMPLES,
+    STATUS,
+    list_checkpoints,
+)
 from kl_vae.runtime.files import display_name
-from kl_vae.training.guards import BAD_IMAGES
-from kl_vae.training.run_directory import CONFIG, METRICS, SAMPLES, STATUS
 from kl_vae.visual.report.liveness import describe_silence, is_locked
 from kl_vae.visual.report.metrics_file import MetricsFile
 from kl_vae.visual.report.run_reading import RunReading

@@ -7,7 +7,7 @@ import struct
 import sys
 from pathlib import Path
 
-from kl_vae.training.run_lock import LOCK
+from kl_vae.checkpoints.run_directory import LOCK
 
 # C's struct flock of 64-bit systems: Linux has type, whence, start, length, pid
 _LAYOUTS = {"linux": ("hhqqi", 0), "darwin": ("qqihh", 3)}  # and where the type stands

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from kl_vae.training.run_directory import SAMPLES
+from kl_vae.checkpoints.run_directory import SAMPLES
 from kl_vae.visual.report.run_reading import RunReading
 
 MAX_STEPS = 1000  # of a name

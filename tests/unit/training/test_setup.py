@@ -1,9 +1,10 @@
-"""How a step's images are shared, at the start and when a run goes on."""
+"""How a step's images are divided, at the start and on a resume, and what is frozen."""
 
 import pytest
 
+from kl_vae import AutoEncoderKL
 from kl_vae.training.config import TrainingConfig
-from kl_vae.training.global_batch import divide_batch
+from kl_vae.training.setup import divide_batch, freeze
 
 
 def config(images: int = 24, accumulate: int = 1) -> TrainingConfig:
@@ -43,9 +44,7 @@ def test_another_number_of_ranks_never_has_larger_micro_batches(
 
 def test_a_number_of_ranks_that_does_not_divide_is_refused() -> None:
     _, plan = divide_batch(config(24), 2)
-    text = (
-        "global_batch_size=24: cannot be divided among 5 ranks; go on with a number of ranks that"
-    )
+    text = "global_batch_size=24: cannot be divided among 5 ranks; resume on a number of ranks that"
     with pytest.raises(ValueError, match=text):
         divide_batch(config(24), 5, plan)
 
@@ -56,3 +55,32 @@ def test_another_accumulation_is_taken_as_given() -> None:
         6,
         {"accumulate_batches": 6, "micro_batch_size": 2},
     )
+
+
+def test_patterns_choose_by_name(tiny_model: AutoEncoderKL) -> None:
+    freeze(tiny_model, ["encoder.*", "quant_conv.*", "decoder.*.bias"])
+    for name, p in tiny_model.named_parameters():
+        frozen = name.startswith(("encoder.", "quant_conv.")) or (
+            name.startswith("decoder.") and name.endswith(".bias")
+        )
+        assert p.requires_grad != frozen, name
+    assert len(tiny_model.own_parameters()) == sum(p.requires_grad for p in tiny_model.parameters())
+
+
+def test_no_pattern_freezes_nothing(tiny_model: AutoEncoderKL) -> None:
+    freeze(tiny_model, ())
+    assert all(p.requires_grad for p in tiny_model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("patterns", "error"),
+    [
+        (["encoder"], r"training.freeze=encoder: matches no parameter; there are encoder"),
+        (["*"], "training.freeze: leaves nothing of the autoencoder to train; drop some"),
+    ],
+)
+def test_what_makes_no_sense_is_named(
+    patterns: list[str], error: str, tiny_model: AutoEncoderKL
+) -> None:
+    with pytest.raises(ValueError, match=error):
+        freeze(tiny_model, patterns)
