@@ -10,16 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from kl_vae import AutoEncoderKL
-from kl_vae.benchmark.latents import write_pictures
 from kl_vae.checkpoints.checkpoint import write_checkpoint
 from kl_vae.cli.main import main
 from kl_vae.data import (
     LatentDataset,
     center_crop,
-    list_images,
     read_image,
     resize_short_side,
     to_float,
@@ -161,31 +158,3 @@ def test_the_library_is_asked_for_before_anything_is_encoded(
     message = 'writing safetensors files needs: pip install "kl-vae[formats]"'
     assert capsys.readouterr().err.splitlines()[-1].endswith(message)
     assert not Path("out").exists()
-
-
-def test_an_epoch_over_latents_is_measured(
-    project: Path, tiny_ddconfig: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = {"model": {"params": {"ddconfig": tiny_ddconfig, "embed_dim": 3}}}
-    Path("tiny.yaml").write_text(yaml.safe_dump(config))
-    arguments = "--config tiny.yaml --size 16 --number 20 --batch-size 8 --num-workers 0"
-    arguments += " --repeats 1 --device cpu --out latents.json"
-    assert main(["benchmark", "latents", *arguments.split()]) == 0
-    printed = capsys.readouterr().out.splitlines()
-    figures = json.loads(Path("latents.json").read_text())
-    assert figures["number"] == 20 and figures["checked"] == 8
-    assert figures["ratio"] == figures["encode_seconds"] / figures["epochs"]["median"] > 1.0
-    assert printed[0].startswith("20 images of 16 x 16 by tiny.yaml, and their moments in fp16 (0.")
-    assert f"| {figures['ratio']:.1f} |" in printed[4]
-    message = (
-        "Of 8 images the latents that were read are compared with the model's and are the same"
-    )
-    assert printed[-3].startswith(message)
-
-
-@pytest.mark.parametrize("channels", [1, 4, 5])
-def test_pictures_of_any_channels(tmp_path: Path, channels: int) -> None:
-    write_pictures(tmp_path / "images", 2, 16, channels)
-    folder = tmp_path / "images"
-    path, _ = list_images(folder, channels)
-    assert read_image(folder / path, channels).shape == (channels, 16, 16)
