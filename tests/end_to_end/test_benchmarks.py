@@ -95,8 +95,8 @@ def test_a_gan_step(run: Callable[..., Any]) -> None:
 
 @pytest.mark.slow
 def test_memory(run: Callable[..., Any]) -> None:
-    rows = run("memory", "--size", "32", "--step-size", "16")
-    assert {row["work"] for row in rows} == {"decode", "encode", "step"}
+    rows = run("memory", "--size", "16")
+    assert {"diffusers", "ours"} < set(named(rows))
     assert all(row["peak"] > row["added"] >= 0 for row in rows)
 
 
@@ -113,7 +113,7 @@ def test_what_tiles_change(
     model = AutoEncoderKL(tiny_ddconfig, 4, latents={"scale_factor": 1.0})
     model.save_compvis("tiny.safetensors")
     compare = partial(script("tiling").compare_reconstructions, "tiny.safetensors", "images")
-    changes = named(compare(8, CPU))
+    changes = named(compare(16, CPU))
     assert changes["exact"]["largest"] < 0.01
     assert changes["blend"]["largest"] > changes["exact"]["largest"]
     with pytest.raises(ValueError, match="not larger than --tile 64"):
