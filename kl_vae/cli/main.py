@@ -20,7 +20,6 @@ COMMANDS = (
     "sample",
     "export",
     "convert",
-    "benchmark",
 )
 
 
