@@ -10,7 +10,6 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from io import BytesIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,9 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from kl_vae.checkpoints.pickle_check import PickleCheck
-from kl_vae.checkpoints.stand_ins import StandIn, standing_in
-from kl_vae.checkpoints.torch_file import read_torch_file
+from kl_vae.checkpoints.torch_file import StandIn, read_torch_file
 from tests.hostile_files import (
     KEY,
     call,
@@ -48,15 +45,11 @@ class ModelCheckpoint:
         raise AssertionError("the class itself was used")
 
 
-class DictConfig(dict[str, Any]):
+class AttributeDict(dict[str, Any]):
     """Of the kind whose pickle fills it, then sets its attributes."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return DictConfig, ({"flags": None},), {"_parent": None}, None, iter(self.items())
-
-
-class ListConfig(list[Any]):
-    pass
+        return AttributeDict, ({"flags": None},), {"_parent": None}, None, iter(self.items())
 
 
 class Metadata:
@@ -74,7 +67,8 @@ class Made:
 
 PACKAGES = {
     "pytorch_lightning.callbacks.model_checkpoint": [ModelCheckpoint],
-    "omegaconf.dictconfig": [DictConfig, ListConfig, Metadata],
+    "omegaconf.base": [Metadata],
+    "pytorch_lightning.utilities.parsing": [AttributeDict],
     "ldm.util": [instantiate_from_config],
 }
 
@@ -104,8 +98,7 @@ def of_a_trainer() -> dict[str, Any]:
         "state_dict": {"weight": WEIGHT},
         "callbacks": {ModelCheckpoint: {"best": torch.tensor(0.5)}},
         "callback": ModelCheckpoint("val/rec_loss"),
-        "hyper_parameters": DictConfig(ch=128, nested=DictConfig(z=4), last=WEIGHT),
-        "list": ListConfig([1, DictConfig(a=2)]),
+        "hyper_parameters": AttributeDict(ch=128, nested=AttributeDict(z=4), last=WEIGHT),
         "metadata": metadata,
         "made": Made(),
         "args": argparse.Namespace(lr=1e-4, path=pathlib.PosixPath("/data")),
@@ -154,7 +147,6 @@ def test_checkpoints_of_trainers_are_read(
     filled = loaded["hyper_parameters"]
     assert type(filled) is OrderedDict and filled.keys() == {"ch", "nested", "last"}
     assert filled["nested"] == {"z": 4} and torch.equal(filled["last"], WEIGHT)
-    assert loaded["list"] == [1, {"a": 2}] and type(loaded["list"]) is list
     assert loaded["default"] == {"a": [1]} and loaded["deque"] == [1, 2]
     stand_ins = [loaded[key] for key in ("metadata", "made", "args", "object")]
     for x in [*stand_ins, *loaded["numpy"], *loaded["dates"], *loaded["builtins"]]:
@@ -199,34 +191,9 @@ assert "torchmetrics" not in sys.modules
         (named("torch.nn.modules.conv.Conv2d"), "it names torch.nn.modules.conv.Conv2d"),
         (named("pytorch_lightning_.Trainer"), "it names pytorch_lightning_.Trainer"),
         (named("numpy.load"), "it names numpy.load"),
-        (named("pathlib.os.system b"), "it names pathlib.os.system b"),
         (
             call("omegaconf.DictConfig", dict_of((text("a"), call("posix.system", text("b"))))),
             "it names posix.system",
-        ),
-        (
-            call("omegaconf.DictConfig") + tuple_of(text("b")) + b"R",
-            "REDUCE of a stand-in with a tuple, which torch.save does not write",
-        ),
-        (
-            call("omegaconf.DictConfig") + text("a") + b"Ns" + b"Na",
-            "a stand-in filled like a list, which torch.save does not write",
-        ),
-        (
-            call("omegaconf.DictConfig") + b"]b" + text("a") + b"Ns",
-            "a stand-in filled like a dict, which torch.save does not write",
-        ),
-        (
-            call("omegaconf.DictConfig") + text("a") + b"Ns" + b"]b",
-            "BUILD of a stand-in with a list of lists, which torch.save does not write",
-        ),
-        (
-            call("collections.OrderedDict", tensor()),
-            "REDUCE of collections.OrderedDict with .'tensor'., which torch.save does not write",
-        ),
-        (
-            call("collections.OrderedDict", b"]" + tensor() + b"a"),
-            "REDUCE of collections.OrderedDict with .'list'., which torch.save does not write",
         ),
     ],
 )
@@ -241,10 +208,7 @@ def test_what_nothing_stands_in_for_is_refused(
         write_legacy(path, state_dict(tensor(legacy=b"N"), extra=extra))
     else:
         write_zip(path, state_dict(extra=extra))
-    error = (
-        rf"^{path}: not a checkpoint of tensors and plain values \({reason}\); nothing in it was "
-        r"executed; export its state_dict alone with torch\.save$"
-    )
+    error = rf"^{path}: .*{reason}.*nothing in it was executed"
     with pytest.raises(ValueError, match=error):
         read_torch_file(path)
     assert set(torch.serialization.get_safe_globals()) == set(before)
@@ -257,18 +221,6 @@ def test_nasty_arguments_of_stand_ins_do_nothing(tmp_path: Path) -> None:
     write_zip(tmp_path / "last.ckpt", state_dict(extra=extra))
     loaded = read_torch_file(tmp_path / "last.ckpt")
     assert isinstance(loaded["extra"], StandIn) and torch.equal(loaded[KEY], torch.zeros(4))
-
-
-def test_what_was_allowed_before_stays_and_errors_leave_nothing(tmp_path: Path) -> None:
-    with torch.serialization.safe_globals([Metadata]):
-        before = set(torch.serialization.get_safe_globals())
-        with pytest.raises(KeyError), standing_in({CALLBACK: StandIn, "yacs.A": OrderedDict}):
-            allowed = set(torch.serialization.get_safe_globals()) - before
-            assert {name for _, name in allowed} == {CALLBACK, "yacs.A"}  # type: ignore[misc]
-            raise KeyError
-        assert set(torch.serialization.get_safe_globals()) == before
-        with standing_in({}):
-            assert set(torch.serialization.get_safe_globals()) == before
 
 
 def test_threads_read_at_once(tmp_path: Path) -> None:
@@ -287,9 +239,3 @@ def test_threads_read_at_once(tmp_path: Path) -> None:
         thread.join()
     assert len(read) == 80 and all(isinstance(x, StandIn) for x in read)
     assert set(torch.serialization.get_safe_globals()) == before
-
-
-def test_the_storages_of_a_pickle_are_listed() -> None:
-    check = PickleCheck()
-    check.follow(BytesIO(state_dict(extra=tensor(storage=("7", 5), kind="torch.cuda.HalfStorage"))))
-    assert check.storages == {"0": 16, "7": 10} and check.makes == {}
