@@ -29,7 +29,10 @@ _NOT_PLAIN = (
 )
 _UNPACKS = r"unpacks to more than it holds \(%s\); "
 _NO_SAFETENSORS = r"cannot be read as safetensors \(%s\); is the file whole\? Copy or download"
-_REFUSED = r"(cannot be read as a checkpoint|not a checkpoint of tensors|not a dense|unpacks to|not the whole)"
+_REFUSED = (
+    r"(cannot be read as a checkpoint|not a checkpoint of tensors|not a dense|unpacks to"
+    r"|not the whole)"
+)
 
 ERRORS = {
     "empty.ckpt": _NOT_READ % "neither a zip file nor a pickle",
