@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kl_vae.encoder import Encoder
     from kl_vae.losses import register_loss
     from kl_vae.model import AutoEncoderKL
+    from kl_vae.visual.report import report
 
 __all__ = [
     "AutoEncoderKL",
@@ -31,6 +32,7 @@ __all__ = [
     "register_block",
     "register_loss",
     "register_normalization",
+    "report",
 ]
 
 # imported when first used: `kl-vae --help` lies below this package and should not wait for torch
@@ -46,6 +48,7 @@ _MODULES = {
     "register_block": "blocks",
     "register_loss": "losses",
     "register_normalization": "blocks",
+    "report": "visual.report",
 }
 
 
