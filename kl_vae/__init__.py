@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kl_vae.losses import register_loss
     from kl_vae.model import AutoEncoderKL
     from kl_vae.training.loop import TrainingResult, train
+    from kl_vae.visual.report import report
 
 __all__ = [
     "AutoEncoderKL",
@@ -45,6 +46,7 @@ __all__ = [
     "register_normalization",
     "sample",
     "train",
+    "report",
 ]
 
 # imported when first used: `kl-vae --help` lies below this package and should not wait for torch
@@ -70,6 +72,7 @@ _MODULES = {
     "register_normalization": "blocks",
     "sample": "inference.sample",
     "train": "training.loop",
+    "report": "visual.report",
 }
 
 
