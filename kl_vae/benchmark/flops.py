@@ -49,7 +49,7 @@ def count_flops(
         with counter, sdpa_kernel(SDPBackend.MATH):
             if work == "step":
                 reconstruction, posterior = model(images, noise=latents)
-                (reconstruction.mean() + posterior.kl().mean()).backward()
+                (reconstruction.mean() + posterior.kl().mean()).backward()  # type: ignore[no-untyped-call]
             else:
                 with torch.no_grad():
                     model.encode(images) if work == "encode" else model.decode(latents)

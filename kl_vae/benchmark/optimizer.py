@@ -105,7 +105,7 @@ def compare_optimizers(
 
     def pass_image() -> None:
         reconstruction, _ = model(image)
-        (image - reconstruction).abs().mean().backward()
+        (image - reconstruction).abs().mean().backward()  # type: ignore[no-untyped-call]
         model.zero_grad(set_to_none=True)
 
     updated = copy.deepcopy(model)  # so that the updates keep their gradients

@@ -7,12 +7,12 @@ import logging
 from functools import partial
 from pathlib import Path
 
+from kl_vae.accel.compilation import check_compiler, compile_parts, uncompiled
 from kl_vae.checkpoints.run_directory import newest_checkpoint
 from kl_vae.data import StepSampler, batch_loader, validation_batches
 from kl_vae.runtime.device import deterministic
 from kl_vae.runtime.distributed import Ranks, check_agreement, connect, explain
 from kl_vae.training.checkpoints import Checkpoints
-from kl_vae.training.compilation import check_compiler, compile_parts, uncompiled
 from kl_vae.training.config import RunConfig
 from kl_vae.training.figures import as_figures, scalar
 from kl_vae.training.global_batch import divide_batch
@@ -121,7 +121,7 @@ def _train(
 
     # what a step needs
     if training.compile:
-        compile_parts(model, training)
+        compile_parts(model, dynamic=training.equivariance > 0)
     autoencoder, discriminator = wrap(model, ranks)
     bad_images = BadImages(
         run, ranks, len(train_set) + len(val_set or ()), config.data.max_bad_fraction
@@ -163,7 +163,7 @@ def _train(
             cut_short = False
             if val_set is not None and milestone and state.validated_step < state.step:
                 batches_of_val = load(val_set, val_batches)
-                with uncompiled(training):
+                with uncompiled(training.compile):
                     val_figures = validate(
                         *(model, batches_of_val, state.step, config, ranks, bad_images, averaged),
                         stop=lambda: stop.signal is not None,
@@ -174,7 +174,7 @@ def _train(
                     saved = False
                     if model.monitor is not None:
                         state.note_best(model.monitor, scalar(val_figures, model.monitor))
-                    with uncompiled(training):
+                    with uncompiled(training.compile):
                         pictures = ranks.on_first(
                             lambda: draw_pictures(
                                 averaged or model, val_set, training.sample_images

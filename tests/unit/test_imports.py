@@ -34,6 +34,7 @@ SIDEWAYS = {
     "metrics": {"losses"},
 }
 
+
 def part_of(module: str) -> str:
     """`kl_vae.losses.elbo` -> losses; kl_vae itself -> __init__."""
     return module.split(".")[1] if "." in module else "__init__"

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from kl_vae.accel.winograd_conv import WinogradConv2d
 from torch import Tensor, nn
 
 from kl_vae import AutoEncoderKL, register_block
 from kl_vae.accel.accelerate import accelerate, accelerate_as
-from kl_vae.accel.winograd_conv import WinogradConv2d
 from kl_vae.blocks import ACTIVATION_CHECKPOINTING, ResnetBlock
 
 WAYS = {

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from kl_vae.accel.norm_silu import norm_silu
 from torch import Tensor, nn
 
-from kl_vae.accel.norm_silu import norm_silu
 from kl_vae.blocks import Normalize
 
 

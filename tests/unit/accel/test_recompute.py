@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from kl_vae.accel.recompute import norm_silu, norm_silu_conv
 from torch import Tensor, nn
 
 from kl_vae import AutoEncoderKL
-from kl_vae.accel.recompute import norm_silu, norm_silu_conv
 from kl_vae.blocks import ResnetBlock, activate
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from kl_vae.accel.recompute import norm_silu_conv
 from kl_vae.accel.winograd_conv import WinogradConv2d, convolve, suits
+from torch import Tensor, nn
 
 
 def test_where_it_suits(monkeypatch: pytest.MonkeyPatch) -> None:
