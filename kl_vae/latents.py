@@ -54,7 +54,7 @@ class LatentNormalization:
         elif self.mean is not None and self.std is not None:
             if len(self.mean) != len(self.std):
                 errors.append(
-                    f"std has {len(self.std)} values, mean {len(self.mean)}; give one per channel"
+                    f"std has {len(self.std)} values, mean {len(self.mean)}; give one a channel"
                 )
             if not all(map(math.isfinite, self.mean)):
                 errors.append("mean: must be finite numbers")
