@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from kl_vae.accel.convolution import suits
 
 from kl_vae import AutoEncoderKL
 from kl_vae.accel.accelerate import accelerate_as
+from kl_vae.accel.convolution import suits
 from kl_vae.checkpoints.diffusers_layout import to_diffusers
 from kl_vae.checkpoints.presets import PRESETS
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from kl_vae.accel.convolution import WinogradConv2d
 from torch import Tensor, nn
 
 from kl_vae import AutoEncoderKL, register_block
 from kl_vae.accel.accelerate import accelerate, accelerate_as
 from kl_vae.accel.checkpointing import ACTIVATION_CHECKPOINTING
+from kl_vae.accel.convolution import WinogradConv2d
 from kl_vae.blocks import ResnetBlock
 
 VARIANTS = {

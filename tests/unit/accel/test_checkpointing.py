@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kl_vae.accel.checkpointing import norm_silu, norm_silu_conv
 from torch import Tensor, nn
 
 from kl_vae import AutoEncoderKL
+from kl_vae.accel.checkpointing import norm_silu, norm_silu_conv
 from kl_vae.accel.resnet_block import FastResnetBlock, activate
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -198,7 +198,9 @@ def test_copies_keep_the_kind_and_state_dicts_do_not_know_it(tiny_model: AutoEnc
     tiny_model.set_activation_checkpointing("blocks")
     assert list(tiny_model.state_dict()) == keys
     for other in (copy.deepcopy(tiny_model), pickle.loads(pickle.dumps(tiny_model))):
-        kinds = {m.activation_checkpointing for m in other.modules() if isinstance(m, FastResnetBlock)}
+        kinds = {
+            m.activation_checkpointing for m in other.modules() if isinstance(m, FastResnetBlock)
+        }
         assert kinds == {"blocks"}
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from kl_vae.accel.checkpointing import norm_silu_conv
 from kl_vae.accel.convolution import WinogradConv2d, convolve, suits
-from torch import Tensor, nn
 
 
 def test_where_it_suits() -> None:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kl_vae.accel.resnet_block import activate
 from torch import Tensor, nn
 
+from kl_vae.accel.resnet_block import activate
 from kl_vae.blocks import Normalize
 
 

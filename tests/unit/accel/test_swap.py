@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.nn.utils import parametrize, prune
 
 from kl_vae import AutoEncoderKL, accelerate
 
@@ -57,7 +58,7 @@ def test_offloaded_weights_give_the_plain_models_images(
     else:
         library.cpu_offload_with_hook(model, execution_device=device)
     for found in (run(model, x), model(x, sample_posterior=False)[0].detach()):
-        assert (found - expected).abs().max() < (1e-5 if kind != "cpu_offload_with_hook" else 1e-4)
+        assert (found - expected).abs().max() < 1e-5
 
 
 def set_reflecting(model: AutoEncoderKL) -> None:
@@ -66,17 +67,17 @@ def set_reflecting(model: AutoEncoderKL) -> None:
         conv._reversed_padding_repeated_twice = [1, 1, 1, 1]
 
 
-def parametrize(model: AutoEncoderKL) -> None:
+def parametrize_weights(model: AutoEncoderKL) -> None:
     class Doubled(nn.Module):
         def forward(self, weight: Tensor) -> Tensor:
             return 2.0 * weight
 
     for module in (block(model).conv1, block(model).norm2, model.decoder.up[1].upsample.conv):
-        torch.nn.utils.parametrize.register_parametrization(module, "weight", Doubled())
+        parametrize.register_parametrization(module, "weight", Doubled())
 
 
-def prune(model: AutoEncoderKL) -> None:
-    torch.nn.utils.prune.l1_unstructured(block(model).conv2, "weight", 0.5)
+def prune_weights(model: AutoEncoderKL) -> None:
+    prune.l1_unstructured(block(model).conv2, "weight", 0.5)
 
 
 def replace_forwards(model: AutoEncoderKL) -> None:
@@ -102,8 +103,8 @@ def regroup(model: AutoEncoderKL) -> None:
 
 CHANGES: list[Change] = [
     set_reflecting,
-    parametrize,
-    prune,
+    parametrize_weights,
+    prune_weights,
     replace_forwards,
     hook_outputs,
     hook_inputs,
@@ -135,7 +136,7 @@ def test_gradients_of_a_changed_model_are_those_of_the_plain_one(
         if other is model:
             model.set_activation_checkpointing(checkpointing)
         replace_forwards(other)
-        parametrize(other)
+        parametrize_weights(other)
         other(x, sample_posterior=False)[0].square().mean().backward()
         gradients.append({name: p.grad for name, p in other.named_parameters()})
     for name, expected in gradients[0].items():
@@ -164,11 +165,11 @@ def test_every_kind_of_hook_is_called(model: AutoEncoderKL, x: Tensor) -> None:
 def test_weights_on_meta_are_never_computed_with(model: AutoEncoderKL, x: Tensor) -> None:
     accelerate(model)
     meta = copy.deepcopy(model).to("meta")
-    assert run(meta, x.to("meta")).is_meta
     with pytest.raises((RuntimeError, NotImplementedError)):
         run(meta, x).sum().item()  # no numbers come of it
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch, under vmap and jvp
 def test_functional_transforms_see_the_plain_code(model: AutoEncoderKL, x: Tensor) -> None:
     decoder, z = model.decoder, torch.randn(2, 4, 24, 24)
     tangent = torch.randn_like(z)
@@ -193,7 +194,7 @@ def test_copies_pickles_and_exports_compute_the_same(model: AutoEncoderKL, x: Te
         assert torch.equal(run(other, x), expected)
     z = torch.randn(1, 4, 24, 24)
     size = torch.export.Dim("size", min=4, max=64)
-    exported = torch.export.export(model.decoder, (z,), dynamic_shapes=({2: size, 3: size}, None))
+    exported = torch.export.export(model.decoder, (z,), dynamic_shapes=({2: size, 3: size},))
     for side in (24, 32):
         z = torch.randn(1, 4, side, side)
         with torch.no_grad():
