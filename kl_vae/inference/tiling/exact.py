@@ -113,15 +113,20 @@ def _refuse_others(
 ) -> None:
     # what is not called here: a subclass, a hook or another forward may compute something else
     for part in parts:
-        plain = is_untouched(part, *known) and not any(p.is_meta for p in part.parameters())
-        if isinstance(part, nn.Conv2d):
-            plain = plain and part.padding_mode == "zeros"
-        if not plain:
-            raise ValueError(
-                f"mode='exact': {names[part]} is a {type(part).__name__}, or has hooks or another "
-                "forward, which cannot be computed in strips; use mode='whole', or 'blend' where "
-                "that does not fit into the memory"
-            )
+        if type(part) not in known:
+            what = f"is a {type(part).__name__}"
+        elif (
+            not is_untouched(part, *known)
+            or any(parameter.is_meta for parameter in part.parameters())
+            or (isinstance(part, nn.Conv2d) and part.padding_mode != "zeros")
+        ):
+            what = "was changed (hooks, another forward or padding, offloaded weights)"
+        else:
+            continue
+        raise ValueError(
+            f"mode='exact': {names[part]} {what}, which cannot be computed in strips; "
+            "use mode='whole', or 'blend' where that does not fit into the memory"
+        )
 
 
 def _level(part: nn.Module, x: FeatureMap) -> FeatureMap:
