@@ -38,7 +38,7 @@ from operations import count_operations
 from torch import Tensor, nn
 
 from kl_vae import AutoEncoderKL, accelerate
-from kl_vae.checkpoints.diffusers_layout import to_diffusers
+from kl_vae.checkpoints.diffusers import to_diffusers
 from kl_vae.losses import LPIPSWithDiscriminator
 from kl_vae.optim.config import OptimizerConfig, build_optimizer
 

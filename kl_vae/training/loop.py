@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kl_vae.accel.compilation import uncompiled
 from kl_vae.checkpoints.run_directory import checkpoint_path
 from kl_vae.runtime.device import deterministic
 from kl_vae.runtime.distributed import Ranks, check_agreement, connect, explain
-from kl_vae.training.compilation import uncompiled
 from kl_vae.training.config import RunConfig
 from kl_vae.training.guards import StopRequest, stop_on_signals, workers_killed_on_error
 from kl_vae.training.logging import Metrics, RunLogger, to_numbers
@@ -162,7 +162,7 @@ def _validate(
     state, training = setup.state, setup.config.training
     average = None if state.average is None else state.average.model
     assert setup.val_set is not None and setup.val_loader is not None
-    with uncompiled(training):
+    with uncompiled(training.compile):
         metrics = validate(
             model=state.model,
             batches=setup.val_loader,

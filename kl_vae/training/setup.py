@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from kl_vae.accel.accelerate import accelerate
+from kl_vae.accel.compilation import check_compiler, compile_parts
 from kl_vae.checkpoints.run_directory import newest_checkpoint, read_metrics
 from kl_vae.data import (
     ImageDataset,
@@ -27,7 +28,6 @@ from kl_vae.data import (
 from kl_vae.losses.equivariance import Equivariance
 from kl_vae.model import AutoEncoderKL
 from kl_vae.runtime.distributed import Ranks
-from kl_vae.training.compilation import check_compiler, compile_parts
 from kl_vae.training.config import RunConfig, TrainingConfig
 from kl_vae.training.ema import WeightAverage
 from kl_vae.training.guards import BadImages
@@ -125,7 +125,7 @@ def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks) -> Setup:
     ranks.on_first(run.lock)
     ranks.on_first(lambda: run.prepare(plain, path, state))
     if training.compile:
-        compile_parts(model, training)
+        compile_parts(model, dynamic=training.equivariance > 0)
     number = len(train_set) + len(val_set or ())
     bad_images = BadImages(run.path, ranks, number, config.data.max_bad_fraction)
     batch_size = training.global_batch_size // (ranks.world_size * accumulate)

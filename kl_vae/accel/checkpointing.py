@@ -1,4 +1,4 @@
-"""Norm, SiLU and convolution of which the backward pass keeps the input alone.
+"""Activation checkpointing: norm, SiLU and convolution that keep their input alone.
 
 Autograd keeps three maps of each: the norm's input, the SiLU's and the convolution's. The last two
 are computed again from the first when the backward pass needs them (Chen et al. 2016, section 4:
@@ -10,14 +10,26 @@ B batch, C channels of the input, O of the output, H and W height and width, G g
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kl_vae.accel.hooks import has_hooks
-from kl_vae.accel.winograd_conv import WinogradConv2d, convolve, convolve_backward, takes
+from kl_vae.accel.convolution import (
+    CONVOLUTIONS,
+    WinogradConv2d,
+    convolve,
+    convolve_backward,
+    is_3_by_3,
+    takes,
+)
+from kl_vae.accel.group_norm import FLOAT32_NORMS
+from kl_vae.accel.swap import are_on, is_traced, is_untouched
+
+# What the backward pass computes again. none: what lies between a norm and its SiLU; norms: also
+# what lies between the SiLU and its convolution; blocks: whole residual blocks.
+ACTIVATION_CHECKPOINTING = ("none", "norms", "blocks")
 
 DEVICES = ("cpu", "cuda")  # whose group norm tells its statistics
 
@@ -49,39 +61,45 @@ def norm_silu_conv(
         dtype, norm_dtype = torch.get_autocast_dtype(kind), torch.float32
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     out: Tensor = _NormSiluConv.apply(
-        *(x, norm.weight, norm.bias, weight, bias, residual),
-        *(norm_dtype, norm.num_groups, norm.eps, (conv.stride, conv.padding, conv.dilation)),
-        isinstance(conv, WinogradConv2d) and takes(x, weight),
+        x,
+        norm.weight,
+        norm.bias,
+        weight,
+        bias,
+        residual,
+        norm_dtype,
+        norm.num_groups,
+        norm.eps,
+        (conv.stride, conv.padding, conv.dilation),
+        isinstance(conv, WinogradConv2d) and is_3_by_3(conv) and takes(conv, x),
     )
     return out
 
 
-def is_possible(x: Tensor, norm: nn.Module, norm_kind: type[nn.GroupNorm]) -> bool:
-    """Whether `norm_silu` stands for the module `norm`: a group norm of `norm_kind` and no other.
+def takes_norm(norm: nn.Module, x: Tensor) -> TypeGuard[nn.GroupNorm]:
+    """Whether `norm_silu` stands for the module `norm` with gradients: our group norm, untouched.
 
     While torch.compile traces it does not: the compiler itself finds what to compute again.
     """
     return (
-        not torch.compiler.is_compiling()
-        and torch.is_grad_enabled()
+        torch.is_grad_enabled()
+        and not is_traced()
         and x.device.type in DEVICES
-        and is_bare(norm, norm_kind)
+        and is_untouched(norm, *FLOAT32_NORMS)
+        and are_on(x.device, *norm.parameters())
     )
 
 
-def takes_conv(conv: nn.Conv2d) -> bool:
+def takes_conv(conv: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
     """Whether `norm_silu_conv` stands for the module `conv`: a convolution padded with zeros."""
     return (
-        is_bare(conv, nn.Conv2d, WinogradConv2d)
+        is_untouched(conv, *CONVOLUTIONS)
+        and isinstance(conv, nn.Conv2d)
         and conv.groups == 1
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
+        and are_on(x.device, *conv.parameters())
     )
-
-
-def is_bare(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether a module is of one of these very classes, and nobody waits at it (hooks)."""
-    return type(module) in kinds and not has_hooks(module)
 
 
 class _NormSilu(torch.autograd.Function):
@@ -161,8 +179,14 @@ class _NormSiluConv(torch.autograd.Function):
             )
         else:
             inner, weight_gradient, bias_gradient = _aten.convolution_backward(
-                *(gradient, active, weight),
-                *(None if bias is None else bias.shape, *geometry, False, [0, 0], 1),
+                gradient,
+                active,
+                weight,
+                None if bias is None else bias.shape,
+                *geometry,
+                False,
+                [0, 0],
+                1,
                 needed_of_conv,
             )
         del gradient, active  # maps are let go as soon as they can be
@@ -200,8 +224,16 @@ def _norm_backward(
     """The gradients of x, scale and shift where they are `needed`."""
     batch, channels, height, width = x.shape
     of_x, of_scale, of_shift = _aten.native_group_norm_backward(
-        *(_laid_out(gradient, x), _laid_out(x, x), mean, rstd, scale),
-        *(batch, channels, height * width, groups, list(needed)),
+        _laid_out(gradient, x),
+        _laid_out(x, x),
+        mean,
+        rstd,
+        scale,
+        batch,
+        channels,
+        height * width,
+        groups,
+        list(needed),
     )
     return of_x, of_scale, of_shift
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kl_vae import AutoEncoderKL
-from kl_vae.accel.recompute import norm_silu, norm_silu_conv
-from kl_vae.blocks import ResnetBlock, activate
+from kl_vae.accel.checkpointing import norm_silu, norm_silu_conv
+from kl_vae.accel.resnet_block import FastResnetBlock, activate
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
@@ -111,7 +111,7 @@ def test_only_what_takes_a_gradient_is_given_one(frozen: str) -> None:
 def test_under_autocast_the_norm_is_float32_and_the_convolution_is_not(
     precision: torch.dtype,
 ) -> None:
-    block = ResnetBlock(32, 64)
+    block = FastResnetBlock(32, 64)
     torch.manual_seed(0)
     x = torch.randn(2, 32, 6, 4).requires_grad_()
     results = []
@@ -148,7 +148,7 @@ def test_a_model_learns_the_same(
 def test_blocks_of_any_precision_learn_the_same() -> None:
     torch.manual_seed(0)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        block, x = ResnetBlock(32, 64).to(dtype), torch.randn(2, 32, 6, 4).to(dtype)
+        block, x = FastResnetBlock(32, 64).to(dtype), torch.randn(2, 32, 6, 4).to(dtype)
         gradients = []
         for kind in ("none", "norms", "blocks"):
             block.activation_checkpointing = kind
@@ -160,7 +160,7 @@ def test_blocks_of_any_precision_learn_the_same() -> None:
 
 def test_the_context_reaches_a_block_that_is_computed_twice() -> None:
     torch.manual_seed(0)
-    block = ResnetBlock(32, 32, context_channels=3)
+    block = FastResnetBlock(32, 32, context_channels=3)
     x, context = torch.randn(2, 32, 4, 4), torch.randn(2, 3).requires_grad_()
     gradients = []
     for kind in ("none", "norms", "blocks"):
@@ -175,7 +175,7 @@ def test_norms_and_convolutions_that_are_not_ours_are_called() -> None:
             return 2.0 * super().forward(x)
 
     x = torch.randn(1, 32, 4, 4)
-    block = ResnetBlock(32, 32)
+    block = FastResnetBlock(32, 32)
     block.norm1 = Doubling(32, 32)
     block.conv2 = nn.utils.parametrizations.weight_norm(block.conv2)
     plain = block(x)
@@ -185,7 +185,7 @@ def test_norms_and_convolutions_that_are_not_ours_are_called() -> None:
 
 
 def test_hooks_are_called() -> None:
-    block, seen = ResnetBlock(32, 32), []
+    block, seen = FastResnetBlock(32, 32), []
     block.activation_checkpointing = "norms"
     block.norm1.register_forward_hook(lambda *_: seen.append("norm1"))
     block.conv2.register_full_backward_hook(lambda *_: seen.append("conv2"))
@@ -198,7 +198,9 @@ def test_copies_keep_the_kind_and_state_dicts_do_not_know_it(tiny_model: AutoEnc
     tiny_model.set_activation_checkpointing("blocks")
     assert list(tiny_model.state_dict()) == keys
     for other in (copy.deepcopy(tiny_model), pickle.loads(pickle.dumps(tiny_model))):
-        kinds = {m.activation_checkpointing for m in other.modules() if isinstance(m, ResnetBlock)}
+        kinds = {
+            m.activation_checkpointing for m in other.modules() if isinstance(m, FastResnetBlock)
+        }
         assert kinds == {"blocks"}
 
 
@@ -211,7 +213,7 @@ def test_an_unknown_kind_is_named(tiny_model: AutoEncoderKL) -> None:
 def test_what_is_kept_for_the_backward_pass_falls_with_each_kind() -> None:
     """Bytes of the maps that twelve residual blocks keep, in units of one map."""
     torch.manual_seed(0)
-    blocks = nn.Sequential(*(ResnetBlock(32, 32) for _ in range(12)))
+    blocks = nn.Sequential(*(FastResnetBlock(32, 32) for _ in range(12)))
     parameters = {p.data_ptr() for p in blocks.parameters()}
     x = torch.randn(1, 32, 32, 32, requires_grad=True)
     kept: dict[str | None, float] = {}

@@ -5,12 +5,13 @@ B batch, C channels, O channels of the output, H and W height and width.
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kl_vae.accel.swap import are_float32_on_cpu, is_own
 from kl_vae.accel.winograd import INPUT_GRADIENT, winograd_convolve, winograd_weight_gradient
 
 # below these the direct convolution is as fast (measured)
@@ -18,62 +19,62 @@ FEWEST_CHANNELS = 64
 FEWEST_POSITIONS = 512
 FEWEST_POSITIONS_OF_WEIGHT_GRADIENT = 128
 
+# stride, padding, dilation, transposed, output padding, groups
+_GEOMETRY = [1, 1], [1, 1], [1, 1], False, [0, 0], 1
+
 _aten = torch.ops.aten
 
 
 class WinogradConv2d(nn.Conv2d):
     """A 3 x 3 convolution of stride 1 and padding 1 that is computed so where that pays.
 
-    Only the class tells it from `nn.Conv2d`: it has the same parameters, and on another device, in
-    another precision or compiled the same forward. `torch.func` can take its gradient, once, but
-    cannot map it or differentiate it forwards.
+    Only the class tells it from `nn.Conv2d`: it has the same parameters, and where something is not
+    as that needs (another device or precision, torch.compile, `torch.func`, a changed attribute)
+    the same forward.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not takes(x, self.weight):
+        if not (is_own(self, WinogradConv2d) and is_3_by_3(self) and takes(self, x)):
             return super().forward(x)
         out: Tensor = _Convolution.apply(x, self.weight, self.bias)
         return out
 
 
-def is_3_by_3(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Whether a module computes a 3 x 3 convolution of stride 1 and padding 1, and only that.
+CONVOLUTIONS = (nn.Conv2d, WinogradConv2d)
 
-    A subclass or a parametrization may compute something else.
-    """
+
+def is_3_by_3(conv: nn.Conv2d) -> bool:
+    """Whether this is a 3 x 3 convolution of stride 1 and a padding of 1 zero."""
     return (
-        type(module) in (nn.Conv2d, WinogradConv2d)
-        and isinstance(module, nn.Conv2d)
-        and module.kernel_size == (3, 3)
-        and module.stride == (1, 1)
-        and module.padding == (1, 1)
-        and module.dilation == (1, 1)
-        and module.groups == 1
-        and module.padding_mode == "zeros"
+        conv.kernel_size == (3, 3)
+        and conv.stride == (1, 1)
+        and conv.padding == (1, 1)
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
     )
 
 
-def suits(x: Tensor, weight: Tensor) -> bool:
-    """Whether `winograd_convolve` is possible for x [B, C, H, W], pays, and needs no gradient."""
-    return takes(x, weight) and _positions(x) >= FEWEST_POSITIONS and not torch.is_grad_enabled()
-
-
-def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether x [B, C, H, W] and the weight are what these convolutions can take."""
+def takes(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether x [B, C, H, W] and the parameters of `conv` are what `convolve` can take."""
+    weight = conv.weight
     return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        are_float32_on_cpu(x, weight, conv.bias)
         and x.dim() == 4
         and min(weight.shape[:2]) >= FEWEST_CHANNELS
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        and weight.shape[2:] == (3, 3)
     )
+
+
+def suits(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether `winograd_convolve` is possible for x [B, C, H, W], pays, and needs no gradient."""
+    return not torch.is_grad_enabled() and takes(conv, x) and _positions(x) >= FEWEST_POSITIONS
 
 
 def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None
 ) -> Tensor:
-    """[B, O, H, W]: the convolution of x, + residual, in the way that is faster; without gradients.
+    """Return the convolution of x, + residual, [B, O, H, W], by the faster algorithm.
 
     Args:
         x: [B, C, H, W]; `takes`.
@@ -90,7 +91,7 @@ def convolve(
 def convolve_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, has_bias: bool, needed: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, weight and bias where `needed`, each in the way that is faster.
+    """Return the gradients of x, weight and bias where `needed`, each by the faster algorithm.
 
     Args:
         gradient: of the output, [B, O, H, W].
@@ -112,8 +113,7 @@ def convolve_backward(
     rest[2] = has_bias and needed[2] and of_bias is None
     if any(rest):
         sizes = [len(weight)] if has_bias else None
-        geometry = [1, 1], [1, 1], [1, 1], False, [0, 0], 1
-        plain = _aten.convolution_backward(gradient, x, weight, sizes, *geometry, rest)
+        plain = _aten.convolution_backward(gradient, x, weight, sizes, *_GEOMETRY, rest)
         of_x, of_weight, of_bias = (
             fast if fast is not None else found
             for fast, found in zip((of_x, of_weight, of_bias), plain, strict=True)
@@ -138,15 +138,14 @@ class _Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated once more
             sizes = [len(weight)] if ctx.has_bias else None
-            geometry = [1, 1], [1, 1], [1, 1], False, [0, 0], 1
             needed = list(ctx.needs_input_grad)
             found: tuple[Tensor | None, ...] = _aten.convolution_backward(
-                gradient, x, weight, sizes, *geometry, needed
+                gradient, x, weight, sizes, *_GEOMETRY, needed
             )
             return found
         return convolve_backward(gradient, x, weight, ctx.has_bias, ctx.needs_input_grad)
 
 
 def _positions(x: Tensor) -> int:
-    """Of one image: the way that it is computed does not depend on the others of its batch."""
+    """Of one image: its algorithm does not depend on the others of its batch."""
     return x.shape[2] * x.shape[3]

@@ -9,22 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kl_vae.accel.recompute import norm_silu_conv
-from kl_vae.accel.winograd_conv import WinogradConv2d, convolve, suits
+from kl_vae.accel.checkpointing import norm_silu_conv
+from kl_vae.accel.convolution import WinogradConv2d, convolve, suits
 
 
-def test_where_it_suits(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight = torch.zeros(1, 64, 32, 32), torch.zeros(64, 64, 3, 3)
-    assert not suits(x, weight)  # gradients may be kept
+def test_where_it_suits() -> None:
+    x, conv = torch.zeros(1, 64, 32, 32), nn.Conv2d(64, 64, 3, padding=1)
+    assert not suits(conv, x)  # gradients may be kept
     with torch.inference_mode():
-        assert suits(x, weight)
-        assert not suits(x.bfloat16(), weight.bfloat16())
-        assert not suits(x.double(), weight.double())
-        assert not suits(x[:, :, :8, :8], weight)
-        assert not suits(x, weight[:3])
-        assert not suits(x.to("meta"), weight.to("meta"))
+        assert suits(conv, x)
+        assert not suits(copy.deepcopy(conv).bfloat16(), x.bfloat16())
+        assert not suits(copy.deepcopy(conv).double(), x.double())
+        assert not suits(conv, x[:, :, :8, :8])
+        assert not suits(nn.Conv2d(64, 3, 3, padding=1), x)
+        assert not suits(copy.deepcopy(conv).to("meta"), x)
+        assert not suits(conv, x.to("meta"))
         with torch.autocast("cpu", torch.bfloat16):
-            assert not suits(x, weight)
+            assert not suits(conv, x)
 
 
 def test_a_module_notices_new_weights_and_falls_back_where_it_must() -> None:

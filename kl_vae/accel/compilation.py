@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 
-from kl_vae.model import AutoEncoderKL
-from kl_vae.training.config import TrainingConfig
+from kl_vae.encoder import Level, Middle
 
 _GRAPHS_OF_A_PART = 4  # with and without gradients, and where sizes change
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compile a line, forward and backward, so that a machine that cannot is told before all else.
+    """Compile one line, forward and backward, so that what cannot work fails before all else.
 
     Raises:
         ValueError: why it cannot, and what to install.
@@ -33,38 +31,36 @@ def check_compiler(device: torch.device) -> None:
         ) from error
 
 
-def compile_parts(model: AutoEncoderKL, training: TrainingConfig) -> None:
+def compile_parts(model: nn.Module, *, dynamic: bool) -> None:
     """Have each level and each middle of the model compiled when it is first called.
 
     In place: names, state dicts and copies of the model know nothing of it. The first and last
     convolutions stay as they are: a GAN asks for the gradient of the last one's weight alone, and a
     compiled part has but one backward. What is compiled depends on the shapes alone, never on those
-    that came before, so that a run that goes on computes as if it had never stopped; where a step
-    may scale its latents the shapes are left open.
+    that came before, so that a resumed run computes as if it had never stopped.
+
+    Args:
+        model: an AutoEncoderKL, or its encoder or decoder.
+        dynamic: leave the shapes open, where each step may have others.
     """
-    parts = list(_parts(model))
+    parts = [module for module in model.modules() if isinstance(module, (Level, Middle))]
     # all modules share one entry of torch's table, whose length is limited
     config = torch._dynamo.config
     config.cache_size_limit = max(config.cache_size_limit, _GRAPHS_OF_A_PART * len(parts))
     for part in parts:
-        part.compile(dynamic=training.equivariance > 0)
+        part.compile(dynamic=dynamic)
 
 
-def uncompiled(training: TrainingConfig) -> AbstractContextManager[object]:
+def uncompiled(enabled: bool) -> AbstractContextManager[object]:
     """Within this, compiled parts run as they were written: batches of any size, without gradients.
 
-    The figures of a validation, whose last batch is smaller, take no compilation then.
+    So the last, smaller batch of a validation takes no compilation. `enabled`: whether there are
+    compiled parts at all.
     """
-    if not training.compile:
+    if not enabled:
         return nullcontext()
     eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
     return eager
-
-
-def _parts(model: AutoEncoderKL) -> Iterator[nn.Module]:
-    for coder, levels in ((model.encoder, model.encoder.down), (model.decoder, model.decoder.up)):
-        yield from levels
-        yield coder.mid
 
 
 def _line(x: torch.Tensor) -> torch.Tensor:
