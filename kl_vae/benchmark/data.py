@@ -171,7 +171,7 @@ def _draft_psnr(source: FolderSource, resize: int) -> float | None:
 
 
 def _source(folder: Path) -> FolderSource:
-    source = open_root(str(folder / "images"), CHANNELS, cache=False)
+    source = open_root(str(folder / "images"), CHANNELS)
     if not isinstance(source, FolderSource):
         raise ValueError("there are tar shards, which ImageFolder cannot read: give pictures")
     return source

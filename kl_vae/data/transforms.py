@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from kl_vae.data.images import MAX_PIXELS
+from kl_vae.data.decoding import MAX_PIXELS
 
 
 def resize_short_side(image: Tensor, size: int) -> Tensor:

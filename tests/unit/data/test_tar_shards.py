@@ -21,7 +21,6 @@ from kl_vae.data import (
     batch_loader,
     open_root,
     read_image,
-    tar_files,
     validation_batches,
 )
 from tests.shards import array, make_shards, picture, write_shard
@@ -215,15 +214,11 @@ def test_a_shard_that_changes_or_goes(tmp_path: Path) -> None:
 
 
 @with_workers
-def test_worker_processes_read_with_descriptors_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tar_files, "MAX_OPEN", 2)
+def test_worker_processes_read_what_this_process_reads(tmp_path: Path) -> None:
     contents = make_shards(tmp_path, shards=4, images=3)
     source = opened(tmp_path)
     data = ImageDataset(source, 16, None, flip=False, seed=0, training=False)
-    data.check_sizes()  # opens files in this process, which the workers are forked from
-    assert len(source._files._open) == 2
+    data.check_sizes()
     batches = validation_batches(len(data), 4, 0, 1)
     names = []
     for number, batch in enumerate(batch_loader(data, batches, 2, False, 60)):
@@ -233,7 +228,6 @@ def test_worker_processes_read_with_descriptors_of_their_own(
         names += batch.names
     assert [name.rpartition("/")[2] for name in names] == list(contents)
     copy = pickle.loads(pickle.dumps(source))
-    assert not copy._files._open
     assert torch.equal(copy.read(11), source.read(11))
 
 
@@ -276,7 +270,7 @@ def test_patterns_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert text("*") == (
         "*: a.png is no .tar file; a pattern is for shards, of a folder of images give the folder"
     )
-    monkeypatch.setattr("kl_vae.data.shard_patterns.MAX_SHARDS", 100)
+    monkeypatch.setattr("kl_vae.data.roots.MAX_SHARDS", 100)
     assert text("{0..999999999}.tar") == (
         "{0..999999999}.tar: names more than 100 files; give fewer"
     )
