@@ -24,7 +24,6 @@ from kl_vae.data.tar_shards import TarSource
 from kl_vae.data.transforms import (
     center_crop,
     channels_inside,
-    random_crop,
     random_flip,
     random_recolor,
     resize_short_side,
@@ -68,7 +67,6 @@ __all__ = [
     "open_root",
     "permutation",
     "pil_to_tensor",
-    "random_crop",
     "random_flip",
     "random_recolor",
     "read_image",

@@ -84,7 +84,7 @@ class ImageDataset(Dataset[Sample]):
         self.training = training
         self.recolor = recolor
         self.draft = draft
-        # a source of somebody's own may know of nothing but an index
+        # a user's own source may take an index alone
         self._takes_wanted = "wanted" in signature(source.read).parameters
 
     @property

@@ -62,7 +62,7 @@ class NamedSource:
         return height, width
 
     def name(self, index: int) -> str:
-        """Return what an error calls the image: `cifar10 train 17`."""
+        """Return the image's name in errors: `cifar10 train 17`."""
         return f"{self._title} {index}"
 
     def key(self, index: int) -> str:

@@ -34,8 +34,8 @@ from kl_vae.runtime.files import display_name
 
 logger = logging.getLogger(__name__)
 
-SIDECARS = (".cls", ".json")  # what stands beside an image: its class, and what else is known
-MAX_SIDECAR = 2**24  # bytes
+LABEL = ".cls"  # of the member beside an image that holds its class
+MAX_LABEL = 2**24  # bytes
 _MAX_HEADER = 2**20  # bytes of an extended header, which holds names
 _AT_ONCE = 8  # shards that are indexed: a network's file system is waited for most of the time
 _BUFFER = 2**18  # bytes: most images are read at once
@@ -53,8 +53,7 @@ class TarSource:
         numbers: int32 [N], of each one's shard.
         spans: int64 [N,2], where each begins in its shard and its size, in bytes; it begins at -1
             where the member is a link or something else that has no content.
-        sidecars: int64 [N,2,2], the same of the members beside each, in the order of `SIDECARS`;
-            -1 where there is none.
+        labels: int64 [N,2], the same of the `.cls` beside each; -1 where there is none.
         channels: C.
         max_pixels: larger images are refused before they are decoded.
     """
@@ -65,7 +64,7 @@ class TarSource:
         keys: PathList,
         numbers: NDArray[np.int32],
         spans: NDArray[np.int64],
-        sidecars: NDArray[np.int64],
+        labels: NDArray[np.int64],
         channels: int,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
@@ -75,7 +74,7 @@ class TarSource:
         self._shards = tuple(shards)
         self._numbers = numbers
         self._spans = spans
-        self._sidecars = sidecars
+        self._labels = labels
 
     @cached_property
     def fingerprint(self) -> str:
@@ -89,7 +88,7 @@ class TarSource:
             self.keys.take(indices),
             self._numbers[indices],
             self._spans[indices],
-            self._sidecars[indices],
+            self._labels[indices],
             self.channels,
             self.max_pixels,
         )
@@ -119,26 +118,18 @@ class TarSource:
         """Return what stands in `KEY.cls`, such as `17`; None where there is none.
 
         Raises:
-            ValueError: it cannot be read.
-        """
-        return self.sidecar(index, ".cls")
-
-    def sidecar(self, index: int, extension: str) -> str | None:
-        """Return the text of `KEY.cls` or `KEY.json`; None where there is none.
-
-        Raises:
             ValueError: it cannot be read, or is no text.
         """
-        offset, size = self._sidecars[index, SIDECARS.index(extension)].tolist()
+        offset, size = self._labels[index].tolist()
         if offset < 0:
             return None
         try:
-            if size > MAX_SIDECAR:
+            if size > MAX_LABEL:
                 raise ValueError(f"{size} bytes are no label: pack it again")
             with _open_part(self._shards[self._numbers[index]], offset, size) as stream:
                 return stream.read().decode().strip()
         except (OSError, ValueError) as error:  # UnicodeDecodeError is one
-            raise ValueError(f"{self.name(index)}: its {extension}: {error}") from error
+            raise ValueError(f"{self.name(index)}: its {LABEL}: {error}") from error
 
     def places(self) -> Iterator[str]:
         """Yield where each image is stored, the same for the same image of another source."""
@@ -201,7 +192,7 @@ def open_shards(
         keys,
         np.repeat(np.arange(len(paths), dtype=np.int32), [len(index.keys) for index in indices]),
         np.concatenate([index.spans for index in indices]),
-        np.concatenate([index.sidecars for index in indices]),
+        np.concatenate([index.labels for index in indices]),
         channels,
         max_pixels,
     )
@@ -277,20 +268,20 @@ class _Index(NamedTuple):
         shard: the file.
         keys: the members' names, without `./` or `/` before them.
         spans: as in `TarSource`.
-        sidecars: as in `TarSource`.
+        labels: as in `TarSource`.
     """
 
     shard: Shard
     keys: list[str]
     spans: NDArray[np.int64]
-    sidecars: NDArray[np.int64]
+    labels: NDArray[np.int64]
 
 
 def _index_shard(path: Path) -> _Index:
     """Read the headers of a shard; errors are those of `open_shards`."""
     keys: list[str] = []
     spans: list[tuple[int, int]] = []
-    beside: dict[str, tuple[int, int]] = {}  # by the sample's name and the extension
+    labels: dict[str, tuple[int, int]] = {}  # by the sample's name
     headers: dict[str, int] = {}
     try:
         with _HeaderFile(path) as file:
@@ -303,7 +294,7 @@ def _index_shard(path: Path) -> _Index:
                     )
                 key = _key(member, path)
                 extension = os.path.splitext(key)[1].lower()
-                if member.isdir() or not (extension in _IMAGES or extension in SIDECARS):
+                if member.isdir() or not (extension in _IMAGES or extension == LABEL):
                     continue
                 if any(map(is_hidden, key.split("/"))):
                     continue
@@ -319,17 +310,17 @@ def _index_shard(path: Path) -> _Index:
                     keys.append(key)
                     spans.append(span)
                 else:
-                    beside[_sample(key) + extension] = span
+                    labels[_sample(key)] = span
     except OSError as error:
         raise ValueError(
             f"{display_name(path)}: cannot be read ({error.strerror}); give shards that can"
         ) from error
-    found = [beside.get(_sample(key) + kind, _NOWHERE) for key in keys for kind in SIDECARS]
+    found = [labels.get(_sample(key), _NOWHERE) for key in keys]
     return _Index(
         Shard(path, status.st_size, status.st_mtime_ns),
         keys,
         np.array(spans, np.int64).reshape(-1, 2),
-        np.array(found, np.int64).reshape(-1, len(SIDECARS), 2),
+        np.array(found, np.int64).reshape(-1, 2),
     )
 
 

@@ -61,12 +61,6 @@ def center_place(height: int, width: int, size: int) -> tuple[slice, slice]:
     return slice(top, top + size), slice(left, left + size)
 
 
-def random_crop(image: Tensor, size: int, generator: Generator) -> Tensor:
-    """Cut [C,size,size] out of a place drawn uniformly."""
-    rows, columns = random_place(image.shape[-2], image.shape[-1], size, generator)
-    return image[:, rows, columns]
-
-
 def center_crop(image: Tensor, size: int) -> Tensor:
     """Cut [C,size,size] out of the middle; an odd rest of one pixel is left below and right."""
     rows, columns = center_place(image.shape[-2], image.shape[-1], size)

@@ -141,4 +141,7 @@ class RunConfig:
     @classmethod
     def load(cls, path_or_name: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         """Read a config file or shipped config; every error in it is named at once."""
-        return from_mapping(cls, load_config(path_or_name, overrides))
+        config = load_config(path_or_name, overrides)
+        if isinstance(config.get("data"), dict):
+            config["data"].pop("listing_cache", None)  # of the first version: had no effect on data
+        return from_mapping(cls, config)

@@ -33,7 +33,11 @@ def test_a_run_over_shards_resumes_bit_for_bit_and_equals_that_over_the_folder(
     root = "data.train.root=shards/train-{0..2}.tar"
     assert train("--run-dir", "folder") == 0
     assert train("--run-dir", "parts", root, "training.max_steps=3", "data.num_workers=1") == 0
-    assert train("--run-dir", "parts", "data.train.root=shards") == 0
+    # the first version wrote a key that has gone, and took it on the command line
+    config = Path("parts/config.yaml")
+    config.write_text(config.read_text().replace("\ndata:\n", "\ndata:\n  listing_cache: true\n"))
+    assert "listing_cache" in config.read_text()
+    assert train("--run-dir", "parts", "data.train.root=shards", "data.listing_cache=false") == 0
     assert status("parts")["state"] == "finished"
     of_folder, of_shards = checkpoint("folder", 6), checkpoint("parts", 6)
     assert of_folder["data_fingerprint"] == of_shards["data_fingerprint"]

@@ -61,7 +61,6 @@ def test_what_is_read_at_random_is_what_tarfile_reads_in_order(tmp_path: Path) -
         assert torch.equal(source.read(index), pixels(expected[source.key(index)]))
         assert source.size(index) == (16, 20)
         assert source.label_text(index) == str(index % 7)
-        assert source.sidecar(index, ".json") == f'{{"caption": "{index}"}}'
     assert source.name(7) == f"{tmp_path}/train-0001.tar/00007.png"
     assert source.files == [tmp_path / f"train-000{i}.tar" for i in range(3)]
 
@@ -107,7 +106,6 @@ def test_samples_folders_and_hidden_members(tmp_path: Path) -> None:
     source = opened(write_shard(tmp_path / "a.tar", members))
     assert list(source.keys) == ["a/1.input.png", "a/1.target.png", "b/1.png"]
     assert [source.label_text(i) for i in range(3)] == ["3", "3", None]
-    assert source.sidecar(0, ".json") is None
     chosen = opened(tmp_path / "a.tar", include=["a/*"], exclude=["*.target.png"])
     assert list(chosen.keys) == ["a/1.input.png"]
 
@@ -193,7 +191,7 @@ def test_labels_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert refusal(lambda: source.label_text(0)).startswith(
         f"{tmp_path}/a.tar/0.png: its .cls: 'utf-8' codec can't decode"
     )
-    monkeypatch.setattr("kl_vae.data.tar_shards.MAX_SIDECAR", 1)
+    monkeypatch.setattr("kl_vae.data.tar_shards.MAX_LABEL", 1)
     assert refusal(lambda: source.label_text(1)) == (
         f"{tmp_path}/a.tar/1.png: its .cls: 2 bytes are no label: pack it again"
     )
