@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,9 +12,9 @@ from kl_vae.data.config import DataConfig, check_crop_fits
 from kl_vae.data.dataset import ImageDataset
 from kl_vae.data.folder import matcher
 from kl_vae.data.named import NamedSource
+from kl_vae.data.paths import name_bytes
 from kl_vae.data.roots import open_root, resolve_root
-from kl_vae.data.source import Source, StoredSource
-from kl_vae.data.split import name_hash
+from kl_vae.data.sources import Source, StoredSource
 from kl_vae.runtime.files import display_name
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,12 @@ def build_datasets(
 
     def dataset(source: Source, training: bool) -> ImageDataset:
         return ImageDataset(
-            *(source, crop, config.resize, config.flip, seed, training),
+            source,
+            crop=crop,
+            resize=config.resize,
+            flip=config.flip,
+            seed=seed,
+            training=training,
             recolor=config.recolor,
             draft=config.draft,
         )
@@ -65,12 +71,14 @@ def _named_sources(
 def _stored_sources(
     config: DataConfig, train_root: str, channels: int
 ) -> tuple[Source, Source | None]:
-    chosen, limits = config.validation, (config.max_pixels, config.listing_cache)
+    train, chosen, max_pixels = config.train, config.validation, config.max_pixels
     with _errors_under("data.train.root"):
-        every = open_root(train_root, channels, config.train.include, config.train.exclude, *limits)
+        every = open_root(train_root, channels, train.include, train.exclude, max_pixels)
     if chosen.root is not None:
         with _errors_under("data.validation.root"):
-            validation = open_root(chosen.root, channels, chosen.include, chosen.exclude, *limits)
+            validation = open_root(
+                chosen.root, channels, chosen.include, chosen.exclude, max_pixels
+            )
         _check_apart(every, validation, chosen.root)
         return every, validation
     if chosen.include:
@@ -114,10 +122,17 @@ def _included(
     return taken
 
 
+def name_hash(key: str) -> float:
+    """Return a number in [0, 1) that depends on the relative path alone, uniform over paths."""
+    digest = blake2b(name_bytes(key), digest_size=6).digest()
+    return int.from_bytes(digest, "big") / 2**48
+
+
 def _held_out(keys: Sequence[str], fraction: float) -> NDArray[np.bool_]:
     """Choose by hash, and hold out one image at least, so that validation is never silently empty.
 
-    Images of one name, in several shards, are all held out or all trained on.
+    An image stays held out, or trained on, when others come and go. Images of one name, in several
+    shards, are all held out or all trained on.
     """
     if not fraction:
         return np.zeros(len(keys), np.bool_)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from kl_vae.data.images import MAX_PIXELS
+from kl_vae.data.decoding import MAX_PIXELS
 
 DatasetName = Literal["folder", "cifar10", "fashion-mnist"]
 
@@ -58,7 +58,6 @@ class DataConfig:
     that they lack. `draft` decodes training images that are JPEGs at a half, a quarter or an
     eighth of their size, where that is twice `resize` or more.
     Of a run's files at most `max_bad_fraction` may be unusable.
-    `listing_cache`: whether the list of a large folder, or of a shard, is kept between runs.
     """
 
     name: DatasetName = "folder"
@@ -72,7 +71,6 @@ class DataConfig:
     num_workers: int = 4
     max_pixels: int = MAX_PIXELS
     max_bad_fraction: float = 0.01
-    listing_cache: bool = True
 
     def __post_init__(self) -> None:
         """Check each value, and those that depend on each other."""

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kl_vae.data.images import ImageError
+from kl_vae.data.decoding import ImageError
+from kl_vae.data.pixels import Wanted, to_float
 from kl_vae.data.sampler import Key
-from kl_vae.data.source import Source
+from kl_vae.data.sources import Source
 from kl_vae.data.transforms import (
     center_place,
     channels_inside,
@@ -23,8 +24,6 @@ from kl_vae.data.transforms import (
     random_recolor,
     resize_short_side,
 )
-from kl_vae.data.value_range import to_float
-from kl_vae.data.wanted import Wanted
 from kl_vae.runtime.randomness import generator_for
 
 # images that are tried in place of a bad one; where a few in a hundred are bad, one or two do
@@ -85,7 +84,7 @@ class ImageDataset(Dataset[Sample]):
         self.training = training
         self.recolor = recolor
         self.draft = draft
-        # a source of somebody's own may know of nothing but an index
+        # a user's own source may take an index alone
         self._takes_wanted = "wanted" in signature(source.read).parameters
 
     @property

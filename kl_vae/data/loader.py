@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 
 from kl_vae.data.dataset import BadImage, ImageDataset, Sample
+from kl_vae.data.pixels import normalized
 from kl_vae.data.sampler import Key
-from kl_vae.data.value_range import normalized
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from kl_vae.data.pil_modes import MODE_BY_CHANNELS, pil_to_tensor
-from kl_vae.data.wanted import EVERYTHING, Wanted
+from kl_vae.data.pixels import EVERYTHING, MODE_BY_CHANNELS, Wanted, pil_to_tensor
 from kl_vae.runtime.files import display_name
 
 _CLASSES = {"cifar10": "CIFAR10", "fashion-mnist": "FashionMNIST"}  # torchvision's
@@ -63,7 +62,7 @@ class NamedSource:
         return height, width
 
     def name(self, index: int) -> str:
-        """Return what an error calls the image: `cifar10 train 17`."""
+        """Return the image's name in errors: `cifar10 train 17`."""
         return f"{self._title} {index}"
 
     def key(self, index: int) -> str:

@@ -1,33 +1,24 @@
-"""Many relative paths in little memory.
+"""Relative paths: their bytes, many of them in little memory, and their fingerprint.
 
 N paths.
 """
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
 from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-_CHUNK = 2**16  # what there is of Python's objects at a time
-
 
 def name_bytes(path: str) -> bytes:
     """Return the bytes of a file's name; unlike `os.fsencode`, whatever the locale."""
     return path.encode("utf-8", "surrogateescape")
-
-
-def name_text(name: bytes) -> str:
-    """Return the text whose `name_bytes` are these."""
-    return name.decode("utf-8", "surrogateescape")
-
-
-def integers(array: NDArray[np.integer]) -> Iterator[int]:
-    """Yield the numbers of an array [N], of which few are Python's at a time."""
-    for first in range(0, len(array), _CHUNK):
-        yield from array[first : first + _CHUNK].tolist()
 
 
 class PathList(Sequence[str]):
@@ -47,47 +38,25 @@ class PathList(Sequence[str]):
 
     @classmethod
     def of(cls, paths: Iterable[str]) -> PathList:
-        """The paths of any iterable."""
+        """Return the paths of any iterable."""
         return cls.of_bytes([name_bytes(path) for path in paths])
 
     @classmethod
     def of_bytes(cls, names: Sequence[bytes]) -> PathList:
-        """The paths whose `name_bytes` these are."""
+        """Return the paths whose `name_bytes` these are."""
         ends = np.zeros(len(names) + 1, np.int64)
         np.cumsum(np.fromiter(map(len, names), np.int64, len(names)), out=ends[1:])
         return cls(b"".join(names), ends)
 
-    @classmethod
-    def joined(cls, parts: Sequence[PathList]) -> PathList:
-        """The paths of one list after those of another."""
-        starts = np.cumsum([0, *(len(part.block) for part in parts)])
-        ends = [part.ends[1:] + start for part, start in zip(parts, starts[:-1], strict=True)]
-        return cls(
-            b"".join(part.block for part in parts), np.concatenate([np.zeros(1, np.int64), *ends])
-        )
-
-    @property
-    def nbytes(self) -> int:
-        """What it takes of memory."""
-        return len(self.block) + self.ends.nbytes
-
     def take(self, indices: NDArray[np.int64]) -> PathList:
-        """The paths of these numbers, in their order."""
-        ends = np.zeros(len(indices) + 1, np.int64)
-        np.cumsum(np.diff(self.ends)[indices], out=ends[1:])
-        blocks = []
-        for first in range(0, len(indices), _CHUNK):
-            some = indices[first : first + _CHUNK]
-            spans = zip(self.ends[:-1][some].tolist(), self.ends[1:][some].tolist(), strict=True)
-            blocks.append(b"".join([self.block[start:end] for start, end in spans]))
-        return PathList(b"".join(blocks), ends)
+        """Return the paths of these numbers, in their order."""
+        spans = zip(self.ends[indices].tolist(), self.ends[indices + 1].tolist(), strict=True)
+        return self.of_bytes([self.block[start:end] for start, end in spans])
 
     def bytes_of_each(self) -> Iterator[bytes]:
-        """The `name_bytes` of each path."""
-        start = 0
-        for end in integers(self.ends[1:]):
-            yield self.block[start:end]
-            start = end
+        """Yield the `name_bytes` of each path."""
+        ends = self.ends.data  # whose numbers become Python's one by one
+        return (self.block[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True))
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -98,14 +67,40 @@ class PathList(Sequence[str]):
     def __getitem__(self, index: slice) -> PathList: ...
     def __getitem__(self, index: int | slice) -> str | PathList:
         if isinstance(index, slice):
-            return self.take(np.array(range(len(self))[index], np.int64))
-        number = index + len(self) if index < 0 else index
-        if not 0 <= number < len(self):
-            raise IndexError(f"path {index} of {len(self)}")
-        return name_text(self.block[self.ends[number] : self.ends[number + 1]])
+            return self.take(np.arange(len(self))[index])
+        number = range(len(self))[index]  # IndexError
+        return self.block[self.ends[number] : self.ends[number + 1]].decode(
+            "utf-8", "surrogateescape"
+        )
 
     def __iter__(self) -> Iterator[str]:
-        return map(name_text, self.bytes_of_each())
+        return (name.decode("utf-8", "surrogateescape") for name in self.bytes_of_each())
 
-    def __repr__(self) -> str:
-        return f"PathList({len(self)} paths)"
+
+def fingerprint(root: Path, paths: Sequence[str]) -> str:
+    """Return 32 hex digits of the relative paths, their order, and the sizes of the files.
+
+    The size of what is gone, a link that leads nowhere, or no regular file counts as -1.
+    """
+    return fingerprint_of(paths, (_size(os.path.join(root, path)) for path in paths))
+
+
+def fingerprint_of(paths: Sequence[str], sizes: Iterable[int]) -> str:
+    """Return 32 hex digits of relative paths, their order, and the size of each file in bytes."""
+    names = paths.bytes_of_each() if isinstance(paths, PathList) else map(name_bytes, paths)
+    digest = blake2b(digest_size=16)
+    for name, size in zip(names, sizes, strict=True):
+        digest.update(b"%s\0%d\n" % (name, size))
+    return digest.hexdigest()
+
+
+def file_size(status: os.stat_result) -> int:
+    """Return the size that counts for `fingerprint`."""
+    return status.st_size if stat.S_ISREG(status.st_mode) else -1
+
+
+def _size(path: str) -> int:
+    try:
+        return file_size(os.stat(path))
+    except OSError:
+        return -1

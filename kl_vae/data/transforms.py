@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from kl_vae.data.images import MAX_PIXELS
+from kl_vae.data.decoding import MAX_PIXELS
 
 
 def resize_short_side(image: Tensor, size: int) -> Tensor:
@@ -59,12 +59,6 @@ def center_place(height: int, width: int, size: int) -> tuple[slice, slice]:
     _check_fits(height, width, size)
     top, left = (height - size) // 2, (width - size) // 2
     return slice(top, top + size), slice(left, left + size)
-
-
-def random_crop(image: Tensor, size: int, generator: Generator) -> Tensor:
-    """Cut [C,size,size] out of a place drawn uniformly."""
-    rows, columns = random_place(image.shape[-2], image.shape[-1], size, generator)
-    return image[:, rows, columns]
 
 
 def center_crop(image: Tensor, size: int) -> Tensor:

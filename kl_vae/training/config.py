@@ -151,8 +151,11 @@ class RunConfig:
             ValueError: naming every error in it.
         """
         if not isinstance(config, Mapping):
-            return from_mapping(cls, load_config(config, overrides))
-        values = copy.deepcopy(dict(config))
-        for override in overrides:
-            apply_override(values, override)
+            values = load_config(config, overrides)
+        else:
+            values = copy.deepcopy(dict(config))
+            for override in overrides:
+                apply_override(values, override)
+        if isinstance(values.get("data"), dict):
+            values["data"].pop("listing_cache", None)  # of version 0.1, without effect on the data
         return from_mapping(cls, values)

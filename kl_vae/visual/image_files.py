@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from kl_vae.data import to_float, to_uint8
-from kl_vae.data.pil_modes import MODE_BY_CHANNELS
+from kl_vae.data.pixels import MODE_BY_CHANNELS
 from kl_vae.runtime.outputs import replace_file
 
 FORMATS = ("png", "webp", "jpg")

@@ -5,11 +5,11 @@ import torch
 
 from kl_vae.data import (
     center_crop,
-    random_crop,
     random_flip,
     random_recolor,
     resize_short_side,
 )
+from kl_vae.data.transforms import random_place
 
 IMAGE = torch.arange(5 * 7, dtype=torch.uint8).view(1, 5, 7)
 
@@ -68,6 +68,11 @@ def test_center_crop() -> None:
     assert torch.equal(center_crop(IMAGE, 3), IMAGE[:, 1:4, 2:5])
     assert torch.equal(center_crop(IMAGE, 4), IMAGE[:, 0:4, 1:5])
     assert torch.equal(center_crop(IMAGE, 5), IMAGE[:, :, 1:6])
+
+
+def random_crop(image: torch.Tensor, size: int, rng: torch.Generator) -> torch.Tensor:
+    rows, columns = random_place(*image.shape[1:], size, rng)
+    return image[:, rows, columns]
 
 
 def test_random_crop_reaches_every_place() -> None:

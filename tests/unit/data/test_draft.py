@@ -114,7 +114,7 @@ def test_training_alone_is_decoded_smaller_and_always_alike(tmp_path: Path) -> N
     for name, content in contents.items():
         save(folder, name, content)
     shard = write_shard(tmp_path / "a.tar", contents)
-    sources = [open_root(str(root), 3, cache=False) for root in (folder, shard)]
+    sources = [open_root(str(root), 3) for root in (folder, shard)]
     assert isinstance(sources[0], FolderSource) and isinstance(sources[1], TarSource)
 
     def samples(source: FolderSource | TarSource, draft: bool, training: bool) -> torch.Tensor:

@@ -5,12 +5,14 @@ import struct
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from kl_vae.data.readers import MAX_TILES
+from kl_vae.data.decoding import MAX_TILES
 from tests.bad_files import bombs, png, tiff, zeros
 
 MB = 2**20
@@ -38,25 +40,32 @@ def peak(read):
     assert status == 0
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-files, channels, max_pixels = json.loads(sys.stdin.read())
-nothing = peak(lambda: None)
-taken = {file: peak(lambda: read_image(file, channels, max_pixels)) - nothing for file in files}
-print(json.dumps(taken))
+for line in sys.stdin:
+    files, channels, max_pixels = json.loads(line)
+    nothing = peak(lambda: None)
+    taken = {file: peak(lambda: read_image(file, channels, max_pixels)) - nothing for file in files}
+    print(json.dumps(taken), flush=True)
 """
 
 
-def memory(files: list[Path], channels: int, max_pixels: int) -> dict[str, int]:
+Memory = Callable[[list[Path], int, int], dict[str, int]]
+
+
+@pytest.fixture(scope="module")
+def memory() -> Iterator[Memory]:
     """Bytes that reading each file takes at its peak, by the file's name."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        input=json.dumps([[str(file) for file in files], channels, max_pixels]),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return {Path(file).name: number for file, number in json.loads(done.stdout).items()}
+    command = [sys.executable, "-c", SCRIPT]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as reader:
+        assert reader.stdin is not None and reader.stdout is not None
+
+        def measure(files: list[Path], channels: int, max_pixels: int) -> dict[str, int]:
+            print(json.dumps([list(map(str, files)), channels, max_pixels]), file=reader.stdin)
+            reader.stdin.flush()
+            taken = json.loads(reader.stdout.readline())
+            return {Path(file).name: number for file, number in taken.items()}
+
+        yield measure
 
 
 def write(folder: Path, files: dict[str, bytes]) -> list[Path]:
@@ -65,7 +74,7 @@ def write(folder: Path, files: dict[str, bytes]) -> list[Path]:
     return [folder / name for name in files]
 
 
-def test_small_files_take_little(tmp_path: Path) -> None:
+def test_small_files_take_little(tmp_path: Path, memory: Memory) -> None:
     comments = b"\xff\xfe\0\2" * 250_000
     image = Image.new("RGB", (8, 8))
     image.save(tmp_path / "a.jpg")
@@ -86,8 +95,8 @@ def test_small_files_take_little(tmp_path: Path) -> None:
         assert taken[name] < 100 * MB + 50 * len(content), name
 
 
-def test_bytes_a_pixel(tmp_path: Path) -> None:
-    width, height = 2500, 2000
+def test_bytes_a_pixel(tmp_path: Path, memory: Memory) -> None:
+    width, height = 1600, 1250
     pixels = width * height
     grey = Image.new("L", (width, height), 77)
     deep = png(pixels, 1, zeros(1 + 8 * pixels), bits=16, color=6)
@@ -111,8 +120,8 @@ def test_bytes_a_pixel(tmp_path: Path) -> None:
         assert taken < 24 * pixels + 10 * MB, (name, taken / pixels)
 
 
-def test_arrays_take_their_size_and_4_bytes_a_value(tmp_path: Path) -> None:
-    arrays = {f"{i}.npy": np.zeros((1500, 2000, 3), dtype) for i, dtype in enumerate(DTYPES)}
+def test_arrays_take_their_size_and_4_bytes_a_value(tmp_path: Path, memory: Memory) -> None:
+    arrays = {f"{i}.npy": np.zeros((1000, 1500, 3), dtype) for i, dtype in enumerate(DTYPES)}
     for name, array in arrays.items():
         np.save(tmp_path / name, array)
     for name, taken in memory([tmp_path / name for name in arrays], 3, 3_000_000).items():

@@ -21,7 +21,6 @@ from kl_vae.data import (
     batch_loader,
     open_root,
     read_image,
-    tar_files,
     validation_batches,
 )
 from tests.shards import array, make_shards, picture, write_shard
@@ -62,7 +61,6 @@ def test_what_is_read_at_random_is_what_tarfile_reads_in_order(tmp_path: Path) -
         assert torch.equal(source.read(index), pixels(expected[source.key(index)]))
         assert source.size(index) == (16, 20)
         assert source.label_text(index) == str(index % 7)
-        assert source.sidecar(index, ".json") == f'{{"caption": "{index}"}}'
     assert source.name(7) == f"{tmp_path}/train-0001.tar/00007.png"
     assert source.files == [tmp_path / f"train-000{i}.tar" for i in range(3)]
 
@@ -108,7 +106,6 @@ def test_samples_folders_and_hidden_members(tmp_path: Path) -> None:
     source = opened(write_shard(tmp_path / "a.tar", members))
     assert list(source.keys) == ["a/1.input.png", "a/1.target.png", "b/1.png"]
     assert [source.label_text(i) for i in range(3)] == ["3", "3", None]
-    assert source.sidecar(0, ".json") is None
     chosen = opened(tmp_path / "a.tar", include=["a/*"], exclude=["*.target.png"])
     assert list(chosen.keys) == ["a/1.input.png"]
 
@@ -194,7 +191,7 @@ def test_labels_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert refusal(lambda: source.label_text(0)).startswith(
         f"{tmp_path}/a.tar/0.png: its .cls: 'utf-8' codec can't decode"
     )
-    monkeypatch.setattr("kl_vae.data.tar_shards.MAX_SIDECAR", 1)
+    monkeypatch.setattr("kl_vae.data.tar_shards.MAX_LABEL", 1)
     assert refusal(lambda: source.label_text(1)) == (
         f"{tmp_path}/a.tar/1.png: its .cls: 2 bytes are no label: pack it again"
     )
@@ -215,15 +212,11 @@ def test_a_shard_that_changes_or_goes(tmp_path: Path) -> None:
 
 
 @with_workers
-def test_worker_processes_read_with_descriptors_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tar_files, "MAX_OPEN", 2)
+def test_worker_processes_read_what_this_process_reads(tmp_path: Path) -> None:
     contents = make_shards(tmp_path, shards=4, images=3)
     source = opened(tmp_path)
     data = ImageDataset(source, 16, None, flip=False, seed=0, training=False)
-    data.check_sizes()  # opens files in this process, which the workers are forked from
-    assert len(source._files._open) == 2
+    data.check_sizes()
     batches = validation_batches(len(data), 4, 0, 1)
     names = []
     for number, batch in enumerate(batch_loader(data, batches, 2, False, 60)):
@@ -233,7 +226,6 @@ def test_worker_processes_read_with_descriptors_of_their_own(
         names += batch.names
     assert [name.rpartition("/")[2] for name in names] == list(contents)
     copy = pickle.loads(pickle.dumps(source))
-    assert not copy._files._open
     assert torch.equal(copy.read(11), source.read(11))
 
 
@@ -276,7 +268,7 @@ def test_patterns_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert text("*") == (
         "*: a.png is no .tar file; a pattern is for shards, of a folder of images give the folder"
     )
-    monkeypatch.setattr("kl_vae.data.shard_patterns.MAX_SHARDS", 100)
+    monkeypatch.setattr("kl_vae.data.roots.MAX_SHARDS", 100)
     assert text("{0..999999999}.tar") == (
         "{0..999999999}.tar: names more than 100 files; give fewer"
     )

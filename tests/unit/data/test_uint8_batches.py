@@ -20,12 +20,12 @@ from kl_vae.data import (
     collate,
     list_images,
     normalized,
-    random_crop,
     random_flip,
     random_recolor,
     resize_short_side,
     to_float,
 )
+from kl_vae.data.transforms import random_place
 from kl_vae.runtime.randomness import generator_for
 from kl_vae.training.step import to_device
 
@@ -71,7 +71,8 @@ def as_it_was(
         image = resize_short_side(image, resize)
     if training:
         generator = generator_for("augment", 0, 3, index)
-        image = random_flip(random_crop(image, crop, generator), generator)
+        rows, columns = random_place(*image.shape[1:], crop, generator)
+        image = random_flip(image[:, rows, columns], generator)
         image = random_recolor(image, generator) if recolor else image
     else:
         image = center_crop(image, crop)

@@ -1,10 +1,13 @@
-"""Where a data set's images come from: what a source must know."""
+"""Where a data set's images come from: what a source must know, a folder, and several as one."""
 
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from hashlib import blake2b
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
@@ -12,10 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kl_vae.data.images import MAX_PIXELS, read_image, read_size
-from kl_vae.data.paths import PathList, integers
-from kl_vae.data.split import fingerprint, fingerprint_of
-from kl_vae.data.wanted import EVERYTHING, Wanted
+from kl_vae.data.decoding import MAX_PIXELS, read_image, read_size
+from kl_vae.data.paths import PathList, fingerprint, fingerprint_of
+from kl_vae.data.pixels import EVERYTHING, Wanted
 from kl_vae.runtime.files import display_name
 
 
@@ -34,16 +36,17 @@ class Source(Protocol):
         """Return the number of images."""
 
     def read(self, index: int, wanted: Wanted = EVERYTHING) -> Tensor:
-        """Return [C,H,W], uint8 or float32 in [0, 1]; ImageError where that cannot be.
+        """Return the wanted part of [C,H,W], uint8 or float32 in [0, 1].
 
-        It is that part of it that is `wanted`.
+        Raises:
+            ImageError: the image cannot be used.
         """
 
     def size(self, index: int) -> tuple[int, int]:
         """Return (height, width) without decoding."""
 
     def name(self, index: int) -> str:
-        """Return what an error calls the image."""
+        """Return the image's name in errors."""
 
     def key(self, index: int) -> str:
         """Return the image's relative POSIX path, by which outputs are named and labelled."""
@@ -100,7 +103,7 @@ class FolderSource:
         """32 hex digits of the relative paths and the files' sizes."""
         if self.sizes is None:
             return fingerprint(self.root, self.paths)
-        return fingerprint_of(self.paths, integers(self.sizes))
+        return fingerprint_of(self.paths, self.sizes.data)
 
     @property
     def keys(self) -> Sequence[str]:
@@ -148,3 +151,58 @@ class FolderSource:
     def files(self) -> list[Path]:
         """The files themselves."""
         return [self.root / path for path in self.paths]
+
+
+class JoinedSource:
+    """The images of one source after those of another; all have the same channels."""
+
+    def __init__(self, parts: Sequence[Source]) -> None:
+        self.parts = tuple(parts)
+        self.channels = self.parts[0].channels
+        self._ends = list(accumulate(map(len, self.parts)))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hex digits of the parts' fingerprints."""
+        text = " ".join(part.fingerprint for part in self.parts)
+        return blake2b(text.encode(), digest_size=16).hexdigest()
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the images."""
+        return [file for part in self.parts for file in part.files]
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return self._ends[-1]
+
+    def read(self, index: int, wanted: Wanted = EVERYTHING) -> Tensor:
+        """Return the wanted part of [C,H,W]."""
+        part, own = self._find(index)
+        return part.read(own, wanted)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Return (height, width) without decoding."""
+        part, own = self._find(index)
+        return part.size(own)
+
+    def name(self, index: int) -> str:
+        """Return the image's name in errors."""
+        part, own = self._find(index)
+        return part.name(own)
+
+    def key(self, index: int) -> str:
+        """Return the image's relative path in its part; two parts may have the same."""
+        part, own = self._find(index)
+        return part.key(own)
+
+    def label_text(self, index: int) -> str | None:
+        """Return the label that is stored with the image; None: there is none."""
+        part, own = self._find(index)
+        return part.label_text(own)
+
+    def _find(self, index: int) -> tuple[Source, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        number = bisect_right(self._ends, index)
+        return self.parts[number], index - (self._ends[number - 1] if number else 0)

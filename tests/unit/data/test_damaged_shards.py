@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from kl_vae.data import open_root
-from kl_vae.data.tar_headers import BLOCK, read_members
 from tests.shards import picture, write_shard
 
+BLOCK = tarfile.BLOCKSIZE
 IMAGE = picture(0)
 BLOCKS = 1 + -(-len(IMAGE) // BLOCK)  # that a member of it takes
 
@@ -44,12 +44,11 @@ def test_cut_at_any_length(shard: Path) -> None:
     for length in [*range(0, end, BLOCK), 1, 511, end - 1, end]:
         shard.write_bytes(content[:length])
         text = refusal(shard)
-        assert ": damaged at byte " in text or ": not a tar file" in text
-        assert text.endswith(("copy or pack it again, or leave it out", "give shards that are"))
+        assert text.startswith(": no tar file, or damaged at byte ")
     shard.write_bytes(content[:end])
     assert refusal(shard) == (
-        f": damaged at byte {end:,} (it does not end as tar files do: it was cut); copy or pack it "
-        "again, or leave it out"
+        f": no tar file, or damaged at byte {end:,} (it does not end as tar files do: it was cut); "
+        "copy or pack it again, or leave it out"
     )
     shard.write_bytes(content[: end + BLOCK])
     assert len(open_root(str(shard), 3)) == 3
@@ -62,10 +61,7 @@ def test_garbage_in_place_of_a_header(shard: Path) -> None:
     shard.write_bytes(content)
     with tarfile.open(shard) as file:
         assert len(file.getmembers()) == 1  # what would be lost
-    assert refusal(shard) == (
-        f": damaged at byte {start:,} (no header of a member); copy or pack it again, or leave it "
-        "out"
-    )
+    assert f"damaged at byte {start:,} (no header of a member)" in refusal(shard)
 
 
 def test_random_bytes_anywhere_are_an_error_or_change_no_other_image(shard: Path) -> None:
@@ -87,18 +83,16 @@ def test_random_bytes_anywhere_are_an_error_or_change_no_other_image(shard: Path
 @pytest.mark.parametrize(
     ("size", "text"),
     [
-        (2**40, "a member's 1099511627776 bytes reach beyond the file's end"),
-        (2**70, "a member's 1180591620717411303424 bytes reach beyond the file's end"),
-        (-5, "no header of a member"),
+        (2**40, "a member of 1099511627776 bytes"),
+        (2**70, "a member of 1180591620717411303424 bytes"),
+        (-5, "a member of -5 bytes"),
     ],
 )
 def test_sizes_that_lie(tmp_path: Path, size: int, text: str) -> None:
     path = tmp_path / "a.tar"
     before = write_shard(path, {"a.png": IMAGE}).read_bytes()[: BLOCKS * BLOCK]
     path.write_bytes(before + header(size=size) + IMAGE)
-    assert refusal(path) == (
-        f": damaged at byte {len(before):,} ({text}); copy or pack it again, or leave it out"
-    )
+    assert f"damaged at byte {len(before):,} ({text}" in refusal(path)
 
 
 def pax(records: bytes) -> bytes:
@@ -109,12 +103,8 @@ def pax(records: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("extended", "text"),
     [
-        (pax(b"9 path=x"), "an extended header that cannot be read"),
-        (pax(b"-3 path=x\n"), "an extended header that cannot be read"),
-        (pax(b"99999999999999 path=x\n"), "an extended header that cannot be read"),
-        (pax(b"7 path\n"), "an extended header that cannot be read"),
-        (pax(b"11 size=-1\n"), "a size of '-1'"),
-        (pax(b"35 size=99999999999999999999999999\n"), "a size of '99999999999999999999999999'"),
+        (pax(b"11 size=-1\n"), "a member of -1 bytes"),
+        (pax(b"35 size=99999999999999999999999999\n"), "a member of 99999999999999999999999999"),
         (header("x", type=tarfile.XHDTYPE, size=2**21), "an extended header of 2097152 bytes"),
         (header("x", type=tarfile.GNUTYPE_LONGNAME, size=2**21), "an extended header of 2097152"),
     ],
@@ -125,10 +115,23 @@ def test_extended_headers_that_lie(tmp_path: Path, extended: bytes, text: str) -
     assert f"({text}" in refusal(path)
 
 
+@pytest.mark.parametrize(
+    "records", [b"9 path=x", b"-3 path=x\n", b"99999999999999 path=x\n", b"7 path\n", b"0 a=b\n"]
+)
+def test_extended_headers_that_cannot_be_read(tmp_path: Path, records: bytes) -> None:
+    """Some versions of tarfile ignore them; the member is found all the same."""
+    path = tmp_path / "a.tar"
+    path.write_bytes(pax(records) + header() + b"\0" * 1024)
+    try:
+        assert len(open_root(str(path), 3)) == 1
+    except ValueError as error:
+        assert str(path) in str(error)
+
+
 def test_extended_headers_without_a_member(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(20 * pax(b"12 path=0.x\n") + b"\0" * 1024)
-    assert "it does not end as tar files do" in refusal(path)
+    assert "damaged at byte 0" in refusal(path)
 
 
 @pytest.mark.parametrize("name", ["../0.png", "a/../../0.png", "/../0.png", "a/.."])
@@ -177,7 +180,9 @@ def test_compressed_shards(tmp_path: Path, name: str, start: bytes) -> None:
 def test_other_files(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(b"text" * 200)
-    assert refusal(path) == ": not a tar file; give shards that are"
+    assert refusal(path).startswith(": no tar file, or damaged at byte 0 (")
+    path.write_bytes(b"")
+    assert refusal(path).startswith(": no tar file, or damaged at byte 0 (")
     write_shard(path, {"a.txt": b"text"})
     with pytest.raises(ValueError, match=r"^no images in .*a.tar: looked for .jpg, .*tiff$"):
         open_root(str(path), 3)
@@ -203,7 +208,3 @@ def test_shards_one_after_the_other_and_members_that_are_no_files(tmp_path: Path
     source = open_root(str(path), 3)
     assert list(source.keys) == ["d/0.png", "1.png"]
     assert source.read(0).equal(source.read(1))
-    kinds = [(member.regular, member.folder) for member in read_members(path)]
-    assert kinds == [(False, True), (False, False), (True, False)] + 2 * [(False, False)] + [
-        (True, False)
-    ]
