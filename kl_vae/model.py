@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kl_vae.blocks import ACTIVATION_CHECKPOINTING
-from kl_vae.checkpoints.matching import match
 from kl_vae.checkpoints.presets import find_preset
-from kl_vae.checkpoints.pretrained import complete_params, has_published_parts
+from kl_vae.checkpoints.pretrained import complete_params, has_published_parts, match
 from kl_vae.checkpoints.reading import Weights, read_weights
 from kl_vae.checkpoints.writing import write_compvis, write_diffusers
 from kl_vae.ddconfig import DDConfig, check_autoencoder, check_context, check_images, check_latents

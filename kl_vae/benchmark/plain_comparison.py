@@ -31,7 +31,7 @@ from kl_vae.benchmark.plain_step import (
 from kl_vae.benchmark.published import gradient_difference
 from kl_vae.benchmark.timing import alternate, synchronisations
 from kl_vae.benchmark.twin import why_no_twin
-from kl_vae.checkpoints.diffusers_layout import to_diffusers
+from kl_vae.checkpoints.diffusers import to_diffusers
 from kl_vae.data import Batch
 from kl_vae.ddconfig import DDConfig
 from kl_vae.optim.config import OptimizerConfig

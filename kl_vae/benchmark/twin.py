@@ -6,8 +6,7 @@ import dataclasses
 from importlib.util import find_spec
 from typing import Any
 
-from kl_vae.checkpoints.diffusers_config import config_of_params, inexpressible
-from kl_vae.checkpoints.diffusers_layout import to_diffusers
+from kl_vae.checkpoints.diffusers import config_of_params, inexpressible, to_diffusers
 from kl_vae.ddconfig import DDConfig
 from kl_vae.model import AutoEncoderKL
 

@@ -6,7 +6,7 @@ import torch
 from kl_vae import AutoEncoderKL
 from kl_vae.accel.accelerate import accelerate_as
 from kl_vae.accel.winograd_conv import suits
-from kl_vae.checkpoints.diffusers_layout import to_diffusers
+from kl_vae.checkpoints.diffusers import to_diffusers
 from kl_vae.checkpoints.presets import PRESETS
 
 diffusers = pytest.importorskip("diffusers")

@@ -17,7 +17,7 @@ from kl_vae.benchmark.plain_step import (
     step_input,
     their_steps,
 )
-from kl_vae.checkpoints.diffusers_layout import to_diffusers
+from kl_vae.checkpoints.diffusers import to_diffusers
 from kl_vae.ddconfig import DDConfig
 from kl_vae.runtime.errors import RunError
 
