@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from kl_vae.inference.sample import SamplingResult, sample
     from kl_vae.losses import register_loss
     from kl_vae.model import AutoEncoderKL
+    from kl_vae.training.loop import TrainingResult, train
+    from kl_vae.visual.report import report
 
 __all__ = [
     "AutoEncoderKL",
@@ -31,6 +33,7 @@ __all__ = [
     "EncodingResult",
     "ExportResult",
     "SamplingResult",
+    "TrainingResult",
     "__version__",
     "accelerate",
     "convert",
@@ -42,6 +45,8 @@ __all__ = [
     "register_loss",
     "register_normalization",
     "sample",
+    "train",
+    "report",
 ]
 
 # imported when first used: `kl-vae --help` lies below this package and should not wait for torch
@@ -55,6 +60,7 @@ _MODULES = {
     "EncodingResult": "inference.encode",
     "ExportResult": "inference.convert",
     "SamplingResult": "inference.sample",
+    "TrainingResult": "training.loop",
     "accelerate": "accel.accelerate",
     "convert": "inference.convert",
     "encode_dataset": "inference.encode",
@@ -65,6 +71,8 @@ _MODULES = {
     "register_loss": "losses",
     "register_normalization": "blocks",
     "sample": "inference.sample",
+    "train": "training.loop",
+    "report": "visual.report",
 }
 
 

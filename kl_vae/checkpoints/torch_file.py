@@ -11,7 +11,6 @@ import os
 import pickletools
 import re
 import struct
-import tarfile
 import threading
 import warnings
 import zipfile
@@ -57,11 +56,8 @@ _OF_PYTHON_2 |= {"builtins.long": "builtins.int", "builtins.unicode": "builtins.
 _OF_PYTHON_2 |= {"builtins.xrange": "builtins.range"}
 
 _ZIP = b"PK\x03\x04"
-_DIRECTORY_BYTES = 8 * 2**20  # of a zip file; an entry takes some 100
 _PICKLE_BYTES = 64 * 2**20  # and of any entry that is no tensor; SDXL's pickle takes 1 MB
 _OPCODES = 1_000_000  # of a file; a tensor takes some 50, and an opcode up to 230 bytes of memory
-_OBJECTS = 10_000_000  # within an object, each counted as often as it is reached
-_TAR_HEADER_BYTES = 512
 _LEGACY_PICKLES = 5  # magic number, protocol, system, content, keys of the storages that follow
 
 _LOCK = threading.Lock()  # torch's list of safe globals belongs to the whole process
@@ -236,7 +232,6 @@ def _other_kind(x: Tensor) -> str | None:
 
 def _check_zip(file: BinaryIO, size: int) -> set[str]:
     """Check a zip file's directory and its pickle, and return the names in that."""
-    _check_directory(file, size)
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
     folder = entries[0].orig_filename.split("/")[0] if entries else ""
@@ -262,24 +257,6 @@ def _check_zip(file: BinaryIO, size: int) -> set[str]:
     return _check_pickle(BytesIO(_content(file, records["data.pkl"])))
 
 
-def _check_directory(file: BinaryIO, size: int) -> None:
-    """Check that a zip file ends in its directory, which then is the only one to be found."""
-    file.seek(max(size - 98, 0))
-    tail = file.read().rjust(98, b"\0")
-    record, locator, last = tail[:56], tail[56:76], tail[76:]
-    signature, length, start, comment = struct.unpack("<4s8x2LH", last)
-    end = size - 22
-    if locator[:4] == b"PK\x06\x07":  # zip64
-        end = size - 98
-        signature64, length, start = struct.unpack("<4s36x2Q", record)
-        if signature64 != b"PK\x06\x06" or struct.unpack("<8xQ4x", locator) != (end,):
-            raise ValueError("a zip file with a damaged directory")
-    if signature != b"PK\x05\x06" or comment != 0 or start + length != end:
-        raise ValueError("a zip file that does not end in its directory")
-    if length > _DIRECTORY_BYTES:
-        raise ValueError(f"a zip file with a directory of {length} bytes, over {_DIRECTORY_BYTES}")
-
-
 def _content(file: BinaryIO, entry: zipfile.ZipInfo) -> bytes:
     """Read a stored entry as torch does: without its CRC, which torch.save may leave out."""
     file.seek(entry.header_offset + 26)
@@ -294,29 +271,12 @@ def _check_legacy(file: BinaryIO) -> set[str]:
     head = file.read(_PICKLE_BYTES)
     if not head.startswith(b"\x80"):
         raise ValueError("neither a zip file nor a pickle")
-    try:
-        tarfile.TarInfo.frombuf(head[:_TAR_HEADER_BYTES], "ascii", "replace")
-    except tarfile.HeaderError:
-        pass
-    else:
-        raise ValueError("a tar file")  # of torch 0.1, which torch would unpack in memory
     pickles = BytesIO(head)
     return set().union(*(_check_pickle(pickles) for _ in range(_LEGACY_PICKLES)))
 
 
-class _Object:
-    """What an opcode would make: its size, in objects, and the dotted name of a global."""
-
-    def __init__(self, size: int = 1, name: str = "") -> None:
-        self.size = size
-        self.name = name
-
-
 def _check_pickle(stream: BinaryIO) -> set[str]:
     """Check one pickle without unpickling it, and return the names of the globals in it.
-
-    torch executes nothing but calls some functions with any arguments, and a few opcodes can hold
-    an object that holds another twice, and so on: hashing or printing that takes forever.
 
     Raises:
         UnpicklingError: it names a global that is not allowed, or takes too much to load.
@@ -324,50 +284,18 @@ def _check_pickle(stream: BinaryIO) -> set[str]:
     """
     names: set[str] = set()
     texts: set[str] = set()
-    stack: list[_Object] = []
-    marks: list[int] = []  # where on the stack
-    memo: dict[object, _Object] = {}
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+        if opcode.proto > 2:  # of another protocol than torch.save's
+            raise UnpicklingError(f"pickle opcode {opcode.name}")
         if count > _OPCODES:
             raise UnpicklingError(f"more than {_OPCODES} opcodes")
-        if opcode.proto > 2:
-            raise UnpicklingError(f"pickle opcode {opcode.name}")
-        if isinstance(argument, str):
+        if opcode.name == "GLOBAL":
+            names.add(_name(str(argument)))
+        elif isinstance(argument, str):
             texts.add(argument)
-        match opcode.name:
-            case "MARK":
-                marks.append(len(stack))
-            case "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case "GLOBAL":
-                stack.append(_Object(name=_name(str(argument))))
-                names.add(stack[-1].name)
-            case name:
-                below = [kind.name for kind in opcode.stack_before]
-                taken = []
-                if "mark" in below:
-                    taken = stack[marks.pop() :]
-                    del stack[len(stack) - len(taken) :]
-                    below = below[: below.index("mark")]
-                taken = [stack.pop() for _ in below][::-1] + taken
-                if name in ("REDUCE", "NEWOBJ") and not _is_callable(taken[0].name):
-                    raise UnpicklingError(f"{name} of {taken[0].name or 'no global'}")
-                if opcode.stack_after:
-                    in_place = name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")
-                    made = taken.pop(0) if in_place else _Object()
-                    made.size += sum(x.size for x in taken)
-                    if made.size > _OBJECTS:
-                        raise UnpicklingError(f"more than {_OBJECTS} objects within one")
-                    stack.append(made)
     if "_codecs.encode" in names and any(map(_is_binary_codec, texts)):
         raise UnpicklingError("_codecs.encode to other than text")  # hex of hex doubles a string
     return names
-
-
-def _is_callable(name: str) -> bool:
-    return name != "" and _STORAGE.fullmatch(name) is None  # a storage would take any size
 
 
 def _name(argument: str) -> str:

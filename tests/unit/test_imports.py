@@ -21,7 +21,8 @@ FLOORS = (
     ("losses", "optim", "checkpoints", "data", "metrics", "accel"),
     ("model",),
     ("visual",),
-    ("training", "inference", "__init__"),
+    ("training", "inference"),
+    ("__init__",),
     ("cli", "__main__"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
