@@ -159,6 +159,20 @@ def test_a_mapped_file_is_not_written_to(tmp_path: Path) -> None:
     assert torch.equal(read_torch_file(path, mmap=True)["weight"], WEIGHT)
 
 
+@pytest.mark.parametrize("save", [zip_of_torch, legacy_torch])
+def test_without_mmap_nothing_of_the_file_is_needed(
+    tmp_path: Path, save: Callable[[object, Path], None]
+) -> None:
+    path = tmp_path / "model.ckpt"
+    save({"a": WEIGHT, "b": [{"c": (torch.nn.Parameter(WEIGHT[1:]),)}]}, path)
+    loaded = read_torch_file(path)
+    path.write_bytes(bytes(path.stat().st_size))  # in place: mapped tensors would change
+    (inner,) = loaded["b"][0]["c"]
+    assert torch.equal(loaded["a"], WEIGHT) and torch.equal(inner, WEIGHT[1:])
+    assert type(inner) is torch.nn.Parameter and inner.requires_grad
+    assert inner.untyped_storage().data_ptr() == loaded["a"].untyped_storage().data_ptr()
+
+
 @pytest.mark.parametrize("mmap", [False, True])
 def test_attributes_that_hide_methods_are_removed(tmp_path: Path, mmap: bool) -> None:
     three = integer(3)
@@ -300,6 +314,24 @@ def test_checkpoints_of_trainers_are_read(
         "Namespace",
         "_reconstruct",
     ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pytorch_lightning.utilities.parsing.AttributeDict",
+        "diffusers.configuration_utils.FrozenDict",
+        "omegaconf.dictconfig.DictConfig",
+        "ml_collections.config_dict.ConfigDict",
+        "easydict.EasyDict",
+        "yacs.config.CfgNode",
+    ],
+)
+def test_dicts_of_packages_are_read_as_dicts(tmp_path: Path, name: str) -> None:
+    state = dict_of((text("items"), integer(3)), (text("_parent"), b"N"))
+    extra = named(name) + b")\x81" + text("a") + integer(1) + b"s" + state + b"b"
+    write_zip(tmp_path / "last.ckpt", state_dict(extra=extra))
+    assert list(read_torch_file(tmp_path / "last.ckpt")["extra"].items()) == [("a", 1)]
 
 
 def test_stand_ins_take_anything() -> None:
