@@ -1,70 +1,63 @@
-"""diffusers' config.json of an autoencoder, and `model.params` of ours."""
+"""diffusers' folders: names of files and tensors, `config.json`, and FLUX.2's batch norm.
+
+The layouts differ in names, in the order of the decoder's levels (diffusers counts from the lowest
+resolution), and in attention's weights ([C, C] there, [C, C, 1, 1] here).
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
 from kl_vae.checkpoints.architecture import MAX_LEVELS
 
-EPS = 1.0e-4  # of the batch norm
-_MOVED = {"encoder.quant_conv.": "quant_conv.", "decoder.post_quant_conv.": "post_quant_conv."}
-_MEAN, _VAR, _COUNT = "bn.running_mean", "bn.running_var", "bn.num_batches_tracked"
+# --- files
+
+CONFIG = "config.json"
+WEIGHTS = "diffusion_pytorch_model"
+INDEX = f"{WEIGHTS}.safetensors.index.json"  # says which shard holds which tensor
+WEIGHT_FILES = (  # the first that exists is read
+    f"{WEIGHTS}.safetensors",
+    INDEX,
+    f"{WEIGHTS}.bin",
+    f"{WEIGHTS}.fp16.safetensors",
+    f"{WEIGHTS}.fp16.bin",
+)
+_MAX_JSON_BYTES = 1 << 24
 
 
-def with_quant_convolutions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """FLUX.2's tensors with the quant convolutions where CompVis has them."""
-    return {_moved(key): x for key, x in tensors.items()}
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: it is none, too large, or cannot be read.
+    """
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"over {_MAX_JSON_BYTES} bytes")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__}, not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error}); copy it again") from None
+    return content
 
 
-def take_batch_norm(
-    tensors: Mapping[str, Tensor], eps: float = EPS
-) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Split the batch norm off: the other tensors, and it as `model.params.latents`, or None."""
-    rest = {key: x for key, x in tensors.items() if key not in (_MEAN, _VAR, _COUNT)}
-    channels = _latent_channels(tensors)
-    if _MEAN not in tensors or _VAR not in tensors or not channels:
-        return rest, None
-    mean, var = (tensors[key].double().flatten() for key in (_MEAN, _VAR))
-    latents = {
-        "mean": tuple(mean.tolist()),
-        "std": tuple((var + eps).sqrt().tolist()),
-        "patch_size": math.isqrt(mean.numel() // channels),
-        "per_channel": True,
-    }
-    return rest, latents
+def shard_names(index: Path) -> list[str]:
+    """Return the names of the files that an index names; not checked, there may be none."""
+    weight_map = read_json(index).get("weight_map")
+    return sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
 
 
-def batch_norm(latents: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of the batch norm that normalises as `latents` say."""
-    std = torch.tensor(latents["std"], dtype=torch.float64)
-    return {
-        _MEAN: torch.tensor(latents["mean"], dtype=torch.float64).float(),
-        _VAR: (std.square() - EPS).float(),
-        _COUNT: torch.tensor(0),
-    }
-
-
-def _latent_channels(tensors: Mapping[str, Tensor]) -> int:
-    """Channels of the first convolution that latents go through; 0: there is none."""
-    for key in ("post_quant_conv.weight", "decoder.conv_in.weight"):
-        if key in tensors:
-            return 0 if tensors[key].ndim < 2 else tensors[key].shape[1]
-    return 0
-
-
-def _moved(key: str) -> str:
-    for old, new in _MOVED.items():
-        if key.startswith(old):
-            return new + key.removeprefix(old)
-    return key
-
+# --- names of tensors
 
 # ours, diffusers'; {level} and {i} are numbers
 _PATHS = (
@@ -96,7 +89,7 @@ _PROJECTION = re.compile(r"(encoder|decoder)\..*attn(_1|\.\d+)\.(q|k|v|proj_out)
 
 
 def is_diffusers(keys: Iterable[str]) -> bool:
-    """Whether these are diffusers' names."""
+    """Return whether keys are in diffusers' layout."""
     return any(re.match(r"(encoder|decoder)\.(mid_block|down_blocks|up_blocks)\.", k) for k in keys)
 
 
@@ -112,7 +105,7 @@ def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def with_kernels(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors with attention's projections as 1 x 1 kernels, [C, C] -> [C, C, 1, 1]."""
+    """Return our tensors with attention's projections as 1 x 1 kernels, [C, C, 1, 1]."""
     return {
         key: x[:, :, None, None] if x.ndim == 2 and _PROJECTION.fullmatch(key) else x
         for key, x in tensors.items()
@@ -123,7 +116,7 @@ _Rule = tuple[re.Pattern[str], str, dict[str, str]]
 
 
 def _rules() -> tuple[list[_Rule], list[_Rule]]:
-    """Rules from diffusers' names to ours, and back: pattern, its replacement, names within."""
+    """Return rules from diffusers' names to ours, and back: pattern, replacement, names within."""
     ours, theirs = [], []
     for own, other in _PATHS:
         names = _ATTENTION if ".attn" in own else _BLOCK
@@ -165,6 +158,63 @@ def _rename(key: str, rules: list[_Rule], levels: int) -> str:
     return key
 
 
+# --- FLUX.2: its quant convolutions lie in encoder and decoder, and a batch norm over patches of
+# 2 x 2 latents, never trained further, says how they are normalised
+
+EPS = 1.0e-4  # of the batch norm
+_MOVED = {"encoder.quant_conv.": "quant_conv.", "decoder.post_quant_conv.": "post_quant_conv."}
+_MEAN, _VAR, _COUNT = "bn.running_mean", "bn.running_var", "bn.num_batches_tracked"
+
+
+def with_quant_convolutions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors with FLUX.2's quant convolutions where CompVis has them."""
+    moved = {}
+    for key, x in tensors.items():
+        for theirs, ours in _MOVED.items():
+            if key.startswith(theirs):
+                key = ours + key.removeprefix(theirs)
+        moved[key] = x
+    return moved
+
+
+def take_batch_norm(
+    tensors: Mapping[str, Tensor], eps: float = EPS
+) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Split the batch norm off: the other tensors, and it as `model.params.latents`, or None."""
+    rest = {key: x for key, x in tensors.items() if key not in (_MEAN, _VAR, _COUNT)}
+    channels = _latent_channels(tensors)
+    if _MEAN not in tensors or _VAR not in tensors or not channels:
+        return rest, None
+    mean, var = (tensors[key].double().flatten() for key in (_MEAN, _VAR))
+    latents = {
+        "mean": tuple(mean.tolist()),
+        "std": tuple((var + eps).sqrt().tolist()),
+        "patch_size": math.isqrt(mean.numel() // channels),
+        "per_channel": True,
+    }
+    return rest, latents
+
+
+def batch_norm(latents: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of the batch norm that normalises as `latents` say."""
+    std = torch.tensor(latents["std"], dtype=torch.float64)
+    return {
+        _MEAN: torch.tensor(latents["mean"], dtype=torch.float64).float(),
+        _VAR: (std.square() - EPS).float(),
+        _COUNT: torch.tensor(0),
+    }
+
+
+def _latent_channels(tensors: Mapping[str, Tensor]) -> int:
+    """Return the channels of the first convolution that latents go through; 0 without one."""
+    for key in ("post_quant_conv.weight", "decoder.conv_in.weight"):
+        if key in tensors:
+            return 0 if tensors[key].ndim < 2 else tensors[key].shape[1]
+    return 0
+
+
+# --- config.json
+
 SCALING_FACTOR = 0.18215  # diffusers' default, which the oldest config files leave out
 PLAIN, FLUX2 = "AutoencoderKL", "AutoencoderKLFlux2"
 _DOWN = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}  # whether with attention
@@ -173,7 +223,7 @@ _TYPES = {int: "a whole number", float: "a finite number", bool: "true or false"
 
 
 def params_of_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """`model.params` that a config.json describes.
+    """Return the `model.params` that a config.json describes.
 
     Args:
         config: its content.
@@ -237,7 +287,7 @@ def params_of_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def config_of_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of a model.
+    """Return the config.json of a model.
 
     Args:
         params: whole `model.params`, each key of the ddconfig given.
@@ -294,7 +344,7 @@ def config_of_params(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def inexpressible(params: Mapping[str, Any]) -> list[str]:
-    """What of a model diffusers' autoencoder has no place for."""
+    """Return what of a model diffusers cannot express, a text for each."""
     ddconfig, embed_dim = params["ddconfig"], params["embed_dim"]
     kind = "linear" if ddconfig["use_linear_attn"] else ddconfig["attn_type"]
     errors = []
@@ -319,7 +369,7 @@ def inexpressible(params: Mapping[str, Any]) -> list[str]:
 
 
 class _Reader:
-    """Values of a config.json by key, of the type that they must have."""
+    """Typed access to the values of a config.json."""
 
     def __init__(self, config: Mapping[str, Any], source: str) -> None:
         self.config = config
@@ -333,7 +383,7 @@ class _Reader:
             self.refuse(key, value, f"must be {_TYPES[kind]}")
         return float(value) if kind is float else value
 
-    def refuse(self, key: str, value: object, why: str) -> None:
+    def refuse(self, key: str, value: object, why: str) -> NoReturn:
         raise ValueError(f"{self.source}: {key}={value!r:.80}: {why}")
 
 
@@ -362,7 +412,7 @@ def _latents(reader: _Reader, z_channels: int) -> dict[str, Any]:
 
 
 def _resolution(sample_size: object, levels: int) -> int:
-    """`sample_size` where it can be a resolution, else one that can."""
+    """Return `sample_size` where it can be a resolution, else one that can."""
     size = sample_size[0] if isinstance(sample_size, list) and sample_size else sample_size
     f = 2 ** (levels - 1)
     return size if type(size) is int and size > 0 and size % f == 0 else max(256, f)

@@ -7,15 +7,14 @@ are downloaded; huggingface_hub keeps them in its cache, and finds them there wh
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
-from kl_vae.checkpoints.folders import CONFIG, INDEX, SUFFIXES, WEIGHT_FILES
+from kl_vae.checkpoints.diffusers import CONFIG, INDEX, WEIGHT_FILES, read_json, shard_names
 
 PREFIX = "hf://"
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # of files of weights
 FORM = "hf://ORG/NAME[@REVISION][/SUBFOLDER or /FILE.safetensors]"
 
 _PATH_PREFIX = "hf:/"  # what Path makes of PREFIX
@@ -27,12 +26,12 @@ _SHARD = re.compile(r"[\w-][\w.-]*")  # a file beside the index: no slash, no le
 
 
 def is_hub_name(path: str | Path) -> bool:
-    """Whether it names something on the hub; a Path, which has lost a slash, may as well."""
+    """Return whether it names something on the hub; so may a Path, which has lost a slash."""
     return _text(path).startswith(_PATH_PREFIX)
 
 
 def fetch(name: str | Path) -> Path:
-    """Download what a name means, unless it is in the cache, and say where it lies.
+    """Download what a name means, unless it is in the cache, and return its local path.
 
     A last part that ends in .safetensors, .ckpt, .pt, .pth or .bin is a file. All else is a folder
     with an autoencoder of diffusers: in it or, where its config.json is of something else or
@@ -89,10 +88,10 @@ class _Snapshot:
         self.name = name
         self._repository = repository
         self._revision = revision
-        self._unreachable = ""  # why, and the mend: from then on the cache alone is asked
+        self._unreachable = ""  # why, and the fix: from then on only the cache is searched
 
     def get(self, file: str) -> Path | None:
-        """A file's place in the cache; None: it is not in the repository, or out of reach."""
+        """Return a file's path in the cache; None: not in the repository, or not reachable."""
         try:
             from huggingface_hub import errors, hf_hub_download
         except ImportError as error:
@@ -120,18 +119,18 @@ class _Snapshot:
         self._revision = Path(path).parents[file.count("/")].name  # snapshots/COMMIT/FILE
         return Path(path)
 
-    def require(self, file: str, mend: str) -> Path:
-        """`get`; ValueError where there is none."""
+    def require(self, file: str, fix: str) -> Path:
+        """Return a file's path in the cache; ValueError without one."""
         path = self.get(file)
         if path is None:
-            raise self.missing("no such file in it", file, mend)
+            raise self.missing("no such file in it", file, fix)
         return path
 
-    def missing(self, problem: str, looked_for: str, mend: str) -> ValueError:
-        """The error that a file is not there or, where that cannot be known, not in the cache."""
+    def missing(self, problem: str, looked_for: str, fix: str) -> ValueError:
+        """Return the error for a missing file; without a connection, one that is not cached."""
         if self._unreachable:
-            problem, mend = "not in the cache", self._unreachable
-        return ValueError(f"{self.name}: {problem} (looked for {looked_for}); {mend}")
+            problem, fix = "not in the cache", self._unreachable
+        return ValueError(f"{self.name}: {problem} (looked for {looked_for}); {fix}")
 
     def _explain(self, error: Exception, file: str) -> str:
         from huggingface_hub import errors
@@ -146,7 +145,7 @@ class _Snapshot:
             return f"no revision {self._revision!r} in it; name a branch, tag or commit that it has"
         if isinstance(error, errors.HFValidationError):
             return f"{_first_line(error)}; write {FORM}"
-        return f"{file}: {_failure(error, 'mend that')}"
+        return f"{file}: {_failure(error, 'fix that')}"
 
 
 def _text(path: str | Path) -> str:
@@ -154,15 +153,18 @@ def _text(path: str | Path) -> str:
 
 
 def _is_of_autoencoder(config: Path) -> bool:
-    content = _read_json(config)
-    return isinstance(content, dict) and str(content.get("_class_name")).startswith("Autoencoder")
+    try:
+        return str(read_json(config).get("_class_name")).startswith("Autoencoder")
+    except ValueError:  # damaged
+        return False
 
 
 def _shards(index: Path, source: str) -> list[str]:
-    """The files that an index of weights names; they lie beside it."""
-    content = _read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    files = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+    """Return the names of the files that an index of weights names; they belong beside it."""
+    try:
+        files = shard_names(index)
+    except ValueError:
+        files = []
     bad = [file for file in files if not _SHARD.fullmatch(file)]
     if bad or not files:
         found = f"names {bad[0]!r}, which is not beside it" if bad else "names no files"
@@ -170,21 +172,13 @@ def _shards(index: Path, source: str) -> list[str]:
     return files
 
 
-def _read_json(path: Path) -> Any:
-    """A file's content; None: it is damaged."""
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        return None
-
-
-def _failure(error: BaseException, mend: str) -> str:
-    """Why there is no answer from the hub, and what to do."""
+def _failure(error: BaseException, fix: str) -> str:
+    """Return why the hub did not answer, and what to do."""
     if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-        mend = "log in (`hf auth login`) or mend HF_TOKEN"
-    return f"the download failed ({_first_line(error)}); {mend}, or give a local path"
+        fix = "log in (`hf auth login`) or correct HF_TOKEN"
+    return f"the download failed ({_first_line(error)}); {fix}, or give a local path"
 
 
 def _first_line(error: BaseException) -> str:
-    """Of an error's text, which may begin with empty ones."""
+    """Return the first line of an error's text that is not empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

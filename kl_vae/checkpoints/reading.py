@@ -1,4 +1,4 @@
-"""Read the weights of an autoencoder from any file: layouts, wrappers, prefixes, averages."""
+"""Read the weights of an autoencoder from any file, folder or run, in any layout."""
 
 from __future__ import annotations
 
@@ -12,29 +12,24 @@ from torch import Tensor
 
 from kl_vae.checkpoints.checkpoint import check_digest, is_checkpoint
 from kl_vae.checkpoints.diffusers import (
+    CONFIG,
     EPS,
+    INDEX,
+    WEIGHT_FILES,
     from_diffusers,
     is_diffusers,
     params_of_config,
+    read_json,
+    shard_names,
     take_batch_norm,
     with_kernels,
     with_quant_convolutions,
 )
-from kl_vae.checkpoints.folders import CONFIG, find_autoencoder
-from kl_vae.checkpoints.hub import fetch, is_hub_name
+from kl_vae.checkpoints.hub import SUFFIXES, fetch, is_hub_name
 from kl_vae.checkpoints.run_directory import is_run, read_chosen
 from kl_vae.checkpoints.safetensors_file import is_safetensors, read_safetensors
 from kl_vae.checkpoints.torch_file import check_within_file
 
-# an autoencoder of either layout has these two
-_ENCODER, _DECODER = "encoder.conv_in.weight", "decoder.conv_in.weight"
-
-# parts of a key that wrappers of modules add, wherever in the model they stand
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-_PIPELINES = ("", "module.", "first_stage_model.", "vae.")  # taken before any other prefix
-_AVERAGE = re.compile(r"EMA|Ema(?![a-z])|(?<![A-Za-z])ema(?![a-z])")  # not the one of "semantic"
-_SHADOW = "model_ema."  # latent-diffusion's averages: the parameters' names without points
-_DEPTH = 4  # of mappings within mappings
 METADATA = "kl_vae"  # key in our safetensors files; its value is the config, as JSON
 
 
@@ -51,7 +46,7 @@ class Weights(NamedTuple):
 
 
 def read_weights(path: str | Path, ema: bool = True) -> Weights:
-    """Read an autoencoder's weights, in whatever layout and wrapping they lie there.
+    """Read an autoencoder's weights, in whatever layout and wrapping they are stored.
 
     Args:
         path: a run directory (its best checkpoint, else its newest), a checkpoint of ours, a file
@@ -67,10 +62,11 @@ def read_weights(path: str | Path, ema: bool = True) -> Weights:
     files, config, source = [path], None, path
     if path.is_dir() and not is_run(path):
         files, config, source = find_autoencoder(path, ema)
-    contents = [_read(file, ema) for file in files]
+    contents = [_read_file(file, ema) for file in files]
     first = contents[0]
     tensors = {key: x for content in contents for key, x in content.tensors.items()}
-    check_within_file(tensors, sum(content.size for content in contents), str(source))
+    size = sum(content.path.stat().st_size for content in contents)
+    check_within_file(tensors, size, str(source))
     tensors = with_quant_convolutions(tensors)
     tensors = from_diffusers(tensors) if is_diffusers(tensors) else with_kernels(tensors)
     params, eps = _params(first.config), EPS
@@ -92,12 +88,8 @@ class _Content(NamedTuple):
     step: int | None = None
     averaged: bool = False
 
-    @property
-    def size(self) -> int:
-        return self.path.stat().st_size
 
-
-def _read(path: Path, ema: bool) -> _Content:
+def _read_file(path: Path, ema: bool) -> _Content:
     if path.is_file() and is_safetensors(path):
         check_digest(path)
         return _read_safetensors(path, ema)
@@ -106,9 +98,12 @@ def _read(path: Path, ema: bool) -> _Content:
     if not is_checkpoint(content):
         return _Content(path, tensors)
     step = content.get("step")
-    averaged = ema and content.get("ema") is not None
     return _Content(
-        path, tensors, content.get("config"), step if type(step) is int else None, averaged
+        path,
+        tensors,
+        config=content.get("config"),
+        step=step if type(step) is int else None,
+        averaged=ema and content.get("ema") is not None,
     )
 
 
@@ -130,10 +125,82 @@ def _read_safetensors(path: Path, ema: bool) -> _Content:
 
 
 def _params(config: object) -> Mapping[str, Any] | None:
-    """`model.params` of a config, where there are any."""
+    """Return `model.params` of a config, or None."""
     for key in ("model", "params"):
         config = config.get(key) if isinstance(config, Mapping) else None
     return config if isinstance(config, Mapping) else None
+
+
+# --- which files of a folder
+
+
+class FolderContent(NamedTuple):
+    """An autoencoder's files."""
+
+    weights: list[Path]  # several, where they are sharded
+    config: dict[str, Any] | None  # of diffusers
+    source: Path  # what errors name
+
+
+def find_autoencoder(folder: Path, ema: bool = True) -> FolderContent:
+    """Find the files of diffusers' folders, of whole pipelines, and of folders with one file.
+
+    Args:
+        folder: one without the checkpoints of a run.
+        ema: of a trainer's folder that holds averaged weights as well, those.
+
+    Raises:
+        ValueError: no weights in it, or several of which none has diffusers' name.
+    """
+    trained = ("autoencoderkl_ema", "autoencoderkl") if ema else ("autoencoderkl",)
+    for place in (folder, *(folder / name for name in ("vae", *trained))):
+        if (place / CONFIG).is_file():
+            config = read_json(place / CONFIG)
+            # a pipeline may have a config.json of something else beside its folders
+            if place != folder or str(config.get("_class_name", "Auto")).startswith("Auto"):
+                return FolderContent(_weights_of(place), config, place)
+    files = sorted(path for path in folder.glob("*") if path.suffix in SUFFIXES and path.is_file())
+    if len(files) == 1:
+        return FolderContent(files, None, files[0])
+    if files:
+        names = ", ".join(path.name for path in files[:5])
+        raise ValueError(f"{folder}: holds {len(files)} files of weights ({names}); name one")
+    raise ValueError(f"{folder}: no checkpoint in it; give a run directory or a file")
+
+
+def _weights_of(folder: Path) -> list[Path]:
+    for name in WEIGHT_FILES:
+        path = folder / name
+        if path.is_file():
+            return _shards(path) if name == INDEX else [path]
+    raise ValueError(
+        f"{folder}: a {CONFIG} and no weights; one of {', '.join(WEIGHT_FILES[:3])} belongs beside "
+        "it"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    """Return the files that an index names, all of which must lie beside it."""
+    names = shard_names(index)
+    beside = {path.name for path in index.parent.iterdir() if path.is_file()}
+    lacking = [repr(name) for name in names if name not in beside]
+    if lacking or not names:
+        what = f"{lacking[0]:.80}, which does not lie" if lacking else "no files"
+        raise ValueError(f"{index}: its weight_map names {what} beside it; copy the folder again")
+    return [index.parent / name for name in names]
+
+
+# --- which tensors of a file
+
+# an autoencoder of either layout has these two
+_ENCODER, _DECODER = "encoder.conv_in.weight", "decoder.conv_in.weight"
+
+# parts of a key that wrappers of modules add, anywhere in the model
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_PIPELINES = ("", "module.", "first_stage_model.", "vae.")  # taken before any other prefix
+_AVERAGE = re.compile(r"EMA|Ema(?![a-z])|(?<![A-Za-z])ema(?![a-z])")  # not the one of "semantic"
+_SHADOW = "model_ema."  # latent-diffusion's averages: the parameters' names without dots
+_DEPTH = 4  # of mappings within mappings
 
 
 def autoencoder_tensors(content: object, source: str, ema: bool = True) -> dict[str, Tensor]:
@@ -189,7 +256,7 @@ def select(keys: Iterable[str], ema: bool = True) -> dict[str, str]:
 def _state_dicts(
     content: Mapping[Any, Any],
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Tensor]]]:
-    """Each mapping with tensors of an autoencoder, outermost first; else each with any tensor."""
+    """Yield each mapping with an autoencoder's tensors, outermost first; else each with any."""
     found = list(_mappings(content))
     with_autoencoder = [
         (path, tensors)
@@ -202,7 +269,7 @@ def _state_dicts(
 def _mappings(
     content: Mapping[Any, Any],
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Tensor]]]:
-    """Each mapping with tensors, under the keys that lead to it, outermost first."""
+    """Yield each mapping with tensors, and the keys that lead to it, outermost first."""
     queue: list[tuple[tuple[Any, ...], Mapping[Any, Any]]] = [((), content)]
     seen = set()  # a file's mappings may hold one another
     for path, mapping in queue:
@@ -222,7 +289,7 @@ def _without_wrappers(key: str) -> str:
 
 
 def _prefixes(keys: Iterable[str]) -> set[str]:
-    """What stands before the keys of each autoencoder."""
+    """Return what precedes the keys of each autoencoder."""
     encoders, decoders = (_beginnings(keys, end) for end in (_ENCODER, _DECODER))
     # both, or of a file that holds a half of one alone, either
     return encoders & decoders or encoders | decoders
@@ -238,7 +305,7 @@ def _choose(prefixes: set[str], keys: Iterable[str], ema: bool) -> str:
 
 
 def _under(prefixes: set[str], keys: Iterable[str]) -> set[str]:
-    """Those of the keys that begin with one of the prefixes, however many there are of both."""
+    """Return the keys that begin with one of the prefixes, in time n log n of both."""
     under, found = None, set()
     for key in sorted(prefixes.union(keys)):  # a prefix stands before all that it begins
         if under is None or not key.startswith(under):

@@ -1,7 +1,8 @@
-"""Write an autoencoder's weights for others: one CompVis file, or a folder of diffusers'."""
+"""Write an autoencoder alone: our checkpoint, a CompVis file, or a folder of diffusers'."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Mapping
@@ -11,15 +12,73 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_vae.checkpoints.diffusers import batch_norm, config_of_params, to_diffusers
-from kl_vae.checkpoints.folders import CONFIG, WEIGHTS
-from kl_vae.checkpoints.reading import METADATA
+from kl_vae.checkpoints.checkpoint import write_checkpoint
+from kl_vae.checkpoints.diffusers import (
+    CONFIG,
+    WEIGHTS,
+    batch_norm,
+    config_of_params,
+    to_diffusers,
+)
+from kl_vae.checkpoints.pretrained import complete_params
+from kl_vae.checkpoints.reading import METADATA, read_weights
 from kl_vae.checkpoints.safetensors_file import safetensors_bytes
 from kl_vae.runtime.files import write_atomically, write_folder_atomically
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def export_checkpoint(
+    source: str | Path, out: Path, ema: bool = True, given: Mapping[str, Any] | None = None
+) -> str:
+    """Write an autoencoder's weights and its config alone, as one of our checkpoints.
+
+    Args:
+        source: what `read_weights` takes.
+        out: the file to write.
+        ema: the moving average of the weights, where there is one.
+        given: as for `complete_params`.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        ValueError: `source` holds no autoencoder, or `out` exists or cannot be written.
+    """
+    weights = read_weights(source, ema)
+    params = complete_params(weights, given)
+    for key in ("ddconfig", "latents"):
+        params[key] = params[key] and dataclasses.asdict(params[key])
+    tensors = {key: x for key, x in weights.tensors.items() if not key.startswith("loss.")}
+    write_export(out, tensors, params, weights.step)
+    kind = "averaged weights" if weights.averaged else "weights"
+    step = "" if weights.step is None else f" of step {weights.step}"
+    return f"{kind}{step} ({len(tensors)} tensors)"
+
+
+def write_export(
+    out: Path, tensors: Mapping[str, Tensor], params: Mapping[str, Any], step: int | None = None
+) -> None:
+    """Write a checkpoint of an autoencoder alone.
+
+    Args:
+        out: the file to write.
+        tensors: of the CompVis layout, without a loss.
+        params: `model.params`, plain values.
+        step: of the run that trained it, where that is known.
+
+    Raises:
+        ValueError: `out` exists or cannot be written.
+    """
+    if out.exists():
+        raise ValueError(f"{out}: exists; name a file that does not")
+    config = {"model": {"params": params}}
+    try:
+        write_checkpoint(out, {"model": dict(tensors), "config": config, "step": step})
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written ({error}); choose another place") from None
 
 
 def write_compvis(
@@ -110,6 +169,6 @@ def _cast(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
         cast[key] = x.detach().to("cpu", DTYPES[dtype]).contiguous()
         if not cast[key].isfinite().all():
             largest = x.abs().max().item()
-            mend = "write bf16 or fp32" if x.isfinite().all() else "mend the weights"
-            raise ValueError(f"{key}: {dtype} cannot hold its values (up to {largest:g}); {mend}")
+            fix = "write bf16 or fp32" if x.isfinite().all() else "repair the weights"
+            raise ValueError(f"{key}: {dtype} cannot hold its values (up to {largest:g}); {fix}")
     return cast

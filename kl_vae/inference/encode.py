@@ -25,8 +25,8 @@ from torch.utils.data import Sampler
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from kl_vae.checkpoints.pretrained import write_export
 from kl_vae.checkpoints.safetensors_file import safetensors_bytes
+from kl_vae.checkpoints.writing import write_export
 from kl_vae.data import MAX_PIXELS, Batch, ImageDataset, Key, batch_loader, resolve_root
 from kl_vae.data.config import check_crop_fits
 from kl_vae.data.latent_format import DTYPES, LatentIndex, LatentSettings

@@ -55,27 +55,25 @@ def of_diffusers(config: DDConfig, embed_dim: int | None, **keys: Any) -> Any:
     ).eval()
 
 
-def assert_close(ours: Tensor, theirs: Tensor) -> None:
-    """Within 1e-5, of the largest value where that is above 1."""
+def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
+    """Within the tolerance, of the largest value where that is above 1."""
     assert ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max().clamp_min(1.0)
+    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max().clamp_min(1.0)
 
 
 @torch.no_grad()
 def assert_same_function(ours: AutoEncoderKL, theirs: Any, height: int, width: int) -> None:
-    """The same moments, KL and images in float32, as diffusers gives in float64.
-
-    In float32 it is itself further away from them than that: 2.5e-5 for the images of kl-f32.
-    """
+    """The same moments, KL and images, in float64: float32's error depends on the processor."""
+    ours, theirs = ours.double(), theirs.double()
     generator = torch.Generator().manual_seed(1)
-    x = 2.0 * torch.rand(1, ours.config.in_channels, height, width, generator=generator) - 1.0
-    theirs = theirs.double()
-    posterior, expected = ours.encode(x), theirs.encode(x.double()).latent_dist
-    assert_close(posterior.parameters, expected.parameters)
-    assert_close(posterior.kl(), expected.kl())
-    z = torch.randn(posterior.mean.shape, generator=generator)
-    assert_close(ours.decode(z), theirs.decode(z.double()).sample)
-    theirs.float()
+    shape = (1, ours.config.in_channels, height, width)
+    x = 2.0 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1.0
+    posterior, expected = ours.encode(x), theirs.encode(x).latent_dist
+    assert_close(posterior.parameters, expected.parameters, 1e-9)
+    assert_close(posterior.kl(), expected.kl(), 1e-9)
+    z = torch.randn(posterior.mean.shape, generator=generator, dtype=torch.float64)
+    assert_close(ours.decode(z), theirs.decode(z).sample, 1e-9)
+    ours.float(), theirs.float()  # which is exact
 
 
 def assert_loads(folder: Path, theirs: Any) -> None:
@@ -102,10 +100,8 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_a_published_architecture_goes_both_ways(name: str, folder: Path) -> None:
-    """At full size: diffusers' weights -> file -> ours -> file -> diffusers."""
-    preset: Preset = PRESETS[name]
+def goes_both_ways(preset: Preset, folder: Path) -> AutoEncoderKL:
+    """Diffusers' weights -> `theirs` -> our model, which is returned -> `ours` -> diffusers."""
     scale = preset.latents or LatentNormalization(scale_factor=0.18215)
     theirs = of_diffusers(
         preset.ddconfig,
@@ -115,13 +111,27 @@ def test_a_published_architecture_goes_both_ways(name: str, folder: Path) -> Non
     )
     theirs.save_pretrained(folder / "theirs")
     ours = AutoEncoderKL.from_checkpoint(folder / "theirs")
-    assert sum(x.numel() for x in ours.parameters()) == PARAMETERS[name]
     assert ours.config == preset.ddconfig and ours.embed_dim == preset.embed_dim
     assert ours.latents == scale
     f = ours.downsampling_factor
     assert_same_function(ours, theirs, 2 * f, 3 * f)
     ours.save_pretrained(folder / "ours")
     assert_loads(folder / "ours", theirs)
+    return ours
+
+
+@pytest.mark.parametrize("name", ["kl-f4", "kl-f16", "kl-f32", "sdxl-vae", "sd3"])
+def test_a_narrow_published_architecture_goes_both_ways(name: str, folder: Path) -> None:
+    preset = PRESETS[name]
+    goes_both_ways(replace(preset, ddconfig=replace(preset.ddconfig, ch=32)), folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_published_architecture_goes_both_ways(name: str, folder: Path) -> None:
+    preset = PRESETS[name]
+    ours = goes_both_ways(preset, folder)
+    assert sum(x.numel() for x in ours.parameters()) == PARAMETERS[name]
     again = AutoEncoderKL.from_preset(name, folder / "ours")
     assert again.latents == preset.latents or preset.latents is None
     assert_same(dict(again.state_dict()), dict(ours.state_dict()))

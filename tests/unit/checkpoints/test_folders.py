@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from kl_vae import AutoEncoderKL
-from kl_vae.checkpoints.folders import find_autoencoder, read_json
+from kl_vae.checkpoints.diffusers import read_json
+from kl_vae.checkpoints.reading import find_autoencoder
 from kl_vae.checkpoints.safetensors_file import safetensors_bytes
 from tests.conftest import TINY_DDCONFIG
 from tests.processes import assert_same

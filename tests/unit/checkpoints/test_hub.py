@@ -98,12 +98,12 @@ NOT_FETCHED = {
     "`hf auth login`",
     "hf://o/gated": "a gated repository; ask for access on its page, then log in: `hf auth login`",
     "hf://o/token": f"not in the cache {LOOKED_FOR}; the download failed (403 Forbidden*); "
-    "log in (`hf auth login`) or mend HF_TOKEN, or give a local path",
+    "log in (`hf auth login`) or correct HF_TOKEN, or give a local path",
     "hf://o/forbidden": "config.json: the download failed (403 Forbidden*); "
-    "log in (`hf auth login`) or mend HF_TOKEN, or give a local path",
+    "log in (`hf auth login`) or correct HF_TOKEN, or give a local path",
     "hf://o/down": f"not in the cache {LOOKED_FOR}; the download failed (*503*); "
     "connect once, or give a local path",
-    "hf://o/cut": "config.json: the download failed (*410*); mend that, or give a local path",
+    "hf://o/cut": "config.json: the download failed (*410*); fix that, or give a local path",
     "hf://o/vae@v2": "no revision 'v2' in it; name a branch, tag or commit that it has",
     "hf://o/vae/x.pt": "no such file in it (looked for x.pt); check its name",
     "hf://o/empty": f"no autoencoder in it {LOOKED_FOR}; name its subfolder or a file: {FORM}",

@@ -80,11 +80,15 @@ def test_an_unknown_dtype_is_refused(
             "bf16",
             "quant_conv.bias: bf16 cannot hold its values (up to 3.4e+38); write bf16",
         ),
-        (torch.inf, "fp32", "quant_conv.bias: fp32 cannot hold its values (up to inf); mend the w"),
+        (
+            torch.inf,
+            "fp32",
+            "quant_conv.bias: fp32 cannot hold its values (up to inf); repair the w",
+        ),
         (
             torch.nan,
             "fp16",
-            "quant_conv.bias: fp16 cannot hold its values (up to nan); mend the we",
+            "quant_conv.bias: fp16 cannot hold its values (up to nan); repair the we",
         ),
     ],
 )
