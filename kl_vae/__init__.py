@@ -17,9 +17,13 @@ if TYPE_CHECKING:
     from kl_vae.encoder import Encoder
     from kl_vae.inference.convert import ConversionResult, ExportResult, convert, export
     from kl_vae.inference.encode import EncodingResult, encode_dataset
+    from kl_vae.inference.evaluate import EvaluationResult, evaluate
+    from kl_vae.inference.reconstruct import reconstruct
+    from kl_vae.inference.reconstruction_report import ReconstructionResult
     from kl_vae.inference.sample import SamplingResult, sample
     from kl_vae.losses import register_loss
     from kl_vae.model import AutoEncoderKL
+    from kl_vae.visual.image_files import load_image, save_image
 
 __all__ = [
     "AutoEncoderKL",
@@ -29,19 +33,25 @@ __all__ = [
     "DiagonalGaussianDistribution",
     "Encoder",
     "EncodingResult",
+    "EvaluationResult",
     "ExportResult",
+    "ReconstructionResult",
     "SamplingResult",
     "__version__",
     "accelerate",
     "convert",
     "encode_dataset",
+    "evaluate",
     "export",
+    "load_image",
     "make_attention",
+    "reconstruct",
     "register_attention",
     "register_block",
     "register_loss",
     "register_normalization",
     "sample",
+    "save_image",
 ]
 
 # imported when first used: `kl-vae --help` lies below this package and should not wait for torch
@@ -53,18 +63,24 @@ _MODULES = {
     "DiagonalGaussianDistribution": "distribution",
     "Encoder": "encoder",
     "EncodingResult": "inference.encode",
+    "EvaluationResult": "inference.evaluate",
     "ExportResult": "inference.convert",
+    "ReconstructionResult": "inference.reconstruction_report",
     "SamplingResult": "inference.sample",
     "accelerate": "accel.accelerate",
     "convert": "inference.convert",
     "encode_dataset": "inference.encode",
+    "evaluate": "inference.evaluate",
     "export": "inference.convert",
+    "load_image": "visual.image_files",
     "make_attention": "attention",
+    "reconstruct": "inference.reconstruct",
     "register_attention": "attention",
     "register_block": "blocks",
     "register_loss": "losses",
     "register_normalization": "blocks",
     "sample": "inference.sample",
+    "save_image": "visual.image_files",
 }
 
 
