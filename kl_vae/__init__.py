@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from kl_vae.inference.sample import SamplingResult, sample
     from kl_vae.losses import register_loss
     from kl_vae.model import AutoEncoderKL
+    from kl_vae.training.loop import TrainingResult, train
     from kl_vae.visual.image_files import load_image, save_image
+    from kl_vae.visual.report import report
 
 __all__ = [
     "AutoEncoderKL",
@@ -37,6 +39,7 @@ __all__ = [
     "ExportResult",
     "ReconstructionResult",
     "SamplingResult",
+    "TrainingResult",
     "__version__",
     "accelerate",
     "convert",
@@ -50,8 +53,10 @@ __all__ = [
     "register_block",
     "register_loss",
     "register_normalization",
+    "report",
     "sample",
     "save_image",
+    "train",
 ]
 
 # imported when first used: `kl-vae --help` lies below this package and should not wait for torch
@@ -67,6 +72,7 @@ _MODULES = {
     "ExportResult": "inference.convert",
     "ReconstructionResult": "inference.reconstruction_report",
     "SamplingResult": "inference.sample",
+    "TrainingResult": "training.loop",
     "accelerate": "accel.accelerate",
     "convert": "inference.convert",
     "encode_dataset": "inference.encode",
@@ -79,8 +85,10 @@ _MODULES = {
     "register_block": "blocks",
     "register_loss": "losses",
     "register_normalization": "blocks",
+    "report": "visual.report",
     "sample": "inference.sample",
     "save_image": "visual.image_files",
+    "train": "training.loop",
 }
 
 

@@ -39,7 +39,7 @@ class VanillaAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        # contiguous, since torch has no kernel of linear memory for transposed ones on the CPU
+        # contiguous: torch's CPU kernel of linear memory takes no transposed ones
         q, k, v = (as_sequence(f(h)).contiguous() for f in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)
         out: Tensor = x + self.proj_out(h[:, 0].transpose(1, 2).reshape(x.shape))
@@ -47,7 +47,7 @@ class VanillaAttention(nn.Module):
 
 
 def as_sequence(x: Tensor) -> Tensor:
-    """[B, C, H, W] -> a view [B, 1 head, N, C]."""
+    """View [B, C, H, W] as [B, 1 head, N, C]."""
     return x.flatten(2).transpose(1, 2)[:, None]
 
 
@@ -73,5 +73,5 @@ class LinearAttention(nn.Module):
 
 @register_attention("none")
 def no_attention(channels: int, norm: Norm = Normalize) -> nn.Identity:
-    """No attention, and no parameters."""
+    """Return no attention, without parameters."""
     return nn.Identity()

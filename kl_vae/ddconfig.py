@@ -1,10 +1,11 @@
-"""The architecture's keys (the published `ddconfig`), checked once, here."""
+"""The architecture's keys (the published `ddconfig`), and what a model of them takes, checked."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kl_vae.attention import ATTENTION
@@ -21,7 +22,7 @@ class DDConfig:
         out_ch: channels of the reconstruction.
         ch_mult: channels of each level as multiples of `ch`; each further level halves the
             resolution, so that f = 2 ** (len(ch_mult) - 1).
-        num_res_blocks: residual blocks a level of the encoder (the decoder has one more).
+        num_res_blocks: residual blocks per level of the encoder (the decoder has one more).
         attn_resolutions: the levels with attention, by their resolution when the image's is
             `resolution`.
         in_channels: channels of the image.
@@ -43,7 +44,7 @@ class DDConfig:
         zero_init_residual: each ResnetBlock begins as its shortcut, with a last convolution of 0.
 
     Raises:
-        ValueError: an impossible value; one line a mistake: the key, the value, the mend.
+        ValueError: an impossible value; one line per mistake: the key, the value, the fix.
     """
 
     ch: int
@@ -153,10 +154,10 @@ class DDConfig:
 def check_autoencoder(
     config: DDConfig, embed_dim: int | None, colorize_nlabels: int | None
 ) -> None:
-    """Check what AutoEncoderKL asks beyond what its encoder and decoder do.
+    """Check what AutoEncoderKL requires beyond its encoder and decoder.
 
     Raises:
-        ValueError: the key, the value, the mend.
+        ValueError: the key, the value, the fix.
     """
     if not config.double_z:
         raise ValueError("double_z=False: a KL autoencoder needs mean and log variance; set true")
@@ -179,24 +180,57 @@ def check_autoencoder(
         )
 
 
-def check_images(x: Tensor, config: DDConfig) -> None:
-    """Raise ValueError unless x is [B, in_channels, H, W] with H and W multiples of f."""
+def check_images(x: Tensor, config: DDConfig, *, any_size: bool = False) -> None:
+    """Raise ValueError unless x is [B, in_channels, H, W] in [-1, 1], H and W multiples of f.
+
+    With `any_size` f need not divide H and W. Values are looked at on the CPU alone: on another
+    device that would wait for it.
+    """
+    _check_floats(x, "images", "kl_vae.load_image makes them of a file, a PIL image or an array")
     if x.ndim != 4 or x.shape[1] != config.in_channels:
         raise ValueError(
             f"images of shape {list(x.shape)}: expected [B, {config.in_channels}, H, W]"
         )
     f = config.downsampling_factor
-    if x.shape[2] % f or x.shape[3] % f:
+    if not any_size and (x.shape[2] % f or x.shape[3] % f):
         raise ValueError(
             f"images of {x.shape[3]} x {x.shape[2]}: width and height must be multiples of "
             f"{f}; pad or crop them"
+        )
+    if _can_be_read(x) and x.numel() and (largest := x.detach().abs().amax().item()) > _LARGEST:
+        raise ValueError(
+            f"images with values up to {largest:g}: expected [-1, 1]; kl_vae.load_image gives "
+            "that, or divide 0..255 by 127.5 and subtract 1"
         )
 
 
 def check_latents(z: Tensor, channels: int) -> None:
     """Raise ValueError unless z is [B, channels, h, w]."""
+    _check_floats(z, "latents", "of a posterior call .sample() or .mode()")
     if z.ndim != 4 or z.shape[1] != channels:
         raise ValueError(f"latents of shape {list(z.shape)}: expected [B, {channels}, h, w]")
+
+
+# far beyond what resampling adds to [-1, 1], and below what 0..255 has in any image with contrast
+_LARGEST = 10.0
+
+
+def _check_floats(x: object, name: str, hint: str) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} of type {type(x).__name__}: expected a tensor; {hint}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} of {x.dtype}: expected floating point; {hint}")
+
+
+def _can_be_read(x: Tensor) -> bool:
+    """Whether the values of x are there, and may be branched on."""
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def check_context(context: Tensor | None, config: DDConfig) -> None:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kl_vae.blocks import Upsample, activate, zero_residuals
+from kl_vae.blocks import Upsample, zero_residuals
 from kl_vae.ddconfig import DDConfig
-from kl_vae.middle import Middle
-from kl_vae.parts import Level, Parts, steps_of
+from kl_vae.encoder import Level, Middle, make_norm
 
 
 class Decoder(nn.Module):
@@ -25,22 +25,19 @@ class Decoder(nn.Module):
         ValueError: an unknown key, a wrong type or an impossible value in the ddconfig.
     """
 
-    activation_checkpointing: str | None = None
-
     def __init__(self, **ddconfig: Any) -> None:
         super().__init__()
         config = DDConfig.from_dict(ddconfig)
-        parts = Parts(config)
         channels = config.channels[-1]
         self.conv_in = nn.Conv2d(config.z_channels, channels, 3, padding=1)
-        self.mid = Middle(channels, parts)
+        self.mid = Middle(channels, config)
         levels: list[UpLevel] = []
         for level in reversed(range(len(config.ch_mult))):
-            levels.append(UpLevel(channels, level, config, parts))
+            levels.append(UpLevel(channels, level, config))
             channels = config.channels[level]
         # stored as published: up.0 is the full resolution, which comes last
         self.up = nn.ModuleList(reversed(levels))
-        self.norm_out = parts.norm(channels)
+        self.norm_out = make_norm(config)(channels)
         self.conv_out = nn.Conv2d(channels, config.out_ch, 3, padding=1)
         self.give_pre_end = config.give_pre_end
         self.tanh_out = config.tanh_out
@@ -48,32 +45,24 @@ class Decoder(nn.Module):
             zero_residuals(self)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        h: Tensor = self.conv_in(z)
-        h = self.mid(h, context)
+        h: Tensor = self.mid(self.conv_in(z), context)
         for level in reversed(self.up):
-            for step in steps_of(level, context):
-                h = step(h)
+            h = level(h, context)
         if self.give_pre_end:
             return h
-        # the last convolution stays apart: a GAN asks for the gradient of its weight alone
-        h = self.conv_out(activate(h, self.norm_out, self.activation_checkpointing))
+        h = self.conv_out(F.silu(self.norm_out(h)))
         return h.tanh() if self.tanh_out else h
 
 
 class UpLevel(Level):
-    """The residual blocks of one resolution, with attention where configured, then Upsample."""
+    """A level of the decoder, with one block more, and after it Upsample, but for the last one."""
 
-    def __init__(self, in_channels: int, level: int, config: DDConfig, parts: Parts) -> None:
-        super().__init__()
-        channels = config.channels[level]
-        self.block, self.attn = parts.level(
-            in_channels, channels, config.num_res_blocks + 1, config.has_attention(level)
-        )
+    def __init__(self, in_channels: int, level: int, config: DDConfig) -> None:
+        super().__init__(in_channels, level, config.num_res_blocks + 1, config)
         self.upsample: nn.Module = nn.Identity()
         if level > 0:
-            self.upsample = Upsample(channels, config.resamp_with_conv)
+            self.upsample = Upsample(config.channels[level], config.resamp_with_conv)
 
-    @property
-    def resample(self) -> nn.Module:
-        """The last step."""
-        return self.upsample
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        out: Tensor = self.upsample(super().forward(x, context))
+        return out

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class DiagonalGaussianDistribution:
-    """N(mean, diag(var)) over latents [z, h, w], one for each of B images.
+    """N(mean, diag(var)) over latents [z, h, w], one per image of a batch of B.
 
     Args:
         parameters: moments [B, 2z, h, w]: mean, then log variance, which is clamped to [-30, 20].
@@ -28,6 +28,16 @@ class DiagonalGaussianDistribution:
         self.mean, logvar = parameters.chunk(2, dim=1)
         self.logvar = logvar.clamp(-30.0, 20.0)
 
+    def __repr__(self) -> str:
+        """Shape, device and dtype, and the values' summary where they are at hand (on the CPU)."""
+        mean = self.mean
+        text = f"shape={list(mean.shape)}, device={str(mean.device)!r}, dtype={mean.dtype}"
+        if mean.device.type == "cpu" and type(mean) is Tensor and mean.numel():
+            low, high = (x.item() for x in mean.detach().aminmax())
+            text += f", mean in [{low:.3g}, {high:.3g}]"
+            text += f", std {self.std.detach().mean().item():.3g} on average"
+        return f"{type(self).__name__}({text})"
+
     @property
     def std(self) -> Tensor:
         """Standard deviation [B, z, h, w]."""
@@ -41,7 +51,7 @@ class DiagonalGaussianDistribution:
     def sample(
         self, generator: torch.Generator | None = None, *, noise: Tensor | None = None
     ) -> Tensor:
-        """Draw one sample an image, [B, z, h, w], by reparametrisation: mean + std * noise.
+        """Draw one sample per image, [B, z, h, w], by reparametrisation: mean + std * noise.
 
         Args:
             generator: where the noise comes from; None: torch's global generator.
@@ -55,13 +65,13 @@ class DiagonalGaussianDistribution:
         return self.mean + self.std * noise.to(self.mean)
 
     def mode(self) -> Tensor:
-        """The most likely latents, [B, z, h, w]: the mean."""
+        """Return the most likely latents, [B, z, h, w]: the mean."""
         return self.mean
 
     def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
-        """KL(q || N(0, I)), one value an image, [B], in nats (Kingma & Welling 2013, appendix B).
+        """Return KL(q || N(0, I)), one value per image, [B], in nats.
 
-        With `other`, KL(q || other) instead.
+        Kingma & Welling (2013, appendix B). With `other`, KL(q || other) instead.
         """
         if self.deterministic:
             return self.mean.new_zeros(self.mean.shape[0])
@@ -77,7 +87,7 @@ class DiagonalGaussianDistribution:
         return 0.5 * terms.flatten(1).sum(dim=1)
 
     def nll(self, sample: Tensor) -> Tensor:
-        """-log q(sample), one value an image, [B], in nats; sample: [B, z, h, w]."""
+        """Return -log q(sample), one value per image, [B], in nats; sample: [B, z, h, w]."""
         if self.deterministic:
             return self.mean.new_zeros(self.mean.shape[0])
         terms = math.log(2.0 * math.pi) + self.logvar + (sample - self.mean).square() / self.var

@@ -21,14 +21,14 @@ class LatentNormalization:
     Attributes:
         scale_factor: 1 / std of all values (0.18215 of Stable Diffusion).
         shift_factor: their mean (0 of Stable Diffusion, 0.1159 of FLUX.1).
-        mean: of each channel, z values; with `patch_size` p of each channel and position in a patch
+        mean: per channel, z values; with `patch_size` p of each channel and position in a patch
             of p x p latents, z * p * p values, the column fastest (FLUX.2: p = 2).
         std: likewise.
         patch_size: p.
         per_channel: normalise by `mean` and `std`.
 
     Raises:
-        ValueError: an impossible value; one line a mistake.
+        ValueError: an impossible value; one line per mistake.
     """
 
     scale_factor: float = 1.0

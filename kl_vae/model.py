@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kl_vae.blocks import ACTIVATION_CHECKPOINTING
-from kl_vae.checkpoints.matching import match
+from kl_vae.accel.accelerate import set_activation_checkpointing
 from kl_vae.checkpoints.presets import find_preset
-from kl_vae.checkpoints.pretrained import complete_params, has_published_parts
+from kl_vae.checkpoints.pretrained import complete_params, has_published_parts, match
 from kl_vae.checkpoints.reading import Weights, read_weights
 from kl_vae.checkpoints.writing import write_compvis, write_diffusers
 from kl_vae.ddconfig import DDConfig, check_autoencoder, check_context, check_images, check_latents
@@ -58,14 +58,15 @@ class AutoEncoderKL(nn.Module):
         ckpt_path: a checkpoint to load weights from.
         ignore_keys: beginnings of the checkpoint's keys that are not loaded.
         colorize_nlabels: number of channels that `to_rgb` projects to three; in_channels, or None.
-        monitor: the validation figure, such as "val/rec_loss", that selects the best checkpoint.
+        monitor: the validation metric, such as "val/rec_loss", that selects the best checkpoint.
         latents: how `normalize_latents` scales (`LatentNormalization` describes each key); None:
-            that is not known.
+            unknown.
 
     Raises:
-        ValueError: a key, value or checkpoint that does not fit; the text says what to mend.
+        ValueError: a key, value or checkpoint that does not fit; the text says how to fix it.
     """
 
+    __call__: Callable[..., tuple[Tensor, DiagonalGaussianDistribution]]
     colorize: Tensor | None
     default_loss = staticmethod(default_loss)  # for lossconfig=None
 
@@ -115,11 +116,21 @@ class AutoEncoderKL(nn.Module):
         """z, channels of the latents."""
         return self.config.z_channels if self.embed_dim is None else self.embed_dim
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.decoder.conv_out.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the weights, and outside autocast of what goes in and comes out."""
+        return self.decoder.conv_out.weight.dtype
+
     def encode(self, x: Tensor, context: Tensor | None = None) -> DiagonalGaussianDistribution:
-        """Images [B, C, H, W] -> the posterior over latents [B, z, h, w].
+        """Return the posterior over latents [B, z, h, w] of images [B, C, H, W].
 
         Raises:
-            ValueError: x is not a batch of images with in_channels, or f does not divide its size.
+            ValueError: x is not a batch of images in [-1, 1], or f does not divide its size.
         """
         check_images(x, self.config)
         check_context(context, self.config)
@@ -129,20 +140,54 @@ class AutoEncoderKL(nn.Module):
         return DiagonalGaussianDistribution(moments)
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        """Latents [B, z, h, w] -> images [B, out_ch, H, W], unclamped.
+        """Return the images [B, out_ch, H, W], unclamped, of latents [B, z, h, w].
+
+        Outside autocast they have the weights' precision, whatever the latents have.
 
         Raises:
             ValueError: z is not a batch of latents of this model.
         """
         check_latents(z, self.latent_channels)
         check_context(context, self.config)
+        if not torch.is_autocast_enabled(z.device.type):
+            z = z.to(self.dtype)
         if self.embed_dim is not None:
             z = self.post_quant_conv(z)
         image: Tensor = self.decoder(z, context)
         return image
 
+    @torch.no_grad()
+    def reconstruct(self, image: Tensor, context: Tensor | None = None) -> Tensor:
+        """Decode the posterior's mode of images of any size, as in eval mode; without gradients.
+
+        Args:
+            image: [B, C, H, W] or [C, H, W] in [-1, 1]. The edge is repeated up to a multiple of f.
+            context: as for `forward`.
+
+        Returns:
+            A tensor of the image's shape, with out_ch channels, unclamped.
+
+        Raises:
+            ValueError: as `encode`, but for the size.
+        """
+        batch = image[None] if isinstance(image, Tensor) and image.ndim == 3 else image
+        check_images(batch, self.config, any_size=True)
+        height, width = batch.shape[2:]
+        f = self.downsampling_factor
+        # at least 2 f: the group norm of a single latent is a constant
+        bottom, right = (max(2, -(-side // f)) * f - side for side in (height, width))
+        training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            padded = F.pad(batch, (0, right, 0, bottom), mode="replicate")
+            out = self.decode(self.encode(padded, context).mode(), context)[..., :height, :width]
+        finally:
+            for module in training:
+                module.training = True
+        return out[0] if image.ndim == 3 else out
+
     def normalize_latents(self, z: Tensor) -> Tensor:
-        """Raw latents [B, z, h, w] -> about zero mean and unit variance, for a diffusion model.
+        """Scale raw latents [B, z, h, w] to about zero mean and unit variance.
 
         Raises:
             ValueError: this model's scale is not known, or z is not a batch of latents of it.
@@ -150,7 +195,7 @@ class AutoEncoderKL(nn.Module):
         return self._normalization(z).normalize(z)
 
     def denormalize_latents(self, z: Tensor) -> Tensor:
-        """What `normalize_latents` gave -> raw latents [B, z, h, w], as `decode` takes them.
+        """Return the raw latents [B, z, h, w], as `decode` takes them, of normalised ones.
 
         Raises:
             ValueError: as `normalize_latents`.
@@ -206,8 +251,8 @@ class AutoEncoderKL(nn.Module):
     ) -> StepOutput:
         """Pass a batch [B, C, H, W] through autoencoder and loss: what every step begins with.
 
-        `forward` is what to call in place of this module, in training the DistributedDataParallel
-        wrapper: a call of the bare module would leave the gradients of the ranks apart.
+        `forward` is called in place of this module: in training the DistributedDataParallel
+        wrapper, without which the gradients of the ranks would stay apart.
         """
         reconstruction, posterior = (forward or self)(batch, noise=noise, equivariance=equivariance)
         target = batch
@@ -229,7 +274,7 @@ class AutoEncoderKL(nn.Module):
         return StepOutput(total, log, target, reconstruction, posterior)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """The loss of a batch of images [B, C, H, W], to be minimised.
+        """Return the loss of a batch of images [B, C, H, W], to be minimised.
 
         `batch_idx` counts as the number of optimisation steps so far. Where a discriminator learns,
         its loss is added: neither's gradient reaches the other's parameters.
@@ -242,7 +287,7 @@ class AutoEncoderKL(nn.Module):
 
     @torch.no_grad()
     def validation_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
-        """The validation figures of a batch of images [B, C, H, W], under "val/..."."""
+        """Return the validation metrics of a batch of images [B, C, H, W], under "val/..."."""
         return self.step(batch, batch_idx, "val").log
 
     def configure_optimizers(
@@ -250,7 +295,7 @@ class AutoEncoderKL(nn.Module):
         config: OptimizerConfig | None = None,
         discriminator_config: OptimizerConfig | None = None,
     ) -> torch.optim.Optimizer | list[torch.optim.Optimizer]:
-        """The optimiser of autoencoder and loss, or with a discriminator that and its own.
+        """Return the optimiser of autoencoder and loss, or with a discriminator that and its own.
 
         A learned logvar is trained with the autoencoder.
         """
@@ -267,44 +312,30 @@ class AutoEncoderKL(nn.Module):
         return self.loss if isinstance(self.loss, LPIPSWithDiscriminator) else None
 
     def set_activation_checkpointing(self, kind: str | None) -> None:
-        """Choose what the backward pass computes again instead of keeping it (Chen et al. 2016).
+        """Choose what the backward pass computes again: none, norms, blocks, or None as at first.
 
-        Gradients stay the same. A block of your own is told by its attribute
-        `activation_checkpointing`, where it has one.
-
-        Args:
-            kind: none: nothing but what lies between a norm and its SiLU; norms: what lies between
-                a norm and its convolution; blocks: the residual ones; None: as before any call,
-                all that autograd wants is kept, and `torch.func` can differentiate as it likes.
+        `kl_vae.accel.accelerate.set_activation_checkpointing` describes each.
 
         Raises:
             ValueError: no such kind.
         """
-        if kind is not None and kind not in ACTIVATION_CHECKPOINTING:
-            raise ValueError(
-                f"activation_checkpointing={kind!r}: choose one of "
-                f"{', '.join(ACTIVATION_CHECKPOINTING)}"
-            )
-        for part in (self.encoder, self.decoder):
-            for module in part.modules():
-                if hasattr(module, "activation_checkpointing"):
-                    setattr(module, "activation_checkpointing", kind)  # noqa: B010 - for mypy
+        set_activation_checkpointing(self, kind)
 
     def own_parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters of autoencoder and loss, without those of a discriminator."""
+        """Return the trainable parameters of autoencoder and loss, without the discriminator's."""
         adversary = self.adversary
         others = set() if adversary is None else set(adversary.discriminator.parameters())
         return [p for p in self.parameters() if p.requires_grad and p not in others]
 
     def without_loss(self) -> AutoEncoderKL:
-        """The same modules and parameters, shared, without the loss."""
+        """Return a model of the same modules and parameters, shared, without the loss."""
         bare = copy.copy(self)
         bare._modules = {key: module for key, module in self._modules.items() if key != "loss"}
         bare.loss = None
         return bare
 
     def get_last_layer(self) -> Tensor:
-        """The weight of the decoder's last convolution, [out_ch, ch, 3, 3]."""
+        """Return the weight of the decoder's last convolution, [out_ch, ch, 3, 3]."""
         return self.decoder.conv_out.weight
 
     @classmethod
@@ -332,6 +363,21 @@ class AutoEncoderKL(nn.Module):
         """
         weights = read_weights(path, ema)
         return cls._of_weights(weights, complete_params(weights, params))
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, subfolder: str = "") -> AutoEncoderKL:
+        """Load what `from_checkpoint` takes, or ORG/NAME of the Hugging Face hub, as diffusers do.
+
+        Args:
+            name: a path; where there is none of that name, ORG/NAME means `hf://ORG/NAME`.
+            subfolder: of a folder or a repository, such as vae.
+
+        Raises:
+            ValueError: as `from_checkpoint`.
+        """
+        is_id = re.fullmatch(r"[\w.-]+/[\w.-]+(@[^/]+)?", str(name)) and not Path(name).exists()
+        text = f"hf://{name}" if is_id else str(name)
+        return cls.from_checkpoint(f"{text}/{subfolder}" if subfolder else text)
 
     @classmethod
     def from_preset(cls, name: str, weights: str | Path | None = None) -> AutoEncoderKL:
@@ -362,7 +408,7 @@ class AutoEncoderKL(nn.Module):
 
     @property
     def params(self) -> dict[str, Any]:
-        """`model.params` that this model is built from again, without its loss; plain values."""
+        """`model.params` to build this model again, without its loss; plain values."""
         return {
             "ddconfig": dataclasses.asdict(self.config),
             "embed_dim": self.embed_dim,
@@ -402,9 +448,8 @@ class AutoEncoderKL(nn.Module):
     def init_from_ckpt(self, path: str | Path, ignore_keys: Iterable[str] = ()) -> None:
         """Load weights from what `from_checkpoint` takes, but for keys that `ignore_keys` begin.
 
-        Where the checkpoint has a moving average of the weights, it is taken. Says in one log line
-        what was loaded, ignored, missing and unexpected. The tensors of a loss (`loss.`) that this
-        model does not have are ignored.
+        A moving average of the weights is preferred. One log line says what was loaded, ignored,
+        missing and unexpected. The tensors of a loss that this model does not have are ignored.
 
         Raises:
             ValueError: missing, unexpected or differently shaped tensors that `ignore_keys` does
@@ -420,7 +465,7 @@ class AutoEncoderKL(nn.Module):
         self.load_state_dict(match(self.state_dict(), tensors, ignore_keys, source), strict=False)
 
     def to_rgb(self, x: Tensor) -> Tensor:
-        """Images of any number of channels as pictures [B, 3, H, W] in [-1, 1].
+        """Return RGB images [B, 3, H, W] in [-1, 1] of images with any number of channels.
 
         Three channels stay, one is repeated. More than three are projected by the `colorize` buffer
         and each image stretched to the whole range; without that buffer the first three are shown.

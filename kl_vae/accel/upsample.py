@@ -19,8 +19,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kl_vae.accel.convolution import CONVOLUTIONS, WinogradConv2d, is_3_by_3, suits
+from kl_vae.accel.swap import is_exporting, is_own, is_untouched
 from kl_vae.accel.winograd import UPSAMPLED, winograd_convolve
-from kl_vae.accel.winograd_conv import WinogradConv2d, suits
+from kl_vae.blocks import Upsample
+
+
+class MergedUpsample(Upsample):
+    """An `Upsample` that is computed so: `always`, or where that was measured to be faster."""
+
+    always: bool = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.with_conv and is_own(self, MergedUpsample) and self._merges(x)):
+            return super().forward(x)
+        return upsample_and_convolve(self.conv, x)
+
+    def _merges(self, x: Tensor) -> bool:
+        conv = self.conv
+        return (
+            is_untouched(conv, *CONVOLUTIONS)
+            and is_3_by_3(conv)
+            and not is_exporting()
+            and x.device == conv.weight.device
+            and (self.always or merging_pays(conv, x))
+        )
 
 
 def upsample_and_convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -28,28 +51,28 @@ def upsample_and_convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
     `conv` is one that `is_3_by_3`; one of Winograd's takes even fewer multiplications.
     """
-    if isinstance(conv, WinogradConv2d) and suits(x, conv.weight):
+    if isinstance(conv, WinogradConv2d) and suits(conv, x):
         return winograd_convolve(x, conv.weight, conv.bias, transforms=UPSAMPLED)
     return transposed_convolution(x, conv.weight, conv.bias)
 
 
 def transposed_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What is derived above; differentiable in x, weight [O, C, 3, 3] and bias [O]."""
+    """Convolve as derived above; differentiable in x, weight [O, C, 3, 3] and bias [O]."""
     kernel = _spread(_spread(weight, 2), 3).transpose(0, 1)  # [C, O, 4, 4]
     return F.conv_transpose2d(x, kernel, bias, stride=2, padding=1)
 
 
 def _spread(weight: Tensor, dim: int) -> Tensor:
-    """The 4 taps t of the 3 taps w along `dim`, added in the precision of the weight."""
+    """Return the 4 taps t of the 3 taps w along `dim`, added in the precision of the weight."""
     first, second, third = weight.unbind(dim)
     return torch.stack((third, second + third, first + second, first), dim)
 
 
-def merging_pays(x: Tensor, conv: nn.Conv2d) -> bool:
+def merging_pays(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether that was measured to be faster than both steps, forward and backward together.
 
-    In half precision it is not; and the kernel of a small map costs more than it saves. The way
-    that an image is computed does not depend on the others of its batch.
+    In half precision it is not; and the kernel of a small map costs more than it saves. How an
+    image is computed does not depend on the others of its batch.
     """
     return (
         x.device.type == "cpu"

@@ -11,7 +11,7 @@ On outputs of variance 1, with 512 channels, the largest error against float64 i
 where the direct convolution has 2e-6. It depends on the points at which the transforms evaluate
 polynomials: with the 0, 1, -1, 2, -2 of the paper it would be 5e-5.
 
-Here nothing has a gradient; `kl_vae.accel.winograd_conv` puts both directions together.
+Here nothing has a gradient; `kl_vae.accel.convolution` puts both directions together.
 
 B batch, C channels, O channels of the output, H and W height and width, n tiles, P products, S the
 scale of the output: 1, or 2 where the map is upsampled first.

@@ -1,7 +1,7 @@
 """Our own checkpoint files.
 
-A checkpoint is a dict of tensors and plain values. `FORMAT` stands under "format", the raw weights
-under "model", and the resolved config under "config"; training adds what resuming needs.
+A checkpoint is a dict of tensors and plain values: "format" is `FORMAT`, "model" the raw weights,
+"config" the resolved config, and the other keys are what resuming needs (`TrainingState.content`).
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
                 raise stream.error from None
         file.flush()
         os.fsync(file.fileno())
-        # that of an earlier file of this name, which keeps it as long as it is there itself; a
-        # damaged one goes with it, since nothing else says that it is damaged
+        # the sha256 of an earlier file of this name; if that is damaged it is removed first, since
+        # nothing but its sha256 says so
         try:
             check_digest(path)
         except ValueError:
@@ -60,7 +60,7 @@ def complete_checkpoint(path: Path) -> None:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint, then its sha256: a damaged one never lies there without it."""
+    """Remove a checkpoint, then its sha256: a damaged one is never left without it."""
     path.unlink(missing_ok=True)
     _digest_path(path).unlink(missing_ok=True)
 
@@ -79,13 +79,13 @@ def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
 
 
 def check_digest(path: Path) -> None:
-    """Raise ValueError where a sha256 lies beside the file and is not that of the file."""
+    """Raise ValueError if the file does not match the sha256 beside it, if there is one."""
     digest = _digest_path(path)
     try:
         known = digest.read_bytes()[:64] if path.is_file() and digest.is_file() else None
         damaged = known is not None and known != sha256_of(path).encode()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); mend that") from None
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); fix that") from None
     if damaged:
         raise ValueError(
             f"{path}: does not match its sha256, it is damaged; use another checkpoint"
@@ -93,12 +93,12 @@ def check_digest(path: Path) -> None:
 
 
 def is_checkpoint(content: object) -> bool:
-    """Whether a loaded file is one of our checkpoints."""
+    """Return whether a loaded file is one of our checkpoints."""
     return isinstance(content, Mapping) and content.get("format") == FORMAT
 
 
 class _Digesting:
-    """A file that a thread hashes while it is written; it remembers why it could not be."""
+    """A file that a thread hashes while it is written; `error` is why a write failed."""
 
     def __init__(self, file: BinaryIO, digest: hashlib._Hash, thread: ThreadPoolExecutor) -> None:
         self._file = file

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kl_vae.checkpoints.torch_archive import one_line
+from kl_vae.checkpoints.torch_file import one_line
 
 _SUFFIX = ".safetensors"
 _INSTALL = 'pip install "kl-vae[formats]"'

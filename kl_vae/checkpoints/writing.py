@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_vae.checkpoints.diffusers_config import config_of_params
-from kl_vae.checkpoints.diffusers_layout import to_diffusers
-from kl_vae.checkpoints.flux2 import batch_norm
+from kl_vae.checkpoints.diffusers import batch_norm, config_of_params, to_diffusers
 from kl_vae.checkpoints.folders import CONFIG, WEIGHTS
 from kl_vae.checkpoints.reading import METADATA
 from kl_vae.checkpoints.safetensors_file import safetensors_bytes

@@ -21,7 +21,6 @@ COMMANDS = (
     "sample",
     "export",
     "convert",
-    "benchmark",
 )
 
 
@@ -80,7 +79,12 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
 
 def run_command(name: str, args: argparse.Namespace) -> int:
     """Run a command whose arguments are parsed; return its exit code."""
-    return int(_module(name).run(args))
+    run = _module(name).run
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun, which then shows a failing rank's error
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        run = record(run)
+    return int(run(args))
 
 
 def _module(name: str):  # type: ignore[no-untyped-def]

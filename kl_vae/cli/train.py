@@ -22,10 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; 0 also when a signal ended the run, which is then saved."""
-    from kl_vae.training.config import RunConfig
+    """Train; 0 also if a signal stopped the run, which is then saved."""
     from kl_vae.training.loop import train
 
-    config = RunConfig.load(args.config, args.overrides)
-    train(config, args.run_dir or Path("runs") / Path(args.config).stem, args.device)
+    run_dir = args.run_dir or Path("runs") / Path(args.config).stem
+    train(args.config, run_dir, overrides=args.overrides, device=args.device)
     return 0

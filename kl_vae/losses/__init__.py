@@ -14,9 +14,16 @@ parameters, these are trained with the autoencoder, but for a discriminator's
 
 from __future__ import annotations
 
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
 from kl_vae.losses.adversarial import LPIPSWithDiscriminator
-from kl_vae.losses.build import LOSSES, Loss, build_loss, register_loss
 from kl_vae.losses.elbo import ELBO, default_loss
+from kl_vae.runtime.registry import Registry
 
 __all__ = [
     "ELBO",
@@ -27,3 +34,75 @@ __all__ = [
     "default_loss",
     "register_loss",
 ]
+
+Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+
+LOSSES = Registry("lossconfig.target")
+register_loss = LOSSES.register
+
+register_loss("elbo")(ELBO)
+register_loss("lpips_with_discriminator")(LPIPSWithDiscriminator)
+
+# targets in published configs
+_PUBLISHED_NAMES = {
+    "ldm.modules.losses.LPIPSWithDiscriminator": "lpips_with_discriminator",
+    "ldm.modules.losses.contperceptual.LPIPSWithDiscriminator": "lpips_with_discriminator",
+    "sgm.modules.autoencoding.losses.GeneralLPIPSWithDiscriminator": "lpips_with_discriminator",
+    "sgm.modules.autoencoding.losses.discriminator_loss.GeneralLPIPSWithDiscriminator": (
+        "lpips_with_discriminator"
+    ),
+}
+_NO_LOSS = "torch.nn.Identity"
+
+
+def build_loss(lossconfig: Mapping[str, Any] | Loss | None) -> Loss | None:
+    """Build the loss of a `lossconfig`; return None and a callable as they are.
+
+    Args:
+        lossconfig: `{target: NAME, params: {...}}`: a registered name, or the dotted path of a
+            class or function. A dotted path is imported, so a lossconfig must come from the user
+            (Python, or a config file named on the command line), never from a checkpoint.
+
+    Raises:
+        ValueError: a target that cannot be found, or params that it does not take.
+    """
+    if lossconfig is None or callable(lossconfig):
+        return lossconfig
+    keys = set(lossconfig) if isinstance(lossconfig, Mapping) else set()
+    if "target" not in keys or keys - {"target", "params"}:
+        raise ValueError(
+            f"lossconfig={lossconfig!r}: takes the keys target and params; "
+            "write lossconfig: {target: elbo, params: {kl_weight: 1.0e-6}}"
+        )
+    target, params = lossconfig["target"], lossconfig.get("params") or {}
+    if not isinstance(target, str) or not isinstance(params, Mapping):
+        raise ValueError(
+            f"lossconfig={dict(lossconfig)!r}: target is a name and params are keys and values"
+        )
+    if target == _NO_LOSS:  # in published configs for inference
+        return None
+    name = _PUBLISHED_NAMES.get(target, target)
+    constructor = LOSSES[name] if name in LOSSES else _import(target)
+    try:
+        inspect.signature(constructor).bind(**params)
+    except TypeError as error:
+        takes = ", ".join(inspect.signature(constructor).parameters)
+        raise ValueError(f"lossconfig.params: {error}; {target} takes {takes}") from None
+    loss: Loss = constructor(**params)
+    return loss
+
+
+def _import(target: str) -> Callable[..., Any]:
+    module, _, name = target.rpartition(".")
+    if not module:
+        LOSSES[target]  # raises, naming the known ones
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"lossconfig.target={target}: cannot be imported ({error}); choose one of "
+            f"{', '.join(LOSSES)}, or the dotted path of a class on PYTHONPATH (or --import it)"
+        ) from None
+    if not callable(found):
+        raise ValueError(f"lossconfig.target={target}: not a class or function; give one")
+    return found

@@ -1,12 +1,23 @@
 """The loss of the published first stages: pixels, LPIPS, a PatchGAN discriminator and KL.
 
-B batch, C channels, H and W the image's height and width, N = C * H * W values an image.
+The graph is cut at the reconstruction x_hat, so that each network is passed once per step:
+
+1. `forward`: the nll (pixels, LPIPS) at x_hat, and its gradient g_nll there.
+2. From `disc_start` on the adversarial term at x_hat with D frozen, and its gradient g_adv. The
+   adaptive weight compares what g_nll and g_adv induce at the decoder's last layer.
+3. `KnownGradient` gives g_nll + weight * disc_factor * g_adv to the reconstruction's graph: the
+   caller's one backward reaches the autoencoder.
+4. `discriminator_loss`: D's own step on the detached reconstruction.
+
+B batch, C channels, H and W the image's height and width, N = C * H * W values per image.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +27,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kl_vae.distribution import DiagonalGaussianDistribution
-from kl_vae.losses.build import register_loss
-from kl_vae.losses.checks import check_choice, check_number, check_steps
 from kl_vae.losses.discriminator import (
-    DISC_LOSSES,
+    DiscLoss,
+    DiscNorm,
     PatchDiscriminator,
     RealAndFake,
     discriminator_loss,
@@ -27,103 +37,76 @@ from kl_vae.losses.discriminator import (
     lecam,
 )
 from kl_vae.losses.lpips import LPIPS
+from kl_vae.runtime.schema import from_arguments
 
 MAX_RATIO = 1e4
 
 
-class KnownGradient(torch.autograd.Function):
-    """A scalar whose gradients with respect to some tensors are known already.
+@dataclass(frozen=True)
+class RegularizationWeights:
+    """Another published spelling of `kl_weight`."""
 
-    `KnownGradient.apply(value, x, x_gradient, y, y_gradient, ...)` returns `value`; its backward
-    gives x the gradient x_gradient, times what comes from above, and so on.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, *tensors_and_gradients: Tensor) -> Tensor:
-        """Return a copy of `value`."""
-        ctx.save_for_backward(*tensors_and_gradients[1::2])
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *scales: Tensor) -> tuple[Tensor | None, ...]:
-        """Give each tensor its gradient, none to the value and to the gradients."""
-        gradients: list[Tensor | None] = [None]
-        for gradient in ctx.saved_tensors:
-            gradients += [scales[0] * gradient, None]
-        return tuple(gradients)
+    kl_loss: float
 
 
-def gradient_at(total: Tensor, x: Tensor, values: int) -> Tensor:
-    """The gradient of a mean over `values` values with respect to x, of x's shape.
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """The arguments of `LPIPSWithDiscriminator`, in the published order."""
 
-    Each of them has a gradient of 1 / values, which half precision would round to 0: the sum is
-    differentiated (up to a power of two) and divided afterwards.
-    """
-    scale = 2.0 ** math.ceil(math.log2(max(values, 1)))
-    (gradient,) = torch.autograd.grad(total * scale, x)
-    return gradient.float() / scale
+    disc_start: int
+    logvar_init: float = 0.0
+    kl_weight: float = 1.0
+    pixelloss_weight: float = 1.0
+    disc_num_layers: int = 3
+    disc_in_channels: int = 3
+    disc_factor: float = 1.0
+    disc_weight: float = 1.0
+    perceptual_weight: float = 1.0
+    use_actnorm: bool = False
+    disc_conditional: bool = False
+    disc_loss: DiscLoss = "hinge"
+    _: KW_ONLY
+    disc_ndf: int = 64
+    disc_norm: DiscNorm = "batch"
+    disc_weighting: Literal["global", "rank", "fixed"] = "global"
+    disc_warmup_steps: int = 0
+    perceptual_start: int = 0
+    lecam_weight: float = 0.0
+    lecam_decay: float = 0.999
+    reconstruction: Literal["l1", "mse"] = "l1"
+    reduction: Literal["sum", "mean"] = "sum"
+    learn_logvar: bool = True
+    perceptual: Literal["vgg", "alex", "squeeze"] | Callable[[Tensor, Tensor], Tensor] = "vgg"
+    perceptual_linear: bool = True
+    perceptual_features: str | Path | None = None
+    perceptual_heads: str | Path | None = None
+    regularization_weights: RegularizationWeights | None = None
 
-
-def last_layer_gradient(reconstructions: Tensor, last_layer: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient of `last_layer` that a gradient at the reconstructions [B, C, H, W] induces.
-
-    Goes back through the last layer alone. It is linear in the gradient, which is therefore brought
-    to a size that half precision holds and the result brought back.
-    """
-    size = gradient.abs().sum().clamp_min(1e-20)  # of zeros, too, a finite scale
-    scale = torch.exp2(10.0 - size.log2().floor())
-    (induced,) = torch.autograd.grad(
-        reconstructions, last_layer, gradient * scale, retain_graph=True
-    )
-    return induced.float() / scale
-
-
-def ratio_at_last_layer(
-    reconstructions: Tensor,
-    last_layer: Tensor,
-    gradient: Tensor,
-    other: Tensor,
-    *,
-    over_ranks: bool,
-) -> Tensor:
-    """How much larger one gradient at the reconstructions is than another, a scalar.
-
-    Esser et al. (2021, eq. 7): measured by the norms of what they induce at the last layer.
-
-    Args:
-        reconstructions: [B, C, H, W], with their graph.
-        last_layer: the weight of the convolution that made them.
-        gradient: of the numerator, [B, C, H, W].
-        other: of the denominator, [B, C, H, W].
-        over_ranks: average what they induce over all ranks before the norms are taken.
-    """
-    induced = torch.stack(
-        [last_layer_gradient(reconstructions, last_layer, g).flatten() for g in (gradient, other)]
-    )
-    if over_ranks:
-        induced = mean_over_ranks(induced)
-    norm, other_norm = induced.norm(dim=1)
-    ratio: Tensor = norm / (other_norm + 1e-4)
-    return ratio.clamp(0.0, MAX_RATIO)
-
-
-def mean_over_ranks(x: Tensor) -> Tensor:
-    """The mean of a tensor over all ranks; of one process the tensor itself."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return x
-    x = x.detach().clone()  # reduced in place
-    dist.all_reduce(x)
-    return x / dist.get_world_size()
+    def __post_init__(self) -> None:
+        for key in (
+            "disc_start",
+            "disc_warmup_steps",
+            "perceptual_start",
+            "kl_weight",
+            "pixelloss_weight",
+            "disc_factor",
+            "disc_weight",
+            "perceptual_weight",
+            "lecam_weight",
+            "lecam_decay",
+        ):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key}={getattr(self, key)}: must be 0 or more")
+        if self.use_actnorm and self.disc_norm not in ("batch", "act"):
+            raise ValueError(
+                f"disc_norm={self.disc_norm}: with use_actnorm it is act; leave one out"
+            )
 
 
-NETS = ("vgg", "alex", "squeeze")
-
-
-@register_loss("lpips_with_discriminator")
 class LPIPSWithDiscriminator(nn.Module):
     """Pixel error, LPIPS, adversarial term and KL (Rombach et al. 2022, appendix G; Esser 2021).
 
-    With e = |x - x_rec| for each value and p = LPIPS(x, x_rec) for each image, s = logvar:
+    With e = |x - x_rec| per value and p = LPIPS(x, x_rec) per image, s = logvar:
 
         nll   = mean over images of the sum over an image's values of
                 (pixelloss_weight * e + perceptual_weight * p) / exp(s) + s
@@ -136,15 +119,10 @@ class LPIPSWithDiscriminator(nn.Module):
 
     of the last layer's w.
 
-    The graph is cut at the reconstruction: the nll, the adversarial term and both norms of the
-    weight take one backward each through the perceptual network and through D, and none through the
-    autoencoder but for its last layer. What they give at the reconstruction is the gradient of
-    `total`, whose backward is then the only one that reaches the autoencoder's parameters.
-
     Args:
         disc_start: optimisation steps before the discriminator is run at all.
         logvar_init: s at the start.
-        kl_weight: weight of the KL (nats an image) against the summed error.
+        kl_weight: weight of the KL (nats per image) against the summed error.
         pixelloss_weight: weight of the pixel error.
         disc_num_layers: strided layers of the discriminator after its first.
         disc_in_channels: channels of what it sees: of the image, and of cond where it is given.
@@ -173,119 +151,52 @@ class LPIPSWithDiscriminator(nn.Module):
         regularization_weights: {kl_loss: W}, another published spelling of kl_weight.
 
     Raises:
-        ValueError: an impossible value, or weights that cannot be found; the mend is named.
+        ValueError: an impossible value, or weights that cannot be found; the text names the fix.
     """
 
     logits_average: Tensor  # [2], of real and of fake: LeCam's anchors
 
-    def __init__(
-        self,
-        disc_start: int,
-        logvar_init: float = 0.0,
-        kl_weight: float = 1.0,
-        pixelloss_weight: float = 1.0,
-        disc_num_layers: int = 3,
-        disc_in_channels: int = 3,
-        disc_factor: float = 1.0,
-        disc_weight: float = 1.0,
-        perceptual_weight: float = 1.0,
-        use_actnorm: bool = False,
-        disc_conditional: bool = False,
-        disc_loss: Literal["hinge", "vanilla", "non_saturating"] = "hinge",
-        *,
-        disc_ndf: int = 64,
-        disc_norm: Literal["batch", "act", "group", "none"] = "batch",
-        disc_weighting: Literal["global", "rank", "fixed"] = "global",
-        disc_warmup_steps: int = 0,
-        perceptual_start: int = 0,
-        lecam_weight: float = 0.0,
-        lecam_decay: float = 0.999,
-        reconstruction: Literal["l1", "mse"] = "l1",
-        reduction: Literal["sum", "mean"] = "sum",
-        learn_logvar: bool = True,
-        perceptual: str | Callable[[Tensor, Tensor], Tensor] = "vgg",
-        perceptual_linear: bool = True,
-        perceptual_features: str | Path | None = None,
-        perceptual_heads: str | Path | None = None,
-        regularization_weights: Mapping[str, float] | None = None,
-    ) -> None:
+    __signature__ = inspect.signature(AdversarialConfig)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
-        if regularization_weights is not None:
-            if set(regularization_weights) != {"kl_loss"}:
-                raise ValueError(
-                    f"regularization_weights={dict(regularization_weights)!r}: takes kl_loss "
-                    "alone; or give kl_weight"
-                )
-            kl_weight = regularization_weights["kl_loss"]
-        check_steps("disc_start", disc_start)
-        check_steps("disc_warmup_steps", disc_warmup_steps)
-        check_steps("perceptual_start", perceptual_start)
-        check_number("logvar_init", logvar_init, at_least=-math.inf)
-        for key, number in (
-            ("kl_weight", kl_weight),
-            ("pixelloss_weight", pixelloss_weight),
-            ("disc_factor", disc_factor),
-            ("disc_weight", disc_weight),
-            ("perceptual_weight", perceptual_weight),
-            ("lecam_weight", lecam_weight),
-            ("lecam_decay", lecam_decay),
-        ):
-            check_number(key, number)
-        for key, value, choices in (
-            ("use_actnorm", use_actnorm, (True, False)),
-            ("disc_conditional", disc_conditional, (True, False)),
-            ("disc_loss", disc_loss, DISC_LOSSES),
-            ("disc_weighting", disc_weighting, ("global", "rank", "fixed")),
-            ("reconstruction", reconstruction, ("l1", "mse")),
-            ("reduction", reduction, ("sum", "mean")),
-            ("learn_logvar", learn_logvar, (True, False)),
-            ("perceptual_linear", perceptual_linear, (True, False)),
-        ):
-            check_choice(key, value, choices)
-        if use_actnorm and disc_norm not in ("batch", "act"):
-            raise ValueError(f"disc_norm={disc_norm}: with use_actnorm it is act; leave one out")
-        self.disc_start = disc_start
-        self.kl_weight = kl_weight
-        self.pixelloss_weight = pixelloss_weight
-        self.disc_factor = disc_factor
-        self.disc_weight = disc_weight
-        self.perceptual_weight = perceptual_weight
-        self.disc_conditional = disc_conditional
-        self.disc_loss = disc_loss
-        self.disc_weighting = disc_weighting
-        self.disc_warmup_steps = disc_warmup_steps
-        self.perceptual_start = perceptual_start
-        self.lecam_weight = lecam_weight
-        self.lecam_decay = lecam_decay
-        self.reconstruction = reconstruction
-        self.reduction = reduction
-        self.logvar = nn.Parameter(torch.tensor(float(logvar_init)), requires_grad=learn_logvar)
-        self.discriminator = PatchDiscriminator(
-            disc_in_channels, disc_num_layers, disc_ndf, "act" if use_actnorm else disc_norm
+        config = from_arguments(AdversarialConfig, *args, **kwargs)
+        self.disc_start = config.disc_start
+        self.kl_weight = config.kl_weight
+        if config.regularization_weights is not None:
+            self.kl_weight = config.regularization_weights.kl_loss
+        self.pixelloss_weight = config.pixelloss_weight
+        self.disc_factor = config.disc_factor
+        self.disc_weight = config.disc_weight
+        self.perceptual_weight = config.perceptual_weight
+        self.disc_conditional = config.disc_conditional
+        self.disc_loss = config.disc_loss
+        self.disc_weighting = config.disc_weighting
+        self.disc_warmup_steps = config.disc_warmup_steps
+        self.perceptual_start = config.perceptual_start
+        self.lecam_weight = config.lecam_weight
+        self.lecam_decay = config.lecam_decay
+        self.reconstruction = config.reconstruction
+        self.reduction = config.reduction
+        self.logvar = nn.Parameter(
+            torch.tensor(config.logvar_init), requires_grad=config.learn_logvar
         )
-        self.perceptual_loss: Callable[[Tensor, Tensor], Tensor] | None = None
-        if callable(perceptual):
-            self.perceptual_loss = perceptual
-        elif perceptual_weight > 0:
-            check_choice("perceptual", perceptual, NETS)
-            try:
-                self.perceptual_loss = LPIPS(
-                    perceptual, perceptual_linear, perceptual_features, perceptual_heads
-                )
-            except ValueError as error:
-                raise ValueError(
-                    f"perceptual={perceptual}: {error} (here: perceptual_features, "
-                    "perceptual_heads, perceptual_linear; perceptual_weight: 0.0 needs neither)"
-                ) from None
-        if lecam_weight > 0:
+        self.discriminator = PatchDiscriminator(
+            config.disc_in_channels,
+            config.disc_num_layers,
+            config.disc_ndf,
+            norm="act" if config.use_actnorm else config.disc_norm,
+        )
+        self.perceptual_loss = _perceptual_loss(config)
+        if config.lecam_weight > 0:
             self.register_buffer("logits_average", torch.zeros(2))
 
     def discriminates(self, global_step: int) -> bool:
-        """Whether the discriminator runs in the step after `global_step` optimisation steps."""
+        """Return whether the discriminator runs after `global_step` optimisation steps."""
         return self.disc_factor > 0 and global_step >= self.disc_start
 
     def counts(self, global_step: int) -> bool:
-        """Whether the autoencoder is told what the discriminator thinks."""
+        """Return whether the adversarial term is in the autoencoder's loss."""
         start = self.disc_start + self.disc_warmup_steps
         return self.discriminates(global_step) and self.disc_weight > 0 and global_step >= start
 
@@ -299,7 +210,7 @@ class LPIPSWithDiscriminator(nn.Module):
         split: str = "train",
         cond: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the autoencoder's scalar to minimise, and what it is made of under `{split}/...`.
+        """Return the autoencoder's scalar to minimise, and its detached terms under `{split}/...`.
 
         Without gradients, as in validation, LPIPS is run from the first step on, the discriminator
         is not, and the total has no adversarial term: it means the same from beginning to end.
@@ -320,8 +231,8 @@ class LPIPSWithDiscriminator(nn.Module):
         x = inputs.float()
         x_hat = reconstructions.detach().float().requires_grad_(training)
         with torch.autocast(x.device.type, enabled=False):
-            perceives = not training or global_step >= self.perceptual_start
-            nll, log = self._nll(x, x_hat, perceives)
+            perceptual = not training or global_step >= self.perceptual_start
+            nll, log = self._nll(x, x_hat, perceptual)
             kl_loss = posterior.kl().mean()
             kl_weight = self.kl_weight / (x[0].numel() if self.reduction == "mean" else 1)
         value = nll.detach()
@@ -342,7 +253,7 @@ class LPIPSWithDiscriminator(nn.Module):
             value = KnownGradient.apply(value, *pairs)
         total = value + kl_weight * kl_loss
         log = {"total_loss": total, "kl_loss": kl_loss, "logvar": self.logvar, **log}
-        return total, {f"{split}/{key}": figure.detach().clone() for key, figure in log.items()}
+        return total, {f"{split}/{key}": term.detach().clone() for key, term in log.items()}
 
     def discriminator_loss(
         self,
@@ -369,16 +280,16 @@ class LPIPSWithDiscriminator(nn.Module):
         if self.lecam_weight > 0:
             log["lecam"] = lecam(real, fake, self.logits_average[0], self.logits_average[1])
             loss = loss + self.lecam_weight * log["lecam"]
-        return loss, {f"train/{key}": figure.detach() for key, figure in log.items()}
+        return loss, {f"train/{key}": term.detach() for key, term in log.items()}
 
     def running_statistics(self) -> list[Tensor]:
-        """What passes through the discriminator change beside gradients."""
+        """Return the floating-point buffers that forward passes of the discriminator update."""
         buffers = [*self.discriminator.buffers(), *self.buffers(recurse=False)]
         return [buffer for buffer in buffers if buffer.is_floating_point()]
 
     @torch.no_grad()
     def note_logits(self, real: Tensor, fake: Tensor) -> None:
-        """After a step of the discriminator: this rank's mean logits move LeCam's averages."""
+        """Update LeCam's averages from this rank's mean logits, after D's step."""
         if self.lecam_weight > 0:
             means = mean_over_ranks(torch.stack([real, fake]).float())
             self.logits_average.lerp_(means, 1.0 - self.lecam_decay)
@@ -391,13 +302,13 @@ class LPIPSWithDiscriminator(nn.Module):
                 "which is frozen or not given; set disc_weighting: fixed"
             )
 
-    def _nll(self, x: Tensor, x_hat: Tensor, perceives: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """The negative log likelihood, a scalar, and its parts; all float32."""
+    def _nll(self, x: Tensor, x_hat: Tensor, perceptual: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the negative log-likelihood, a scalar, and its terms; all float32."""
         difference = x - x_hat
         error = difference.abs() if self.reconstruction == "l1" else difference.square()
         rec_loss = self.pixelloss_weight * error.mean()
         log = {}
-        if perceives and self.perceptual_loss is not None and self.perceptual_weight > 0:
+        if perceptual and self.perceptual_loss is not None and self.perceptual_weight > 0:
             log["p_loss"] = self.perceptual_loss(x, x_hat).mean()
             rec_loss = rec_loss + self.perceptual_weight * log["p_loss"]
         nll = rec_loss / self.logvar.exp() + self.logvar
@@ -406,7 +317,7 @@ class LPIPSWithDiscriminator(nn.Module):
         return nll, {"nll_loss": nll, "rec_loss": rec_loss, **log}
 
     def _adversarial(self, x_hat: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The adversarial term, a scalar, and its gradient at the reconstruction [B, C, H, W]."""
+        """Return the adversarial term, a scalar, and its gradient at x_hat [B, C, H, W]."""
         # detached parameters: D learns nothing from this
         frozen = {key: p.detach() for key, p in self.discriminator.named_parameters()}
         logits: Tensor = functional_call(self.discriminator, frozen, (self._seen(x_hat, cond),))
@@ -421,18 +332,21 @@ class LPIPSWithDiscriminator(nn.Module):
         nll_gradient: Tensor,
         adversarial_gradient: Tensor,
     ) -> Tensor:
-        """What multiplies the adversarial term, a scalar."""
+        """Return the weight of the adversarial term, a scalar."""
         self.check_last_layer(last_layer)
         if last_layer is None or self.disc_weighting == "fixed":
             return torch.tensor(self.disc_weight, device=nll_gradient.device)
-        gradients = nll_gradient, adversarial_gradient
         over_ranks = self.disc_weighting == "global"
         return self.disc_weight * ratio_at_last_layer(
-            reconstructions, last_layer, *gradients, over_ranks=over_ranks
+            reconstructions,
+            last_layer,
+            nll_gradient,
+            adversarial_gradient,
+            over_ranks=over_ranks,
         )
 
     def _seen(self, image: Tensor, cond: Tensor | None) -> Tensor:
-        """What the discriminator looks at."""
+        """Return the discriminator's input: the image, with `cond` beside it where conditional."""
         if not self.disc_conditional:
             return image
         if cond is None:
@@ -441,3 +355,108 @@ class LPIPSWithDiscriminator(nn.Module):
                 "does not give; set it to false, or call the loss with cond"
             )
         return torch.cat([image, cond], dim=1)
+
+
+def _perceptual_loss(config: AdversarialConfig) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return the perceptual distance (x, x_rec) -> [B, 1, 1, 1]; None where it has no weight."""
+    if not isinstance(config.perceptual, str):
+        return config.perceptual
+    if config.perceptual_weight == 0:
+        return None
+    try:
+        return LPIPS(
+            config.perceptual,
+            linear=config.perceptual_linear,
+            features=config.perceptual_features,
+            heads=config.perceptual_heads,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"perceptual={config.perceptual}: {error} (here: perceptual_features, "
+            "perceptual_heads, perceptual_linear; perceptual_weight: 0.0 needs neither)"
+        ) from None
+
+
+class KnownGradient(torch.autograd.Function):
+    """A scalar whose gradients with respect to some tensors are known already.
+
+    `KnownGradient.apply(value, x, x_gradient, y, y_gradient, ...)` returns `value`; its backward
+    gives x the gradient x_gradient, times what comes from above, and so on.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *tensors_and_gradients: Tensor) -> Tensor:
+        """Return a copy of `value`."""
+        ctx.save_for_backward(*tensors_and_gradients[1::2])
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *scales: Tensor) -> tuple[Tensor | None, ...]:
+        """Give each tensor its gradient, none to the value and to the gradients."""
+        gradients: list[Tensor | None] = [None]
+        for gradient in ctx.saved_tensors:
+            gradients += [scales[0] * gradient, None]
+        return tuple(gradients)
+
+
+def gradient_at(total: Tensor, x: Tensor, values: int) -> Tensor:
+    """Return the gradient of a mean over `values` values with respect to x, of x's shape.
+
+    Each of them has a gradient of 1 / values, which half precision would round to 0: the sum is
+    differentiated (up to a power of two) and divided afterwards.
+    """
+    scale = 2.0 ** math.ceil(math.log2(max(values, 1)))
+    (gradient,) = torch.autograd.grad(total * scale, x)
+    return gradient.float() / scale
+
+
+def last_layer_gradient(reconstructions: Tensor, last_layer: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient of `last_layer` that one at the reconstructions [B, C, H, W] induces.
+
+    Goes back through the last layer alone. It is linear in the gradient, which is therefore brought
+    to a size that half precision holds and the result brought back.
+    """
+    size = gradient.abs().sum().clamp_min(1e-20)  # of zeros, too, a finite scale
+    scale = torch.exp2(10.0 - size.log2().floor())
+    (induced,) = torch.autograd.grad(
+        reconstructions, last_layer, gradient * scale, retain_graph=True
+    )
+    return induced.float() / scale
+
+
+def ratio_at_last_layer(
+    reconstructions: Tensor,
+    last_layer: Tensor,
+    gradient: Tensor,
+    other: Tensor,
+    *,
+    over_ranks: bool,
+) -> Tensor:
+    """Return the ratio of the norms of two gradients at the last layer, a scalar.
+
+    Esser et al. (2021, eq. 7). Each is induced by a gradient at the reconstructions.
+
+    Args:
+        reconstructions: [B, C, H, W], with their graph.
+        last_layer: the weight of the convolution that made them.
+        gradient: of the numerator, [B, C, H, W].
+        other: of the denominator, [B, C, H, W].
+        over_ranks: average what they induce over all ranks before the norms are taken.
+    """
+    induced = torch.stack(
+        [last_layer_gradient(reconstructions, last_layer, g).flatten() for g in (gradient, other)]
+    )
+    if over_ranks:
+        induced = mean_over_ranks(induced)
+    norm, other_norm = induced.norm(dim=1)
+    ratio: Tensor = norm / (other_norm + 1e-4)
+    return ratio.clamp(0.0, MAX_RATIO)
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """Return the mean of a tensor over all ranks; in a single process the tensor itself."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return x
+    x = x.detach().clone()  # reduced in place
+    dist.all_reduce(x)
+    return x / dist.get_world_size()

@@ -6,14 +6,12 @@ B batch, C channels, H and W the image's height and width, h and w those of the 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from kl_vae.losses.checks import check_choice
 
 
 class ActNorm(nn.Module):
@@ -22,7 +20,7 @@ class ActNorm(nn.Module):
     The first training batch sets loc = -mean and scale = 1 / (std + 1e-6) for each channel, so that
     it leaves with mean 0 and variance 1; from then on both are trained as any parameter. Mean and
     standard deviation (unbiased) are over the batches of all ranks, so that the ranks stay equal:
-    all of them must run this batch. A first batch that is not finite, or has one value a channel,
+    all of them must run this batch. A first batch that is not finite, or has one value per channel,
     changes nothing; the next one counts as the first.
 
     Args:
@@ -36,9 +34,9 @@ class ActNorm(nn.Module):
         self.loc = nn.Parameter(torch.zeros(1, channels, 1, 1))
         self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
         self.register_buffer("initialized", torch.tensor(0, dtype=torch.uint8))
-        # what is known of the buffer without waiting for the device
+        # a copy of the buffer on the host: no wait for the device per step
         self._known_initialized = False
-        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_forget_initialized)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and not self._known_initialized:
@@ -47,7 +45,7 @@ class ActNorm(nn.Module):
 
     @torch.no_grad()
     def _initialize(self, x: Tensor) -> bool:
-        """Set loc and scale from a batch, and say whether it could be done."""
+        """Set loc and scale from a batch; return False if its statistics are not finite."""
         values = x.float().transpose(0, 1).flatten(1)  # [C, B * H * W]
         count = values.new_tensor([values.shape[1]])
         sums = _sum_over_ranks(torch.cat((values.sum(dim=1), count)))  # [C + 1], the count last
@@ -63,12 +61,12 @@ class ActNorm(nn.Module):
         return True
 
 
-def _forget(module: ActNorm, incompatible_keys: object) -> None:
+def _forget_initialized(module: ActNorm, incompatible_keys: object) -> None:
     module._known_initialized = False
 
 
 def _sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum over all ranks, in place; of one rank alone its own values."""
+    """Return the sum over all ranks, computed in place; a single process keeps its values."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values)
     return values
@@ -76,14 +74,14 @@ def _sum_over_ranks(values: Tensor) -> Tensor:
 
 DiscNorm = Literal["batch", "act", "group", "none"]
 DiscLoss = Literal["hinge", "vanilla", "non_saturating"]
-DISC_NORMS = ("batch", "act", "group", "none")
-DISC_LOSSES = ("hinge", "vanilla", "non_saturating")
+DISC_NORMS = get_args(DiscNorm)
+DISC_LOSSES = get_args(DiscLoss)
 
 _MOST_GROUPS = 32
 
 
 class PatchDiscriminator(nn.Module):
-    """Judges each patch of an image, real or not (Isola et al. 2017, section 3.2.2).
+    """Classifies each patch of an image as real or not (Isola et al. 2017, section 3.2.2).
 
     `n_layers` convolutions of stride 2, one of stride 1 and one to the logits, all 4 x 4. Between
     them, but not after the first, `norm`: `batch` and `act` have the published modules and names
@@ -97,7 +95,7 @@ class PatchDiscriminator(nn.Module):
         norm: `batch`, `act` (see `ActNorm`), `group` or `none`.
 
     Raises:
-        ValueError: an impossible value; the key of the lossconfig, the value and the mend.
+        ValueError: an impossible value; the key of the lossconfig, the value and the fix.
     """
 
     def __init__(
@@ -110,8 +108,8 @@ class PatchDiscriminator(nn.Module):
             ("disc_ndf", ndf),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{key}={value!r}: a whole number, 1 or more")
-        check_choice("disc_norm", norm, DISC_NORMS)
+                raise ValueError(f"{key}={value!r}: must be a whole number, 1 or more")
+        _check_choice("disc_norm", norm, DISC_NORMS)
         self.in_channels = in_channels
         self.n_layers = n_layers
 
@@ -130,7 +128,7 @@ class PatchDiscriminator(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        """The published initial weights; the biases of convolutions keep torch's."""
+        """Draw the published initial weights; the biases of convolutions keep torch's."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)
@@ -193,8 +191,14 @@ def _normalization(norm: DiscNorm, channels: int) -> nn.Module:
     return nn.Identity()  # keeps the indices of the layers behind it
 
 
+def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of the `choices`."""
+    if value not in choices:
+        raise ValueError(f"{key}={value!r}: choose one of {', '.join(choices)}")
+
+
 def discriminator_loss(real: Tensor, fake: Tensor, kind: DiscLoss) -> Tensor:
-    """The scalar that the discriminator minimises, float32.
+    """Return the scalar that the discriminator minimises, float32.
 
     `hinge` is that of Lim & Ye (2017); `vanilla` and `non_saturating` are both the cross entropy
     of Goodfellow et al. (2014, eq. 1). Either is halved, as published.
@@ -207,7 +211,7 @@ def discriminator_loss(real: Tensor, fake: Tensor, kind: DiscLoss) -> Tensor:
     Raises:
         ValueError: another kind.
     """
-    check_choice("disc_loss", kind, DISC_LOSSES)
+    _check_choice("disc_loss", kind, DISC_LOSSES)
     real, fake = real.float(), fake.float()
     if kind == "hinge":
         return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
@@ -215,7 +219,7 @@ def discriminator_loss(real: Tensor, fake: Tensor, kind: DiscLoss) -> Tensor:
 
 
 def generator_loss(fake: Tensor, kind: DiscLoss) -> Tensor:
-    """The scalar that the autoencoder minimises, float32.
+    """Return the scalar that the autoencoder minimises, float32.
 
     -mean(fake) for `hinge` and, as published, for `vanilla`; for `non_saturating`
     -mean(log sigmoid(fake)) (Goodfellow et al. 2014, section 3).
@@ -227,7 +231,7 @@ def generator_loss(fake: Tensor, kind: DiscLoss) -> Tensor:
     Raises:
         ValueError: another kind.
     """
-    check_choice("disc_loss", kind, DISC_LOSSES)
+    _check_choice("disc_loss", kind, DISC_LOSSES)
     fake = fake.float()
     return F.softplus(-fake).mean() if kind == "non_saturating" else -fake.mean()
 
@@ -235,7 +239,7 @@ def generator_loss(fake: Tensor, kind: DiscLoss) -> Tensor:
 def lecam(
     real: Tensor, fake: Tensor, average_real: Tensor | float, average_fake: Tensor | float
 ) -> Tensor:
-    """The LeCam regularisation of the discriminator (Tseng et al. 2021, eq. 4), a float32 scalar.
+    """Return the LeCam regularisation (Tseng et al. 2021, eq. 4), a float32 scalar.
 
     In the form of its authors' code, which penalises only real logits above the running average of
     the fake ones and fake logits below that of the real ones.

@@ -1,24 +1,40 @@
 """The plain loss: reconstruction error and KL, the negative evidence lower bound.
 
-B batch, N = C * H * W values an image.
+B batch, N = C * H * W values per image.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Literal
+import inspect
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from kl_vae.distribution import DiagonalGaussianDistribution
-from kl_vae.losses.build import register_loss
-from kl_vae.losses.checks import check_choice, check_number, check_steps
+from kl_vae.runtime.schema import from_arguments
 
 
-@register_loss("elbo")
+@dataclass(frozen=True)
+class ELBOConfig:
+    """The arguments of `ELBO`."""
+
+    reconstruction: Literal["mse", "l1"] = "mse"
+    kl_weight: float = 1e-6
+    kl_warmup_steps: int = 0
+    learn_logvar: bool = False
+    logvar_init: float = 0.0
+    reduction: Literal["mean", "sum"] = "mean"
+
+    def __post_init__(self) -> None:
+        for key in ("kl_weight", "kl_warmup_steps"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key}={getattr(self, key)}: must be 0 or more")
+
+
 class ELBO(nn.Module):
-    """Negative log likelihood of the image plus kl_weight * KL (Kingma & Welling 2013, eq. 10).
+    """Negative log-likelihood of the image plus kl_weight * KL (Kingma & Welling 2013, eq. 10).
 
     With e the mean over an image's values of |x - x_rec| (`l1`: a Laplace likelihood) or
     (x - x_rec)^2 (`mse`: a Gaussian one), and s = logvar, the published first stages' form:
@@ -32,37 +48,28 @@ class ELBO(nn.Module):
 
     Args:
         reconstruction: `mse` or `l1`.
-        kl_weight: weight of the KL (nats an image) against the summed reconstruction error.
+        kl_weight: weight of the KL (nats per image) against the summed reconstruction error.
         kl_warmup_steps: optimisation steps over which the KL's weight rises linearly from 0.
         learn_logvar: train s (one scalar) with the autoencoder.
         logvar_init: s at the start.
         reduction: `mean` or `sum`, over an image's values.
 
     Raises:
-        ValueError: an impossible value; the key, the value and the mend.
+        ValueError: an impossible value; the text names the key, the value and the fix.
     """
 
-    def __init__(
-        self,
-        reconstruction: Literal["mse", "l1"] = "mse",
-        kl_weight: float = 1e-6,
-        kl_warmup_steps: int = 0,
-        learn_logvar: bool = False,
-        logvar_init: float = 0.0,
-        reduction: Literal["mean", "sum"] = "mean",
-    ) -> None:
+    __signature__ = inspect.signature(ELBOConfig)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
-        check_choice("reconstruction", reconstruction, ("mse", "l1"))
-        check_choice("reduction", reduction, ("mean", "sum"))
-        check_choice("learn_logvar", learn_logvar, (True, False))
-        check_number("kl_weight", kl_weight)
-        check_steps("kl_warmup_steps", kl_warmup_steps)
-        check_number("logvar_init", logvar_init, at_least=-math.inf)
-        self.reconstruction = reconstruction
-        self.kl_weight = kl_weight
-        self.kl_warmup_steps = kl_warmup_steps
-        self.reduction = reduction
-        self.logvar = nn.Parameter(torch.tensor(float(logvar_init)), requires_grad=learn_logvar)
+        config = from_arguments(ELBOConfig, *args, **kwargs)
+        self.reconstruction = config.reconstruction
+        self.kl_weight = config.kl_weight
+        self.kl_warmup_steps = config.kl_warmup_steps
+        self.reduction = config.reduction
+        self.logvar = nn.Parameter(
+            torch.tensor(config.logvar_init), requires_grad=config.learn_logvar
+        )
 
     def forward(
         self,
@@ -73,7 +80,7 @@ class ELBO(nn.Module):
         last_layer: Tensor | None = None,
         split: str = "train",
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the scalar to minimise, and what it is made of under `{split}/...`."""
+        """Return the scalar to minimise, and its detached terms under `{split}/...`."""
         difference = inputs.float() - reconstructions.float()
         error = difference.abs() if self.reconstruction == "l1" else difference.square()
         values = inputs[0].numel()
@@ -95,7 +102,7 @@ class ELBO(nn.Module):
         return total, {f"{split}/{key}": value.detach().clone() for key, value in log.items()}
 
     def kl_weight_at(self, global_step: int) -> float:
-        """The KL's weight after `global_step` optimisation steps."""
+        """Return the KL's weight after `global_step` optimisation steps."""
         if global_step >= self.kl_warmup_steps:
             return self.kl_weight
         return self.kl_weight * global_step / self.kl_warmup_steps
@@ -109,7 +116,7 @@ def default_loss(
     last_layer: Tensor | None = None,
     split: str = "train",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """MSE (mean over all values) + 0.5 * KL (summed over an image's latents, mean over images).
+    """Return MSE (mean over all values) + 0.5 * KL (sum over latents, mean over images).
 
     The documented loss of `lossconfig=None`. At this weight the KL outweighs the image and the
     posterior collapses to N(0, I): set a lossconfig to train something useful.

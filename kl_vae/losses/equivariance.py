@@ -20,7 +20,7 @@ class Equivariance:
     """Quarter turns and a scale (EQ-VAE: Kouzelis et al. 2025, arXiv 2502.09509, section 3.2).
 
     Training decodes the transformed latents and compares with the image transformed in the same
-    way, so that the latents learn to turn and shrink as images do. That costs no further pass.
+    way, so that latents rotate and shrink as images do. It needs no further pass.
 
     Attributes:
         quarter_turns: rotation by 90 degrees each, 0 to 3.
@@ -32,10 +32,10 @@ class Equivariance:
 
     @classmethod
     def draw(cls, probability: float, min_scale: float, *key: int | str) -> Equivariance | None:
-        """One transformation for a whole step, a function of the key; None: leave it as it is.
+        """Draw the transformation of a step, a function of the key; None: the identity.
 
         Args:
-            probability: of a transformation, of which a quarter turn nothing.
+            probability: of a transformation; its rotation is by 0 degrees in a quarter of cases.
             min_scale: scales are uniform between this and 1.
             key: such as seed and step.
         """
@@ -47,11 +47,11 @@ class Equivariance:
         return cls(quarter_turns, min_scale + (1.0 - min_scale) * scale)
 
     def of_latents(self, z: Tensor) -> Tensor:
-        """Latents [B, z, h, w] -> turned and scaled, at least 1 x 1."""
+        """Rotate and scale latents [B, z, h, w]; the result is at least 1 x 1."""
         return self._apply(z, 1)
 
     def of_images(self, images: Tensor, f: int) -> Tensor:
-        """Images [B, C, H, W] -> of the size that the transformed latents are decoded to."""
+        """Rotate and scale images [B, C, H, W] to the size of the decoded transformed latents."""
         return self._apply(images, f)
 
     def _apply(self, x: Tensor, f: int) -> Tensor:

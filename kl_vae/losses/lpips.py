@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kl_vae.losses.checks import check_choice
 from kl_vae.losses.lpips_weights import find_weights, read_features, read_heads
 
 # ImageNet's mean and standard deviation for images in [-1, 1], rounded as published
@@ -52,7 +51,7 @@ class LPIPS(nn.Module):
         net: `vgg` (the usual loss), `alex` or `squeeze`.
         linear: weight the channels by the heads fitted to human judgement; False: all alike.
         features: file of the network's weights under torchvision's keys; None: torchvision's own,
-            from torch.hub's cache or downloaded there. In distributed training one process a node
+            from torch.hub's cache or downloaded there. In distributed training one process per node
             downloads and all ranks wait for it, so construct this on every rank.
         heads: file of the heads as published; None: the published ones, from the same cache.
 
@@ -72,8 +71,10 @@ class LPIPS(nn.Module):
         heads: str | Path | None = None,
     ) -> None:
         super().__init__()
-        check_choice("net", net, tuple(_NETWORKS))
-        check_choice("linear", linear, (True, False))
+        if net not in _NETWORKS:
+            raise ValueError(f"net={net!r}: choose one of {', '.join(_NETWORKS)}")
+        if not isinstance(linear, bool):
+            raise ValueError(f"linear={linear!r}: choose one of True, False")
         self.net = net
         self.network = _NETWORKS[net]
         features_file, heads_file = find_weights(net, features, heads, linear)
@@ -92,7 +93,7 @@ class LPIPS(nn.Module):
         self.train(False)
 
     def forward(self, inputs: Tensor, reconstructions: Tensor) -> Tensor:
-        """The distance of each pair of images, [B, 1, 1, 1], differentiable by `reconstructions`.
+        """Return the distance per pair, [B, 1, 1, 1], differentiable in `reconstructions`.
 
         Args:
             inputs: images [B, C, H, W] in [-1, 1], C 1 (taken for grey) or 3.
@@ -118,7 +119,7 @@ class LPIPS(nn.Module):
         return super().train(False)
 
     def _features(self, images: Tensor) -> list[Tensor]:
-        """Features [B, C, h, w] at each tap, of length 1 over the channels."""
+        """Return features [B, C, h, w] at each tap, of length 1 over the channels."""
         h = (images - self.shift) / self.scale  # one channel becomes three alike
         taps = []
         for i, layer in enumerate(self.features):
@@ -151,7 +152,7 @@ class LPIPS(nn.Module):
 
 
 def _build(network: _Network) -> nn.Sequential:
-    """Torchvision's `.features` to the last tap, on the meta device: no weights are drawn."""
+    """Return torchvision's `.features` up to the last tap, on the meta device (no random draw)."""
     import torchvision
 
     with torch.device("meta"):

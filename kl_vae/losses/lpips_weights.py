@@ -45,12 +45,12 @@ class Download:
 
     @property
     def path(self) -> Path:
-        """Where the cache holds it."""
+        """The file in the cache."""
         return Path(torch.hub.get_dir()) / "checkpoints" / self.name
 
 
 def features_download(net: str) -> Download:
-    """Torchvision's ImageNet weights of a network, under the name that torchvision gives them."""
+    """Return torchvision's ImageNet weights of a network, under torchvision's name."""
     import torchvision
 
     url = torchvision.models.get_weight(_FEATURES[net]).url
@@ -59,17 +59,17 @@ def features_download(net: str) -> Download:
 
 
 def heads_download(net: str) -> Download:
-    """The published linear heads over a network's features."""
+    """Return the published linear heads over a network's features."""
     return Download(HEADS_URL.format(net=net), f"lpips_v0.1_{net}.pth", HEADS_SHA256[net])
 
 
 def find_weights(
     net: str, features: str | Path | None, heads: str | Path | None, linear: bool
 ) -> tuple[Path, Path | None]:
-    """The files of a network's features and of its heads (None unless `linear`).
+    """Return the files of a network's features and of its heads (None unless `linear`).
 
     A path that is given is taken as it is; None means the published file. In distributed training
-    one process a node downloads and the others wait for it, so all ranks must call this.
+    one process per node downloads and the others wait for it, so all ranks must call this.
 
     Raises:
         ValueError: a file is not there and cannot be downloaded, or cached heads are not those
@@ -90,7 +90,7 @@ def find_weights(
 
 
 def read_features(path: Path, net: str, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """The float32 tensors of torchvision's `.features`, by the keys of `shapes`.
+    """Return the float32 tensors of torchvision's `.features`, by the keys of `shapes`.
 
     The file holds the whole network or `.features` alone, with or without "features." in the keys.
 
@@ -107,10 +107,10 @@ def read_features(path: Path, net: str, shapes: Mapping[str, torch.Size]) -> dic
 
 
 def read_heads(path: Path, net: str, channels: Sequence[int]) -> list[Tensor]:
-    """The float32 weights [1, C, 1, 1] of the linear heads, from the first tap on.
+    """Return the float32 weights [1, C, 1, 1] of the linear heads, from the first tap on.
 
     Raises:
-        ValueError: it cannot be read, or holds other keys or shapes than one head a tap.
+        ValueError: it cannot be read, or holds other keys or shapes than one head per tap.
     """
     shapes = {f"lin{i}.model.1.weight": torch.Size((1, c, 1, 1)) for i, c in enumerate(channels)}
     tensors = _read(path)

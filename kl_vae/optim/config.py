@@ -20,20 +20,20 @@ class OptimizerConfig:
     Attributes:
         name: adamw (Loshchilov & Hutter 2019), adam (Kingma & Ba 2015) as published, or muon
             (Jordan et al. 2024) for kernels and matrices with AdamW for the rest.
-        learning_rate: at its peak, after the warm-up. Adam's kinds want about 1e-4 to 1e-3, muon
-            0.01 to 0.02.
+        learning_rate: after the warm-up; about 1e-4 to 1e-3 for adam and adamw, 0.01 to 0.02 for
+            muon.
         adamw_learning_rate: with muon, that of norms, biases and scalars.
         betas: decay of the first and second moment.
-        eps: added to the square root of the second moment. Some parameters change nothing (a bias
-            before a group norm of one channel a group, the bias of attention's keys), and their
-            gradients are rounding noise: at 1e-8 Adam would enlarge it to whole steps, which differ
-            from one number of ranks to the next.
+        eps: added to the square root of the second moment. Some parameters have no effect (a bias
+            before a group norm with one channel per group, the bias of attention's keys), and their
+            gradients are rounding noise: at 1e-8 Adam would turn it into whole steps, which depend
+            on the number of ranks.
         weight_decay: of the weights of convolutions and linear layers; norms, biases and scalars
             are not decayed.
         warmup_steps: over which the rate rises linearly from 0.
         schedule: after the warm-up constant, or cosine down to min_learning_rate at the run's end.
         min_learning_rate: where the cosine ends.
-        clip_grad_norm: bound on the norm of the whole gradient; null: no bound.
+        clip_grad_norm: limit of the norm of the whole gradient; null: no clipping.
     """
 
     name: Literal["adamw", "adam", "muon"] = "adamw"
@@ -117,7 +117,7 @@ def set_learning_rate(
 
 
 def learning_rate_at(step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """The learning rate of step `step` (from 0) of `total_steps`."""
+    """Return the learning rate of step `step` (from 0) of `total_steps`."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.schedule == "constant":

@@ -1,6 +1,6 @@
-"""Muon: momentum whose matrices are orthogonalised, and AdamW for what is no matrix.
+"""Muon: orthogonalised momentum for matrices, and AdamW for the other parameters.
 
-A stack: n parameters that make matrices of one shape, [n, rows, columns].
+A stack is a list of n parameters whose matrices have one shape: [n, rows, columns].
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ NEWTON_SCHULZ_ROUNDS = (3, 2)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """About the nearest matrices with orthonormal rows (or columns, where there are fewer).
+    """Return nearly the nearest matrices with orthonormal rows (or columns, if there are fewer).
 
-    [n, rows, columns] -> the same in float32, whatever autocast says. Singular values come to lie
-    within 0.67 to 1.21, which is enough; those below 1/600 of the matrix's Frobenius norm may stay
+    [n, rows, columns] -> the same in float32, also under autocast. Singular values are mapped to
+    0.67 to 1.21, which is enough; those below 1/600 of the matrix's Frobenius norm may stay
     smaller, and 0 stays 0.
 
     An iteration is X <- P X with P = a I + b G + c G^2, G = X X^T. P and G commute, so that several
@@ -43,7 +43,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def _iterate(gram: Tensor, iterations: int) -> Tensor:
-    """The product of the P's of `iterations`, from the first one's G; both [n, r, r]."""
+    """Return the product of the P's of `iterations`, from the first one's G; both [n, r, r]."""
     product = p = _factor(gram)
     for _ in range(iterations - 1):
         gram = p @ gram @ p
@@ -53,7 +53,7 @@ def _iterate(gram: Tensor, iterations: int) -> Tensor:
 
 
 def _factor(gram: Tensor) -> Tensor:
-    """P = a I + b G + c G^2 of the Gram matrices G; both [n, r, r]."""
+    """Return P = a I + b G + c G^2 of the Gram matrices G; both [n, r, r]."""
     a, b, c = NEWTON_SCHULZ
     p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
     p.diagonal(dim1=-2, dim2=-1).add_(a)
@@ -68,14 +68,14 @@ Stack = list[Tensor]  # parameters: torch._foreach_* are typed for no list of nn
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
 
-    The kernel of a convolution is taken as the matrix [out, in * kh * kw]. Its Nesterov momentum is
-    replaced by the nearest matrix with orthonormal rows or columns, so that every direction is
-    learned at the same rate, and scaled by sqrt(max(1, rows / columns)).
+    The kernel of a convolution is the matrix [out, in * kh * kw]. Its Nesterov momentum is replaced
+    by the nearest matrix with orthonormal rows or columns, so that every direction is learned at
+    the same rate, and scaled by sqrt(max(1, rows / columns)).
 
-    Where torch.distributed is initialised, each rank orthogonalises a share of the matrices and all
-    ranks exchange the results: they hold the same parameters, bit for bit, if their gradients were
-    the same, as under DDP. The state is whole on each rank, so that the number of ranks may change.
-    Parameters without gradient are left alone; they have to be the same ones on all ranks.
+    If torch.distributed is initialised, each rank orthogonalises a share of the matrices and all
+    ranks exchange the results: their parameters stay bit-identical if their gradients are, as under
+    DDP. Each rank holds the whole state, so that the number of ranks may change. Parameters without
+    gradient are not updated; they must be the same ones on all ranks.
 
     Args:
         groups: parameter groups, each with `lr`. With `orthogonalize=True` all its parameters
@@ -98,7 +98,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step; the host waits for no result of the device."""
+        """Take one step, without waiting for the device."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -137,7 +137,7 @@ class Muon(torch.optim.Optimizer):
             )
 
     def _directions(self, stack: Stack, momentum: float) -> Tensor:
-        """Nesterov's momentum of one stack, [n, rows, columns]."""
+        """Return Nesterov's momentum of one stack, [n, rows, columns]."""
         directions = torch._foreach_lerp(
             _gradients(stack), self._states(stack, "momentum"), momentum
         )
@@ -168,10 +168,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def assign(parameters: Iterable[Tensor], world_size: int) -> list[list[Stack]]:
-    """For each rank the stacks that it orthogonalises; the same answer on all ranks.
+    """Return the stacks that each rank orthogonalises, the same on all ranks.
 
-    A stack is of one matrix shape and at most STACK_VALUES values (or one matrix). The most
-    expensive matrix comes first, each to the rank that has least to do so far.
+    A stack has one matrix shape and at most STACK_VALUES values (or one matrix). Matrices are
+    assigned from the most to the least expensive, each to the rank with the least work so far.
     """
     loads = [0] * world_size
     shares: list[dict[Any, Stack]] = [{} for _ in range(world_size)]
@@ -184,7 +184,7 @@ def assign(parameters: Iterable[Tensor], world_size: int) -> list[list[Stack]]:
 
 
 def exchange(updates: Iterable[Tensor], shares: list[list[Stack]]) -> Iterator[Tensor]:
-    """Give this rank's `updates` to all ranks; yield those of all shares in their order.
+    """Send this rank's `updates` to all ranks; yield those of all shares in order.
 
     Each is [n, rows, columns]. The buffer for all is as large as the largest share times the ranks.
     """
@@ -196,7 +196,9 @@ def exchange(updates: Iterable[Tensor], shares: list[list[Stack]]) -> Iterator[T
         mine[start : start + update.numel()].view(update.shape).copy_(update)
         start += update.numel()
     everything = mine.new_empty(len(shares) * len(mine))
-    dist.all_gather_into_tensor(everything, mine)
+    # renamed in torch 2.14, where the old name gives a warning
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(everything, mine)
     for share, values in zip(shares, everything.view(len(shares), -1), strict=True):
         start = 0
         for stack in share:
@@ -214,7 +216,7 @@ def _matrix_shape(x: Tensor) -> tuple[int, int]:
 
 
 def _cost(x: Tensor) -> int:
-    """About the multiplications of orthogonalising it: shorter side squared, times longer."""
+    """Return about the number of multiplications: the shorter side squared, times the longer."""
     return min(_matrix_shape(x)) * x.numel()
 
 

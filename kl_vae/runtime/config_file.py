@@ -46,7 +46,7 @@ class _StrictLoader(yaml.SafeLoader):
 def load_config(path_or_name: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """Read a config file, or a shipped config by its name, and apply overrides.
 
-    Of an original CompVis file the `model` section is read; what cannot be honoured is named in a
+    Of an original CompVis file the `model` section is read; each unsupported section gives a
     warning that says what to write instead.
 
     Args:
@@ -60,7 +60,7 @@ def load_config(path_or_name: str | Path, overrides: Iterable[str] = ()) -> dict
     config = parse_file(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path}: holds no keys; see the config reference in README.md")
-    _drop_what_others_wrote(config)
+    _remove_unsupported_sections(config)
     for override in overrides:
         apply_override(config, override)
     return config
@@ -90,7 +90,7 @@ def find_config(path_or_name: str | Path) -> Path:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The configs that come with the package, by name."""
+    """Return the configs that come with the package, by name."""
     folder = Path(__file__).resolve().parents[1] / "configs"
     return {path.stem: path for path in folder.glob("*.yaml")}
 
@@ -104,7 +104,7 @@ def parse_yaml(text: str, source: str) -> Any:
     """Parse YAML strictly: no duplicate keys, no aliases, no Python objects.
 
     Raises:
-        ValueError: naming `source`, the line, and the mend.
+        ValueError: naming `source`, the line, and the fix.
     """
     try:
         return yaml.load(text, Loader=_StrictLoader)
@@ -157,8 +157,8 @@ def _read(path: Path) -> str:
         raise ValueError(f"{path}: cannot be read as text ({error})") from None
 
 
-def _drop_what_others_wrote(config: dict[str, Any]) -> None:
-    """Take out of an original config what cannot be honoured, and say what to write instead."""
+def _remove_unsupported_sections(config: dict[str, Any]) -> None:
+    """Remove unsupported sections of an original config, each with a warning that names the fix."""
     model, data = config.get("model"), config.get("data")
     if isinstance(model, dict):
         target = model.pop("target", "AutoEncoderKL")

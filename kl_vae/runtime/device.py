@@ -13,14 +13,14 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
-    """The device called `name`; `auto`: cuda, else mps, else cpu.
+    """Return the device called `name`; `auto`: cuda, else mps, else cpu.
 
     Args:
         name: auto, cuda, mps, cpu, or one GPU such as cuda:1.
         local_rank: which GPU of this machine `auto` and `cuda` mean.
 
     Raises:
-        ValueError: no such device on this machine.
+        ValueError: this machine has no such device.
     """
     kind, _, index = name.partition(":")
     if kind not in DEVICES or (index and (kind != "cuda" or not index.isdigit())):
@@ -42,13 +42,13 @@ def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
 
 @contextmanager
 def deterministic(enabled: bool) -> Iterator[None]:
-    """Allow only kernels whose results do not vary from run to run, where `enabled`.
+    """Allow only kernels whose results are the same in every run, if `enabled`.
 
-    An operation that has none such is then a RuntimeError that names it.
+    An operation without such a kernel is a RuntimeError that names it.
     """
     before = torch.are_deterministic_algorithms_enabled()
     if enabled:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it
         torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -57,5 +57,5 @@ def deterministic(enabled: bool) -> Iterator[None]:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
-    """Autocast to bf16 or fp16 on `device`; with fp32 nothing is cast."""
+    """Return the context that casts to bf16 or fp16 on `device`; fp32 casts nothing."""
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")

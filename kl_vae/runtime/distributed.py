@@ -1,4 +1,4 @@
-"""The processes that work together: one a GPU, or one or more on CPUs."""
+"""The processes that work together: one per GPU, or one or more on CPUs."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mends:
-    """How the work that was ended is asked for less, and taken up again."""
+class Hints:
+    """What an error message tells the user to change, and how to resume."""
 
     resume: str
     timeout: str
@@ -35,15 +35,15 @@ class Mends:
     memory: str
 
 
-TRAINING = Mends(
-    resume="the same command goes on from the last checkpoint",
+TRAINING = Hints(
+    resume="the same command resumes from the last checkpoint",
     timeout="training.timeout_seconds",
     images="data.train.root",
     workers="data.num_workers",
     memory="set training.activation_checkpointing=blocks, or raise training.accumulate_batches",
 )
-COMMAND = Mends(
-    resume="the same command with --resume goes on where it was",
+COMMAND = Hints(
+    resume="the same command with --resume continues the work",
     timeout="the time limit",
     images="--images",
     workers="--num-workers",
@@ -58,47 +58,47 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
-    roll_call: RollCall | None = None  # among several
+    monitor: RankMonitor | None = None  # if there are several
 
     @property
     def is_first(self) -> bool:
         """Whether this process writes the files."""
         return self.rank == 0
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over all ranks, on the CPU (float64 stays float64)."""
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum of a tensor over all ranks, on the CPU (float64 stays float64)."""
         values = values.detach().cpu().clone()  # reduced in place
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
-    def mean(self, figures: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The mean of each scalar or vector over all ranks, float64 on the CPU."""
-        values = [value.detach().cpu().double() for value in figures.values()]
+    def mean(self, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the mean of each scalar or vector over all ranks, float64 on the CPU."""
+        values = [value.detach().cpu().double() for value in metrics.values()]
         mean = self.sum(torch.cat([value.flatten() for value in values])) / self.world_size
         parts = torch.split(mean, [value.numel() for value in values])
         return {
             key: part.reshape(value.shape)
-            for key, part, value in zip(figures, parts, values, strict=True)
+            for key, part, value in zip(metrics, parts, values, strict=True)
         }
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so."""
+        """Return whether the flag is set on any rank."""
         return self.any_of(flag)[0]
 
     def any_of(self, *flags: bool) -> list[bool]:
-        """Of each flag whether any rank says so."""
+        """Return for each flag whether it is set on any rank."""
         return self.sum(torch.tensor(flags).int()).bool().tolist()
 
     def gather(self, value: Result) -> list[Result]:
-        """The value of each rank: plain values, in the order of the ranks, on all of them."""
+        """Return the plain values of all ranks, in the order of the ranks, on each of them."""
         values: list[Any] = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         return values
 
     def on_first(self, work: Callable[[], Result]) -> Result:
-        """Do `work` on rank 0 and give its result to all; what fails there fails on all ranks.
+        """Call `work` on rank 0 and return its result on all; an error there is raised on all.
 
         Raises:
             ValueError: `work` raised one on rank 0; any other error is a RunError elsewhere.
@@ -124,20 +124,20 @@ class Ranks:
 
 @contextmanager
 def connect(
-    device_name: str, timeout_seconds: int = 600, mends: Mends = TRAINING
+    device_name: str, timeout_seconds: int = 600, mends: Hints = TRAINING
 ) -> Iterator[Ranks]:
     """Join the processes that torchrun started, or be the only one.
 
-    Within the context an error is put into words that say what to do, and where a rank ends with
-    one, or is lost, the errors of the others name it.
+    Within the context a known error is raised as a RunError that says what to do; if a rank fails
+    or is lost, the errors of the others name it.
 
     Args:
         device_name: see `choose_device`.
         timeout_seconds: for the ranks to meet, and of any collective operation.
-        mends: what the errors say of how to go on.
+        mends: what the errors tell the user to change.
 
     Raises:
-        ValueError: the device is not there.
+        ValueError: the device does not exist.
         RunError: a rank was lost, a data worker ended, memory or disk do not suffice.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -145,173 +145,161 @@ def connect(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     ranks = Ranks(0, 1, device) if world_size == 1 else _join(device, timeout_seconds, mends)
-    parts = world_size > 1
+    leave = world_size > 1
     try:
         yield ranks
     except Exception as error:
-        if device.type == "cuda":
-            parts = False  # nccl would wait for ranks that may be gone
-        failure = explain(error, ranks.roll_call, mends)
-        if failure is error:
+        leave &= device.type != "cuda"  # nccl would wait for ranks that may be gone
+        explained = explain(error, ranks.monitor, mends)
+        if explained is error:
             raise
-        raise failure from error
+        raise explained from error
     finally:
-        if parts:
-            _part()
+        if leave:
+            # DDP lies in reference cycles; freed after its process group it can deadlock (2.6)
+            gc.collect()
+            dist.destroy_process_group()
 
 
-def _join(device: torch.device, timeout_seconds: int, mends: Mends) -> Ranks:
-    # CPU tensors (figures, flags) go by gloo also where gradients go by nccl
+def _join(device: torch.device, timeout_seconds: int, hints: Hints) -> Ranks:
+    # CPU tensors (metrics, flags) travel by gloo even if gradients travel by nccl
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     try:
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        group_store = PrefixStore(f"group/{attempt}", store)
         dist.init_process_group(
-            backend, store=group_store, rank=rank, world_size=world_size, timeout=timeout
+            backend,
+            store=PrefixStore(f"group/{attempt}", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
         )
     except dist.DistError as error:
         raise RunError(
-            f"the ranks did not meet within {mends.timeout}={timeout_seconds} "
-            f"({' '.join(str(error).split())}): start all of them, with one MASTER_ADDR"
+            f"the ranks did not meet within {hints.timeout}={timeout_seconds} "
+            f"({_one_line(error)}): start all of them, with the same MASTER_ADDR"
         ) from error
-    roll_call = RollCall(PrefixStore(f"roll_call/{attempt}", store), rank, world_size)
-    return Ranks(rank, world_size, device, roll_call)
+    monitor = RankMonitor(PrefixStore(f"monitor/{attempt}", store), rank, world_size)
+    return Ranks(rank, world_size, device, monitor)
 
 
-def _part() -> None:
-    # DDP lies in reference cycles; freed after its process group it can deadlock (torch 2.6)
-    gc.collect()
-    dist.destroy_process_group()
+def explain(
+    error: Exception, monitor: RankMonitor | None = None, hints: Hints = TRAINING
+) -> Exception:
+    """Return a RunError for an error with a known cause, else the error itself.
 
-
-def explain(error: Exception, roll_call: RollCall | None, mends: Mends = TRAINING) -> Exception:
-    """Return what to raise in place of `error`: a RunError where it has a known cause.
-
-    Among several ranks the others are told why this one ends, or asked which of them was lost.
+    With several ranks the reason is left for the others, or the rank that was lost is named.
     """
-    failure = _failure(error, roll_call, mends)
-    if roll_call is not None:
-        roll_call.leave(str(failure) or type(failure).__name__)
-    return failure
+    explained = _explain(error, monitor, hints)
+    if monitor is not None:
+        monitor.leave(str(explained) or type(explained).__name__)
+    return explained
 
 
-def _failure(error: Exception, roll_call: RollCall | None, mends: Mends) -> Exception:
-    text = " ".join(str(error).split())
+def _explain(error: Exception, monitor: RankMonitor | None, hints: Hints) -> Exception:
+    text = _one_line(error)
     if isinstance(error, (RunError, ValueError)):
         return error
-    if roll_call is not None and _is_of_another_rank(error):
-        return RunError(f"{roll_call.lost()}; {mends.resume} ({text})")
+    # a collective operation fails if a rank is lost; gloo's errors name its source files
+    if monitor is not None and (
+        isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text)
+    ):
+        return RunError(f"{monitor.find_lost_rank()}; {hints.resume} ({text})")
     if isinstance(error, RuntimeError) and "DataLoader timed out" in text:
         return RunError(
-            f"the data workers gave no batch within {mends.timeout} ({text}): "
-            f"look at the storage of {mends.images}, or raise it"
+            f"the data workers returned no batch within {hints.timeout} ({text}): check the "
+            f"storage of {hints.images}, or raise {hints.timeout}"
         )
-    noticed = isinstance(error, RuntimeError) and "DataLoader worker (pid" in text
-    # or it was handing over a batch when it was killed, and torch does not notice that it was
-    if noticed or isinstance(error, (ConnectionError, EOFError)):
+    # torch does not notice a worker that is killed while it sends a batch: its connection breaks
+    killed = isinstance(error, RuntimeError) and "DataLoader worker (pid" in text
+    if killed or isinstance(error, (ConnectionError, EOFError)):
         return RunError(
-            f"a data worker ended ({text or type(error).__name__}): mostly memory ran out (dmesg, "
-            f"free -h) or /dev/shm is full (df -h /dev/shm); lower {mends.workers}, or give more "
-            "of it"
+            f"a data worker ended ({text or type(error).__name__}): usually memory ran out (dmesg, "
+            f"free -h) or /dev/shm is full (df -h /dev/shm); lower {hints.workers}, or add memory"
         )
     if isinstance(error, torch.OutOfMemoryError):
-        return RunError(f"the memory of the GPU does not suffice ({text}): {mends.memory}")
+        return RunError(f"out of memory on the GPU ({text}): {hints.memory}")
     if isinstance(error, OSError):
-        return RunError(f"{text}; mend it and give the same command again")
+        return RunError(f"{text}; fix it and run the same command again")
     return error
 
 
-def _is_of_another_rank(error: Exception) -> bool:
-    """Whether a collective operation failed, which is what the loss of a rank looks like."""
-    # gloo has no type of its own; each of its errors names its source file
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and "gloo" in str(error)
-    )
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
-# for the others to say that they are there; they fail at about the same time
+# in which the other ranks leave their reasons; they fail at about the same time
 PATIENCE_SECONDS = 5.0
 
 _LOST_ANOTHER = "lost another rank"
 
 
 @dataclass
-class RollCall:
-    """A rank that ends with an error leaves its reason in the store, where the others find it."""
+class RankMonitor:
+    """A note per failing rank in the store of the process group, so that the others can name it."""
 
     store: Store
     rank: int
     world_size: int
     _left: bool = False
-    _store_hangs: bool = False
 
     def leave(self, reason: str) -> None:
-        """Say why this rank ends; what it says first counts."""
-        if self._left:
-            return
-        self._left = True
-        try:
-            self.store.set(f"ended/{self.rank}", reason)
-        except RuntimeError:  # the store went with the rank that holds it
-            pass
+        """Leave the reason why this rank ends; only the first call counts."""
+        if not self._left:
+            self._left = True
+            with suppress(RuntimeError):  # the store is gone with the rank that holds it
+                self.store.set(f"ended/{self.rank}", reason)
 
-    def lost(self) -> str:
-        """Say which ranks ended, after a collective operation of this one has failed.
+    def find_lost_rank(self) -> str:
+        """Return which ranks ended and why, after a collective operation of this one has failed.
 
-        Ranks that neither left a reason nor answer within `PATIENCE_SECONDS` are gone.
+        Ranks that have left no reason within `PATIENCE_SECONDS` are taken as gone.
         """
         self.leave(_LOST_ANOTHER)
-        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        silent = [rank for rank in range(self.world_size) if rank != self.rank]
+        reasons: dict[int, str] = {}
+
         deadline = time.monotonic() + PATIENCE_SECONDS
-        silent: list[str] = []
-        for rank in others:
-            reason = self._reason(rank, max(0.1, deadline - time.monotonic()))
-            if reason is None:
-                silent.append(str(rank))
-                if self._store_hangs:
-                    break  # of the others nobody can tell
-            elif reason != _LOST_ANOTHER:
+
+        def collect() -> None:
+            with suppress(RuntimeError):  # the store is gone with the rank that holds it
+                while silent and time.monotonic() < deadline:
+                    for rank in list(silent):
+                        if self.store.check([f"ended/{rank}"]):
+                            reasons[rank] = self.store.get(f"ended/{rank}").decode()
+                            silent.remove(rank)
+                    time.sleep(0.05)
+
+        # a call never returns if the machine of the store hangs, whatever its timeout
+        thread = Thread(target=collect, daemon=True)
+        thread.start()
+        while thread.is_alive() and time.monotonic() < deadline:
+            if set(reasons.values()) - {_LOST_ANOTHER}:
+                break
+            thread.join(0.05)
+        for rank, reason in list(reasons.items()):
+            if reason != _LOST_ANOTHER:
                 return f"rank {rank} failed: {reason}"
         if not silent:
-            return "the connection between the ranks was lost: look at the network"
-        ranks = f"rank{'s' * (len(silent) > 1)} {', '.join(silent)}"
+            return "the connection between the ranks was lost: check the network"
         return (
-            f"{ranks} ended without a word, or stopped answering: killed, out of memory (dmesg), "
-            "or a machine is gone"
+            f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))} ended without a message, "
+            "or stopped responding: killed, out of memory (dmesg), or the machine is gone"
         )
-
-    def _reason(self, rank: int, seconds: float) -> str | None:
-        answers: list[str] = []
-
-        def ask() -> None:
-            key = f"ended/{rank}"
-            # an error: nothing came, or the store is gone with the rank that holds it
-            with suppress(RuntimeError):
-                self.store.wait([key], timedelta(seconds=seconds))
-                answers.append(self.store.get(key).decode())
-
-        # where the machine of the store hangs a call never comes back, whatever its time-out
-        thread = Thread(target=ask, daemon=True)
-        thread.start()
-        thread.join(seconds + 1.0)
-        self._store_hangs = thread.is_alive()
-        return answers[0] if answers else None
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@torch.no_grad()
 def check_agreement(module: nn.Module, ranks: Ranks, step: int) -> None:
     """Compare the bits of every parameter with those of rank 0; all ranks call this.
 
-    It reads each parameter once and sends one number a tensor. Buffers are left out: of batch
-    norms without synchronisation they are each rank's own.
+    It reads each parameter once and sends one number per tensor. Buffers are left out: those of
+    batch norms without synchronisation differ between ranks.
 
     Raises:
-        RunError: naming the first parameter that differs, and where.
+        RunError: naming the first parameter that differs, and the ranks.
     """
     if ranks.world_size == 1:
         return
@@ -324,17 +312,16 @@ def check_agreement(module: nn.Module, ranks: Ranks, step: int) -> None:
         raise RunError(
             f"step {step}: {len(differing)} of {len(names)} parameters differ between the ranks, "
             f"{names[first]} first, on rank {', '.join(map(str, others))}: use the same torch and "
-            "the same kind of device on all machines; the same command goes on from the last "
+            "the same kind of device on all machines; the same command resumes from the last "
             "checkpoint"
         )
 
 
 @torch.no_grad()
 def checksums(module: nn.Module) -> list[int]:
-    """A number for each parameter, of all its bits."""
-    return torch.stack([_checksum(p) for p in module.parameters()]).tolist()
-
-
-def _checksum(x: Tensor) -> Tensor:
-    """The sum of the bits of all elements as integers, an int64 scalar."""
-    return x.detach().view(_INTEGERS[x.element_size()]).sum(dtype=torch.int64)
+    """Return for each parameter the int64 sum of its elements' bits, read as integers."""
+    sums = [
+        p.detach().view(_INTEGERS[p.element_size()]).sum(dtype=torch.int64)
+        for p in module.parameters()
+    ]
+    return torch.stack(sums).tolist()

@@ -1,8 +1,8 @@
-"""The error of a run that cannot go on; what a user got wrong is a ValueError."""
+"""The error of a run that cannot continue; a user's mistake is a ValueError."""
 
 
 class RunError(RuntimeError):
-    """A run ended for a reason outside of its config; the text says which, and what to do.
+    """A failure of a run for a reason outside of its config; the text names it and the fix.
 
-    The command prints it as one line and exits with 1. What was saved before is there.
+    The command prints it as one line and exits with 1. Checkpoints saved before remain.
     """

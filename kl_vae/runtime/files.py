@@ -1,4 +1,4 @@
-"""Write a file or a folder whole or not at all, and tell whether one is what it was."""
+"""Atomic writes of files and folders, checksums, and printable names."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def write_atomically(
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what the functions here left in a folder where their process was killed.
+    """Remove the temporary files that killed processes left in a folder.
 
-    To be called where no other process writes into the folder.
+    No other process may write into the folder meanwhile.
     """
     for path in folder.glob(".*.tmp"):
         if _TEMPORARY.fullmatch(path.name):
@@ -72,7 +72,7 @@ def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.tmp")
-    _remove(temporary)  # of a killed process: in a container numbers come again
+    _remove(temporary)  # of a killed process: in a container process ids repeat
     try:
         temporary.mkdir()
         write(temporary)
@@ -86,7 +86,7 @@ def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file, 64 hex digits."""
+    """Return the sha256 of a file, 64 hex digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

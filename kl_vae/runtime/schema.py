@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import math
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Config = TypeVar("Config")
@@ -26,13 +28,23 @@ def from_mapping(cls: type[Config], mapping: object, path: str = "") -> Config:
 
     Raises:
         ValueError: unknown or missing keys, wrong types and impossible values, one line each, each
-            with its full key path, the value and how to mend it.
+            with its full key path, the value and how to fix it.
     """
     errors: list[str] = []
     config = _build(cls, mapping, path, errors)
     if errors:
         raise ValueError("\n".join(errors))
     return config  # type: ignore[no-any-return]
+
+
+def from_arguments(cls: type[Config], *args: object, **kwargs: object) -> Config:
+    """Build the dataclass `cls` from the arguments of a call, checked as by `from_mapping`.
+
+    Raises:
+        TypeError: arguments that `cls(*args, **kwargs)` would not take, or missing ones.
+        ValueError: as `from_mapping`.
+    """
+    return from_mapping(cls, inspect.signature(cls).bind(*args, **kwargs).arguments)
 
 
 def show(value: object) -> str:
@@ -90,12 +102,19 @@ def _convert(hint: Any, value: object, path: str, errors: list[str]) -> Any:
         if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             if _is_finite(value):
                 return float(value)
-        elif option is Any or (isinstance(option, type) and type(value) is option):
+        elif option is Any or (isinstance(option, type) and _is_exactly(value, option)):
+            return value
+        elif get_origin(option) is Callable and callable(value):
             return value
         elif get_origin(option) is dict and isinstance(value, Mapping):
             return dict(value)
-    errors.append(f"{path}={show(value)}: {_mend(hint, value)}")
+    errors.append(f"{path}={show(value)}: {_fix(hint, value)}")
     return None
+
+
+def _is_exactly(value: object, kind: type) -> bool:
+    """Return whether `value` is of type `kind`; a bool is no int, but a PosixPath is a Path."""
+    return type(value) is kind or (kind is Path and isinstance(value, Path))
 
 
 def _is_finite(value: float) -> bool:
@@ -109,7 +128,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
-def _mend(hint: Any, value: object) -> str:
+def _fix(hint: Any, value: object) -> str:
     number = _as_yaml_number(hint, value) if isinstance(value, str) else None
     if number is not None:
         return f"YAML reads {value} as text, since it has no point or no sign; write {number}"
@@ -132,6 +151,7 @@ def _as_yaml_number(hint: Any, text: str) -> str | None:
 def _type_name(kind: type) -> str:
     names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
     names |= {list: "a list", tuple: "a list", dict: "keys and values", type(None): "null"}
+    names |= {Path: "a path"}
     return names.get(kind, kind.__name__)
 
 
@@ -142,6 +162,8 @@ def _expected(hint: Any) -> str:
             names.append("one of " + ", ".join(str(choice) for choice in get_args(option)))
         elif get_origin(option) is tuple:
             names.append(f"a list, each item {_expected(get_args(option)[0])}")
+        elif get_origin(option) is Callable:
+            names.append("a callable")
         elif option is float:
             names.append("a finite number")
         else:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,13 +13,13 @@ from kl_vae.data import DataConfig
 from kl_vae.ddconfig import DDConfig
 from kl_vae.latents import LatentNormalization
 from kl_vae.optim.config import DiscriminatorOptimizerConfig, OptimizerConfig
-from kl_vae.runtime.config_file import load_config
+from kl_vae.runtime.config_file import apply_override, load_config
 from kl_vae.runtime.schema import from_mapping
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelParams:
-    """What AutoEncoderKL takes (it describes each key)."""
+    """The arguments of AutoEncoderKL, which describes each key."""
 
     ddconfig: DDConfig
     embed_dim: int | None
@@ -32,46 +33,44 @@ class ModelParams:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The model section; its one key `params` is the published layout."""
+    """The model section; its one key `params` follows the published layout."""
 
     params: ModelParams
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How long, in what batches, and what is kept of it.
+    """Length, batches, precision, and what is recorded and kept.
 
     Attributes:
-        seed: of every random draw: initial weights, order, crops, flips, posterior noise.
-        global_batch_size: images an optimisation step, over all ranks and micro-batches.
-        accumulate_batches: micro-batches that each rank splits its share of a step into.
+        seed: of all random numbers: initial weights, order, crops, flips, posterior noise.
+        global_batch_size: images per optimisation step, over all ranks and micro-batches.
+        accumulate_batches: micro-batches per rank and step.
         epochs: passes over the data; an epoch is len(data) // global_batch_size steps.
         max_steps: optimisation steps, in place of epochs.
         precision: fp32, or bf16 or fp16 by autocast (fp16 with a gradient scaler).
         channels_last: memory layout of the convolutions; faster on CPUs and tensor cores.
         winograd: on CPUs in fp32, wide 3 x 3 convolutions and their gradients by Winograd's
             algorithm, which is faster and rounds a little more.
-        activation_checkpointing: what the backward pass computes again instead of keeping it:
-            none, but for what lies between a norm and its SiLU; norms: all between a norm and its
-            convolution, which costs little; or blocks, the residual ones, which takes the least
-            memory and a third more time.
-        compile: let torch.compile make kernels of the model for this machine, which takes minutes
-            at the start; it needs a C++ compiler on CPUs, Triton on GPUs.
+        activation_checkpointing: activations that the backward pass recomputes: none (except
+            between a norm and its SiLU), norms (between a norm and its convolution, which costs
+            little) or blocks (residual blocks: the least memory, and a third more time).
+        compile: use torch.compile, which takes minutes at the start; it needs a C++ compiler on
+            CPUs, Triton on GPUs.
         validate_every_steps: steps between validations; null: at the end of each epoch.
-        save_every_steps: steps between checkpoints (each validation writes one as well).
-        keep_checkpoints: how many of the newest are kept, besides the best; at least 2.
+        save_every_steps: steps between checkpoints (one is saved before each validation, too).
+        keep_checkpoints: number of the newest that are kept, besides the best; at least 2.
         log_every_steps: steps between lines of metrics.jsonl.
-        sample_images: pictures in the grid of each validation.
-        max_skipped_steps: in a row, without a finite loss or gradient, that end the run.
+        sample_images: images in the grids of each validation.
+        max_skipped_steps: steps in a row without a finite loss or gradient that end the run.
         check_ranks_every_steps: steps between checks that all ranks hold the same parameters; null:
             never.
         timeout_seconds: of waiting for another rank, or for a data worker.
-        deterministic: use only kernels whose results do not vary from run to run, which some of a
-            GPU's do; slower.
-        ema_decay: of the moving average of the weights, which is validated and saved as well; null:
-            there is none.
+        deterministic: use only kernels whose results are the same in every run; slower on GPUs.
+        ema_decay: of the moving average of the weights, which is validated and saved, too; null:
+            no average.
         freeze: patterns of parameters that are not trained, such as encoder.*.
-        equivariance: probability that a step turns and scales its latents and its images alike
+        equivariance: probability that a step rotates and scales its latents and its images alike
             (EQ-VAE); 0: never.
         equivariance_min_scale: the smallest scale.
     """
@@ -139,6 +138,21 @@ class RunConfig:
     training: TrainingConfig
 
     @classmethod
-    def load(cls, path_or_name: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
-        """Read a config file or shipped config; every error in it is named at once."""
-        return from_mapping(cls, load_config(path_or_name, overrides))
+    def load(
+        cls, config: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()
+    ) -> RunConfig:
+        """Read a config.
+
+        Args:
+            config: a YAML file, the name of a shipped config such as `kl-f8`, or a mapping.
+            overrides: `key.path=value`, the value in YAML.
+
+        Raises:
+            ValueError: naming every error in it.
+        """
+        if not isinstance(config, Mapping):
+            return from_mapping(cls, load_config(config, overrides))
+        values = copy.deepcopy(dict(config))
+        for override in overrides:
+            apply_override(values, override)
+        return from_mapping(cls, values)

@@ -11,19 +11,19 @@ from kl_vae.model import AutoEncoderKL
 
 
 class WeightAverage:
-    """Averages weights after each step: average = decay * average + (1 - decay) * weights.
+    """A moving average of weights: average = decay * average + (1 - decay) * weights.
 
-    Of the first steps it forgets faster, with decay (1 + n) / (10 + n) after n of them, so that
-    the initial weights do not stay in it (Tensorflow's ExponentialMovingAverage). All tensors are
-    averaged at once, on their device, which nothing waits for.
+    After n updates the decay is at most (1 + n) / (10 + n), so that the initial weights are soon
+    forgotten (TensorFlow's ExponentialMovingAverage). All tensors are averaged in one call, on
+    their device, without waiting for it.
 
     Args:
         model: whose encoder, decoder and quant convolutions are averaged; a loss has no average.
-        decay: in the long run.
+        decay: after the first updates; at least 0 and below 1.
 
     Attributes:
         model: an autoencoder with the averaged weights, in eval mode and without a loss.
-        updates: how many times it was updated.
+        updates: their number.
     """
 
     def __init__(self, model: AutoEncoderKL, decay: float) -> None:
@@ -34,7 +34,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the model's weights as they are now."""
+        """Average in the model's current weights."""
         n = self.updates
         weight = 1.0 - min(self._decay, (1 + n) / (10 + n)) if n else 1.0  # the first is a copy
         average: list[Tensor] = [*self.model.parameters()]
@@ -45,10 +45,10 @@ class WeightAverage:
         self.updates += 1
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights, under the model's own keys."""
+        """Return the averaged weights, under the model's own keys."""
         return self.model.state_dict()
 
     def load_state_dict(self, weights: dict[str, Tensor], updates: int) -> None:
-        """Take up weights that had been updated so many times."""
+        """Load averaged weights and the number of updates that made them."""
         self.model.load_state_dict(weights)
         self.updates = updates

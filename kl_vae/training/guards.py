@@ -1,34 +1,153 @@
-"""Steps that are left out for want of finite numbers."""
+"""What a run is guarded against: numbers that are not finite, bad images, and signals."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import multiprocessing
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kl_vae.data import BadImage
+from kl_vae.checkpoints.run_directory import BAD_IMAGES
+from kl_vae.data import STOP_SIGNALS, BadImage
 from kl_vae.runtime.distributed import Ranks
 from kl_vae.runtime.errors import RunError
-from kl_vae.training.updater import Updater
 
 logger = logging.getLogger(__name__)
 
 
-BAD_IMAGES = "bad_images.txt"
+class MicroBatch(NamedTuple):
+    """What `agree_on_step` needs to know about a micro-batch."""
+
+    loss: Tensor  # scalar; not finite if one of the losses is not
+    names: tuple[str, ...]  # of its files; empty if there is no image
+    bad: tuple[BadImage, ...]  # files that could not be used
+
+
+class Verdict(NamedTuple):
+    """What all ranks do at the end of a step."""
+
+    take: list[bool]  # per network
+    stop: bool  # a rank has been asked to stop
+
+
+@dataclass
+class Skips:
+    """The numbers of skipped steps, the same on all ranks.
+
+    Attributes:
+        total: steps with a loss or gradient that was not finite.
+        in_a_row: the last of these.
+        by_scaler: steps (fp16) with a gradient that overflowed because the scale was too large; it
+            is halved then, which is how a scaler finds it. Counted per network.
+    """
+
+    total: int = 0
+    in_a_row: int = 0
+    by_scaler: int = 0
+
+
+def agree_on_step(
+    micro_batches: Sequence[MicroBatch],
+    norms: Sequence[Tensor],
+    scalers: Sequence[torch.amp.GradScaler],
+    *,
+    step: int,
+    skips: Skips,
+    ranks: Ranks,
+    bad_images: BadImages,
+    max_skipped_steps: int,
+    stop_requested: bool = False,
+) -> Verdict:
+    """Decide on all ranks which networks take their step; count and log what is wrong.
+
+    A loss or gradient that is not finite on any rank skips the whole step on all ranks. If it is
+    only a network's gradient in fp16, and its scale may be the cause, only this network's step is
+    skipped, and its scale halved.
+
+    Args:
+        micro_batches: of this rank.
+        norms: of each network's gradient.
+        scalers: of the networks.
+        step: for the log, counted from 1.
+        skips: where skipped steps are counted.
+        ranks: all of them call this.
+        bad_images: where unusable images are noted.
+        max_skipped_steps: in a row, that end the run.
+        stop_requested: of this rank.
+
+    Raises:
+        RunError: too many skipped steps in a row, or no image could replace a bad one.
+    """
+    # one read of the device and one sum over the ranks for everything
+    losses = torch.stack([micro.loss.to(norms[0].device) for micro in micro_batches])
+    finite = torch.stack([losses.isfinite().all(), *(norm.isfinite() for norm in norms)]).cpu()
+    bad = [image for micro in micro_batches for image in micro.bad]
+    missing = any(not name for micro in micro_batches for name in micro.names)
+    flags = torch.cat([~finite, torch.tensor([bool(bad), missing, stop_requested])]).int()
+    loss_broken, *overflows, any_bad, any_missing, stop = ranks.sum(flags).bool().tolist()
+    if any_bad:
+        bad_images.note(bad)
+    if any_missing:
+        raise RunError("no image can be read in place of a bad one; look at data.train.root")
+    by_scale = [
+        overflow and scaler.is_enabled() and scaler.get_scale() > 1.0
+        for overflow, scaler in zip(overflows, scalers, strict=True)
+    ]
+    if not loss_broken and overflows == by_scale:
+        skips.in_a_row = 0
+        skips.by_scaler += sum(by_scale)
+        return Verdict([not overflow for overflow in overflows], stop)
+    skips.total += 1
+    skips.in_a_row += 1
+    _log_skipped_step(step, losses.tolist(), micro_batches, ranks, skips)
+    if skips.in_a_row >= max_skipped_steps:
+        raise RunError(
+            f"{max_skipped_steps} steps in a row had no finite loss or gradient: lower the "
+            "learning rates, set training.precision to bf16 or fp32, or look at the images named "
+            "above; training.max_skipped_steps is the limit"
+        )
+    return Verdict([False] * len(norms), stop)
+
+
+def _log_skipped_step(
+    step: int,
+    losses: Sequence[float],
+    micro_batches: Sequence[MicroBatch],
+    ranks: Ranks,
+    skips: Skips,
+) -> None:
+    """Log the files of the micro-batches that may be the cause; all ranks call this."""
+    broken = [not abs(loss) < float("inf") for loss in losses]
+    # if every loss is finite, the gradient was not, and any image may be the cause
+    suspects = [m for m, b in zip(micro_batches, broken, strict=True) if b or not any(broken)]
+    reports = ranks.gather((any(broken), [name for micro in suspects for name in micro.names]))
+    causes = [rank for rank, (has_broken_loss, _) in enumerate(reports) if has_broken_loss]
+    what = f"the loss on rank {', '.join(map(str, causes))}" if causes else "the gradient"
+    if ranks.is_first:
+        logger.warning(
+            "step %d is skipped: %s is not finite (%d so far, %d in a row); its images:",
+            *(step, what, skips.total, skips.in_a_row),
+        )
+        for rank in causes or range(len(reports)):
+            logger.warning("  rank %d: %s", rank, ", ".join(reports[rank][1]))
 
 
 class BadImages:
-    """What bad_images.txt lists, one `path<TAB>reason` a line; every rank knows all of it.
+    """The images in bad_images.txt, one `path<TAB>reason` per line; every rank knows all of them.
 
     Args:
-        run: the run's directory, whose list is gone on with; None: nothing is written.
+        run: the run's directory, whose list is continued; None: nothing is written.
         ranks: that read the images.
-        number: of images in all, for training and validation.
+        number: of all images, for training and validation.
         max_fraction: of them that may be bad.
     """
 
@@ -40,7 +159,7 @@ class BadImages:
         self._names = set(ranks.on_first(self._read))
 
     def note(self, found: Sequence[BadImage]) -> None:
-        """Take in what this rank found; every rank calls this at the same time."""
+        """Add what this rank found; every rank calls this at the same time."""
         everything = [image for images in self._ranks.gather(list(found)) for image in images]
         new = {image.name: image for image in everything if image.name not in self._names}
         self._names |= new.keys()
@@ -49,16 +168,17 @@ class BadImages:
 
     @property
     def too_many(self) -> bool:
-        """Whether more images are bad than may be."""
+        """Whether more images are bad than allowed."""
         return len(self._names) > self._max_fraction * self._number
 
-    def error(self) -> RunError:
-        """What ends a run with too many of them."""
-        return RunError(
-            f"{len(self._names)} of {self._number} images cannot be used, more than "
-            f"data.max_bad_fraction={self._max_fraction} ({self._path} lists them): raise it to go "
-            "on without them, or mend them and start in a new --run-dir"
-        )
+    def check(self) -> None:
+        """Raise RunError if there are too many."""
+        if self.too_many:
+            raise RunError(
+                f"{len(self._names)} of {self._number} images cannot be used, more than "
+                f"data.max_bad_fraction={self._max_fraction} ({self._path} lists them): raise it "
+                "to train without them, or fix them and start in a new --run-dir"
+            )
 
     def _read(self) -> list[str]:
         if self._path is None or not self._path.is_file():
@@ -78,133 +198,58 @@ class BadImages:
             logger.warning("%s cannot be written (%s)", self._path, error.strerror)
 
 
-@dataclass
-class Skips:
-    """How many steps were left out, on all ranks alike.
+class StopRequest:
+    """The request of a signal to stop the run; `signal` is its name, None if there is none."""
 
-    Attributes:
-        total: those whose loss or gradient was not finite.
-        in_a_row: the last of these.
-        by_scaler: those (fp16) whose gradient overflowed since the scale was too large; it is
-            halved then, which is how a scaler finds it. Each network's count.
+    signal: str | None = None
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return self.signal is not None
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Note the first signal of a kind; a second one ends the process at once."""
+        self.signal = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+        logger.warning("%s: stopping after this step; once more ends at once, unsaved", self.signal)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Turn SIGINT, SIGTERM, SIGUSR1 and SIGHUP into a StopRequest, if this is the main thread."""
+    request = StopRequest()
+    numbers = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # Python delivers signals to the main thread alone
+    elif hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        numbers.remove(signal.SIGHUP)  # nohup
+    before = {number: signal.signal(number, request.receive) for number in numbers}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def workers_killed_on_error() -> Iterator[None]:
+    """Kill the data workers if an error ends the run.
+
+    A process that exits sends SIGTERM to its children and waits for them, but they ignore it.
     """
-
-    total: int = 0
-    in_a_row: int = 0
-    by_scaler: int = 0
-
-    def state_dict(self) -> dict[str, int]:
-        """The counts."""
-        return asdict(self)
-
-    def load_state_dict(self, content: dict[str, int]) -> None:
-        """Take up what `state_dict` gave."""
-        self.total, self.in_a_row, self.by_scaler = (
-            content[key] for key in ("total", "in_a_row", "by_scaler")
-        )
-
-    def note_taken(self) -> None:
-        """A step was finite."""
-        self.in_a_row = 0
-
-    def note(
-        self,
-        ranks: Ranks,
-        step: int,
-        losses: Sequence[float],
-        names: Sequence[Sequence[str]],
-        bound: int,
-    ) -> None:
-        """Count a step and log its files; all ranks call this.
-
-        Args:
-            ranks: that step together.
-            step: that is left out, counted from 1.
-            losses: of this rank's micro-batches.
-            names: of their files.
-            bound: how many in a row end the run.
-
-        Raises:
-            RunError: that many in a row.
-        """
-        self.total += 1
-        self.in_a_row += 1
-        broken = [not abs(loss) < float("inf") for loss in losses]
-        # where every loss is finite its gradient was not, and any image may be the cause
-        mine = [names[i] for i in range(len(losses)) if broken[i] or not any(broken)]
-        told = ranks.gather((any(broken), [name for batch in mine for name in batch]))
-        guilty = [rank for rank, (has_broken, _) in enumerate(told) if has_broken]
-        what = f"the loss on rank {', '.join(map(str, guilty))}" if guilty else "the gradient"
-        if ranks.is_first:
-            logger.warning(
-                "step %d is left out: %s is not finite (%d so far, %d in a row); its images:",
-                *(step, what, self.total, self.in_a_row),
-            )
-            for rank in guilty or range(len(told)):
-                logger.warning("  rank %d: %s", rank, ", ".join(told[rank][1]))
-        if self.in_a_row >= bound:
-            raise RunError(
-                f"{bound} steps in a row had no finite loss or gradient: lower the learning rates, "
-                "set training.precision to bf16 or fp32, or look at the images that are named "
-                "above; training.max_skipped_steps is the bound"
-            )
-
-
-class Seen(NamedTuple):
-    """What the end of a step must know of a micro-batch."""
-
-    loss: Tensor  # not finite where one of the losses was not
-    names: tuple[str, ...]
-    bad: tuple[BadImage, ...]
-
-
-def which_to_take(
-    updaters: Sequence[Updater],
-    norms: Sequence[Tensor],
-    seen: Sequence[Seen],
-    ranks: Ranks,
-    skips: Skips,
-    bad_images: BadImages,
-    step: int,
-    max_skipped_steps: int,
-) -> list[bool]:
-    """Whether each network takes its step, the same on all ranks; what is wrong is noted.
-
-    A loss or a gradient that is not finite on any rank leaves the whole step out, on all of them.
-    Where it is the gradient of one network in fp16 alone, and its scale may be the cause, that
-    network's step is left out and its scale halved.
-
-    Args:
-        updaters: of the networks.
-        norms: of their gradients.
-        seen: this rank's micro-batches.
-        ranks: that step together.
-        skips: where steps that are left out are counted.
-        bad_images: where images that could not be used are noted.
-        step: for the log, counted from 1.
-        max_skipped_steps: in a row, that end the run.
-
-    Raises:
-        RunError: that many in a row, or no image in place of a bad one.
-    """
-    # one read of the device, and one sum over the ranks, for all that may be wrong
-    losses = torch.stack([x.loss.to(norms[0].device) for x in seen])
-    fine = torch.stack([losses.isfinite().all(), *(norm.isfinite() for norm in norms)]).cpu()
-    bad = [image for x in seen for image in x.bad]
-    missing = any(not name for x in seen for name in x.names)
-    flags = torch.cat([~fine, torch.tensor([bool(bad), missing])]).int()
-    not_finite, *overflows, has_bad, has_missing = ranks.sum(flags).bool().tolist()
-    if has_bad:
-        bad_images.note(bad)
-    if has_missing:
-        raise RunError("no image can be read in place of a bad one; look at data.train.root")
-    by_scale = [
-        overflow and updater.scale_may_be_too_large
-        for updater, overflow in zip(updaters, overflows, strict=True)
-    ]
-    if not_finite or overflows != by_scale:
-        skips.note(ranks, step, losses.tolist(), [x.names for x in seen], max_skipped_steps)
-        return [False] * len(updaters)
-    skips.by_scaler += sum(by_scale)
-    skips.note_taken()
-    return [not overflow for overflow in overflows]
+    before = multiprocessing.active_children()
+    try:
+        yield
+    except Exception:
+        main_thread = threading.current_thread() is threading.main_thread()
+        numbers = [signal.SIGCHLD] if main_thread and hasattr(signal, "SIGCHLD") else []
+        # torch's handler raises one more error per killed worker
+        handlers = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+        for process in multiprocessing.active_children():
+            if process not in before:
+                process.kill()
+                process.join(5.0)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        raise

@@ -1,28 +1,48 @@
-"""A run's directory: made once, resumed only by the same config."""
+"""Write a run's directory: the lock, the config, the status, and the checkpoints that are kept.
+
+`kl_vae.checkpoints.run_directory` has its layout and reads it.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import json
 import logging
 import os
 import time
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from kl_vae.checkpoints.run_directory import FOLDER
+from kl_vae.checkpoints.checkpoint import complete_checkpoint, remove_checkpoint, write_checkpoint
+from kl_vae.checkpoints.run_directory import (
+    BEST,
+    CONFIG,
+    FOLDER,
+    LOCK,
+    SAMPLES,
+    STATUS,
+    best_checkpoint,
+    checkpoint_path,
+    list_checkpoints,
+    read_status,
+)
 from kl_vae.runtime.config_file import dump_config, parse_file, parse_yaml
+from kl_vae.runtime.errors import RunError
 from kl_vae.runtime.files import remove_temporaries, write_text_atomically
+from kl_vae.training.state import TrainingState
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
-CONFIG = "config.yaml"
-STATUS = "status.json"
-METRICS = "metrics.jsonl"
-SAMPLES = "samples"
+MAX_FAILED_SAVES = 3  # in a row
 
-# what may change between the parts of one run: it does not change what a step computes (of the
-# images the fingerprint says that, of accumulation the batch size)
+# what may change when a run is resumed: it does not change what a step computes (a fingerprint
+# compares the images, the batch size accumulation)
 HARMLESS = (
     "data.train.root",
     "data.validation.root",
@@ -44,100 +64,211 @@ HARMLESS = (
 )
 
 
-def check_run(run: Path, config: dict[str, Any]) -> bool:
-    """Whether `run` holds a run to resume, made with this config; writes nothing.
+class RunDirectory:
+    """A run's directory, which one process at a time writes: rank 0 of a run.
 
-    What has changed harmlessly is named in the log.
+    As a context manager it gives back the lock at the end.
 
-    Raises:
-        ValueError: it is a file, another config's run, or holds something else.
+    Args:
+        path: the directory; it is created by `lock`.
     """
-    if not run.exists():
-        return False
-    if not run.is_dir():
-        raise ValueError(f"{run}: is a file; choose another --run-dir")
-    if not (run / CONFIG).is_file():
-        if any(not path.name.startswith(".") for path in run.iterdir()):
-            raise ValueError(f"{run}: not empty, and holds no run; choose another --run-dir")
-        return False
-    before = _flatten(parse_file(run / CONFIG))
-    now = _flatten(parse_yaml(dump_config(config), "this config"))
-    changed = {
-        key: f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    }
-    harmful = [text for key, text in changed.items() if key not in HARMLESS]
-    if harmful:
-        raise ValueError(
-            f"{run}: made with another config ({'; '.join(harmful)}); choose another "
-            "--run-dir, or give the same config to resume"
-        )
-    for text in changed.values():
-        logger.info("resuming: %s", text)
-    return True
 
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: int | None = None  # a file descriptor
+        self._failed_saves = 0  # in a row
+        self._whole: list[Path] = []  # checkpoints known to be whole, newest first
 
-def prepare_run(run: Path, config: dict[str, Any]) -> None:
-    """Make the directory and write the resolved config into it; the lock is held.
+    def check(self, config: dict[str, Any]) -> bool:
+        """Return whether it holds a run of this config to resume; nothing is written.
 
-    What saves that were cut short have left is removed.
+        Harmless changes of the config are logged.
 
-    Raises:
-        ValueError: it cannot be written.
-    """
-    try:
-        for folder in (run, run / SAMPLES, run / FOLDER):
-            remove_temporaries(folder)
-        write_text_atomically(run / CONFIG, dump_config(config))
-        (run / SAMPLES).mkdir(exist_ok=True)
-    except OSError as error:
-        raise unwritable(run, error) from None
+        Raises:
+            ValueError: it is a file, holds the run of another config, or something else.
+        """
+        run = self.path
+        if not run.exists():
+            return False
+        if not run.is_dir():
+            raise ValueError(f"{run}: is a file; choose another --run-dir")
+        if not (run / CONFIG).is_file():
+            if any(not path.name.startswith(".") for path in run.iterdir()):
+                raise ValueError(f"{run}: not empty, and holds no run; choose another --run-dir")
+            return False
+        before = _flatten(parse_file(run / CONFIG))
+        now = _flatten(parse_yaml(dump_config(config), "this config"))
+        changed = {
+            key: f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        }
+        harmful = [text for key, text in changed.items() if key not in HARMLESS]
+        if harmful:
+            raise ValueError(
+                f"{run}: made with another config ({'; '.join(harmful)}); choose another "
+                "--run-dir, or give the same config to resume"
+            )
+        for text in changed.values():
+            logger.info("resuming: %s", text)
+        return True
 
+    def lock(self) -> None:
+        """Create the directory and lock it, if its file system can.
 
-def say_how_it_ended(run: Path) -> None:
-    """Log how the last part of a run ended, where it did not end as it should."""
-    status: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
-        status = dict(json.loads((run / STATUS).read_text()))
-    if status.get("state") == "running":
-        logger.warning(
-            "the last part of this run ended without a word after step %s (%s): killed, or its "
-            "machine was lost",
-            *(status.get("step"), status.get("time")),
-        )
-    elif status.get("state") == "failed":
-        logger.warning("the last part of this run failed: %s", status.get("reason"))
+        Raises:
+            ValueError: another process holds the lock, or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        if fcntl is None:
+            return
+        try:
+            # of the process, not of the file: the data workers do not inherit it
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return  # this file system has no locks
+            raise ValueError(
+                f"{self.path}: another process trains in it; wait until it ends, or choose "
+                "another --run-dir"
+            ) from None
 
+    def prepare(self, config: dict[str, Any], resumed: Path | None, state: TrainingState) -> None:
+        """Write the config, log how the last part of the run ended, complete a save cut short.
 
-def write_status(
-    run: Path, state: str, step: int, total_steps: int, reason: str | None = None
-) -> None:
-    """Say what the run is doing: running, finished, stopped (by a signal) or failed (why).
+        Args:
+            config: of the run, resolved.
+            resumed: the checkpoint that `state` was restored from.
+            state: names the best checkpoint.
 
-    Where that cannot be written the log says so.
-    """
-    status = {
-        "state": state,
-        "step": step,
-        "total_steps": total_steps,
-        "reason": reason,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "pid": os.getpid(),
-    }
-    try:
-        write_text_atomically(run / STATUS, json.dumps(status, indent=2) + "\n")
-    except OSError as error:
-        logger.warning("%s cannot be written (%s)", run / STATUS, error.strerror)
+        Raises:
+            ValueError: the directory cannot be written.
+        """
+        try:
+            for folder in (self.path, self.path / SAMPLES, self.path / FOLDER):
+                remove_temporaries(folder)
+            write_text_atomically(self.path / CONFIG, dump_config(config))
+            (self.path / SAMPLES).mkdir(exist_ok=True)
+            if resumed is not None:
+                complete_checkpoint(resumed)
+                self._whole = [resumed]  # nobody has checked the others
+        except OSError as error:
+            raise self._unwritable(error) from None
+        self.write_best(state)
+        status = read_status(self.path)
+        if status.get("state") == "running":
+            logger.warning(
+                "the last part of this run ended without a message after step %s (%s): killed, or "
+                "its machine was lost",
+                *(status.get("step"), status.get("time")),
+            )
+        elif status.get("state") == "failed":
+            logger.warning("the last part of this run failed: %s", status.get("reason"))
 
+    def save(self, state: TrainingState, keep: int, *, final: bool = False) -> None:
+        """Write the checkpoint of this step, then remove those that are not kept.
 
-def unwritable(run: Path, error: OSError) -> ValueError:
-    """What is said of a run's directory that cannot be written."""
-    reason = error.strerror or str(error)
-    return ValueError(f"{run}: cannot be written ({reason}); choose another --run-dir")
+        A save that fails is logged, and the run continues.
+
+        Args:
+            state: what is saved.
+            keep: number of the newest checkpoints that are kept, besides the best.
+            final: no save follows, so that a failure is an error.
+
+        Raises:
+            RunError: a parameter is not finite, or saving keeps failing.
+        """
+        path = checkpoint_path(self.path, state.step)
+        last = f"the last checkpoint is {self._whole[0]}" if self._whole else "nothing is saved yet"
+        name = state.not_finite()
+        if name is not None:
+            raise RunError(
+                f"step {state.step}: {name} is not finite, and nothing is saved of it: lower the "
+                f"learning rates; {last}"
+            )
+        try:
+            write_checkpoint(path, state.content())
+            self._whole = [path, *(other for other in self._whole if other != path)]
+            self._failed_saves = 0
+            self._prune(state, keep)
+        except OSError as error:
+            self._failed_saves += 1
+            text = f"{path} cannot be written ({error.strerror or error})"
+            if final or self._failed_saves == MAX_FAILED_SAVES:
+                raise RunError(
+                    f"{text}: make room or fix the disk, and run the same command again; {last}"
+                ) from error
+            logger.error(
+                "%s, failure %d of %d in a row; the run continues, and %s",
+                *(text, self._failed_saves, MAX_FAILED_SAVES, last),
+            )
+
+    def write_best(self, state: TrainingState, keep: int | None = None) -> None:
+        """Write which checkpoint is the best; then remove those that are not kept, if `keep`."""
+        if not state.best:
+            return
+        best = {"checkpoint": checkpoint_path(self.path, state.best["step"]).name, **state.best}
+        path = self.path / FOLDER / BEST
+        try:
+            write_text_atomically(path, json.dumps(best, indent=2) + "\n")
+            if keep is not None:
+                self._prune(state, keep)
+        except OSError as error:  # the next validation writes it again
+            logger.warning("%s cannot be written (%s)", path, error.strerror)
+
+    def write_status(
+        self, status: str, step: int, total_steps: int, reason: str | None = None
+    ) -> None:
+        """Write what the run is doing: running, finished, stopped (by a signal) or failed (why).
+
+        If it cannot be written, the log says so.
+        """
+        content = {
+            "state": status,
+            "step": step,
+            "total_steps": total_steps,
+            "reason": reason,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "pid": os.getpid(),
+        }
+        path = self.path / STATUS
+        try:
+            write_text_atomically(path, json.dumps(content, indent=2) + "\n")
+        except OSError as error:
+            logger.warning("%s cannot be written (%s)", path, error.strerror)
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType
+    ) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+
+    def _prune(self, state: TrainingState, keep: int) -> None:
+        """Remove what is neither best nor one of the newest, once enough of these are whole."""
+        if len(self._whole) < keep:
+            return
+        self._whole = self._whole[:keep]
+        kept = {*self._whole, best_checkpoint(self.path)}
+        if state.best:
+            kept.add(checkpoint_path(self.path, state.best["step"]))
+        for path in list_checkpoints(self.path):
+            if path not in kept:
+                remove_checkpoint(path)
+
+    def _unwritable(self, error: OSError) -> ValueError:
+        reason = error.strerror or str(error)
+        return ValueError(f"{self.path}: cannot be written ({reason}); choose another --run-dir")
 
 
 def _flatten(tree: Any, path: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings by their dotted key paths."""
     if not isinstance(tree, dict) or not tree:
         return {path: tree}
     flat: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds, and how a run is taken up from it."""
+"""What a run trains and counts: all that a checkpoint holds, and how it is restored."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import logging
 import math
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kl_vae.model import AutoEncoderKL
+from kl_vae.optim.config import OptimizerConfig, build_optimizer
 from kl_vae.training.ema import WeightAverage
 from kl_vae.training.guards import Skips
-from kl_vae.training.updater import Updater
 
 logger = logging.getLogger(__name__)
 
@@ -26,31 +26,57 @@ _KEYS = frozenset(
 
 
 @dataclass
+class Network:
+    """A network that is trained, autoencoder or discriminator: its parameters and their update.
+
+    Attributes:
+        parameters: all that are updated.
+        config: of the optimiser.
+        optimizer: of the parameters.
+        scaler: of the gradients; it does nothing except in fp16.
+    """
+
+    parameters: list[nn.Parameter]
+    config: OptimizerConfig
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+    @classmethod
+    def build(
+        cls, parameters: list[nn.Parameter], config: OptimizerConfig, precision: str
+    ) -> Network:
+        """Build the optimiser and the scaler of `parameters`; precision: fp32, bf16 or fp16."""
+        scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=precision == "fp16")
+        return cls(parameters, config, build_optimizer(parameters, config), scaler)
+
+
+@dataclass
 class TrainingState:
     """Everything that a step changes. Order, crops and noise follow from the step's number.
 
     Attributes:
         model: with its loss.
-        updater: of the autoencoder and its loss.
+        autoencoder: its parameters and those of the loss, without a discriminator's.
         config: of the run, as a checkpoint holds it.
         data_fingerprint: of the training images.
-        validation_fingerprint: of the validation images; empty where there are none.
-        discriminator_updater: where there is a discriminator.
-        average: of the weights, where there is one.
-        batches: see `kl_vae.training.global_batch`.
+        validation_fingerprint: of the validation images; empty if there are none.
+        discriminator: if there is one.
+        average: of the weights, if there is one.
+        batches: how a step's images are divided, see `divide_batch`.
         step: optimisation steps taken.
         images_seen: in these steps.
-        validated_step: of the last validation that was complete.
+        validated_step: of the last complete validation. A checkpoint is saved before the validation
+            of its step, and does not know it.
         best: monitor, value and step of the best validation.
-        skips: steps that were left out.
+        skips: counts of skipped steps.
     """
 
     model: AutoEncoderKL
-    updater: Updater
+    autoencoder: Network
     config: dict[str, Any]
     data_fingerprint: str
     validation_fingerprint: str = ""
-    discriminator_updater: Updater | None = None
+    discriminator: Network | None = None
     average: WeightAverage | None = None
     batches: dict[str, int] = field(default_factory=dict)
     step: int = 0
@@ -60,19 +86,22 @@ class TrainingState:
     skips: Skips = field(default_factory=Skips)
 
     @property
-    def updaters(self) -> list[Updater]:
-        """The autoencoder's, and the discriminator's where there is one."""
-        both = (self.updater, self.discriminator_updater)
-        return [updater for updater in both if updater is not None]
+    def networks(self) -> list[Network]:
+        """The autoencoder, and the discriminator if there is one."""
+        both = (self.autoencoder, self.discriminator)
+        return [network for network in both if network is not None]
 
     def content(self) -> dict[str, Any]:
-        """What a checkpoint holds: tensors and plain values."""
+        """Return what a checkpoint holds: tensors and plain values."""
         return {
             "model": self.model.state_dict(),
             "ema": None if self.average is None else self.average.state_dict(),
             "ema_updates": 0 if self.average is None else self.average.updates,
-            "updaters": [updater.state_dict() for updater in self.updaters],
-            "skips": self.skips.state_dict(),
+            "updaters": [
+                {"optimizer": n.optimizer.state_dict(), "scaler": n.scaler.state_dict()}
+                for n in self.networks
+            ],
+            "skips": asdict(self.skips),
             "config": self.config,
             "data_fingerprint": self.data_fingerprint,
             "validation_fingerprint": self.validation_fingerprint,
@@ -84,16 +113,8 @@ class TrainingState:
             "versions": self._versions(),
         }
 
-    def not_finite(self) -> str | None:
-        """The name of a parameter, averaged or not, or optimiser's tensor that is not finite."""
-        average = {} if self.average is None else dict(self.average.model.named_parameters())
-        optimizers = [updater.state_dict() for updater in self.updaters]
-        everything = [dict(self.model.named_parameters()), {"ema": average}, optimizers]
-        named = (pair for tree in everything for pair in _tensors(tree))
-        return next((name for name, x in named if not _is_finite(x)), None)
-
     def restore(self, content: dict[str, Any], source: str) -> None:
-        """Take up from a checkpoint's content; what differs harmlessly is named in the log.
+        """Load a checkpoint's content; harmless differences are logged.
 
         Raises:
             ValueError: it was made on other images, or by another version of this program.
@@ -101,24 +122,25 @@ class TrainingState:
         if not _KEYS <= content.keys():
             raise ValueError(
                 f"{source}: has no {', '.join(sorted(_KEYS - content.keys()))}, so that the run "
-                "cannot go on from it; start in a new --run-dir with model.params.ckpt_path set "
+                "cannot resume from it; start in a new --run-dir with model.params.ckpt_path set "
                 "to it"
             )
         if content["data_fingerprint"] != self.data_fingerprint:
             raise ValueError(
-                f"{source}: the training images are not those it was made on; restore the folder, "
-                "or start in a new --run-dir with model.params.ckpt_path set to it"
+                f"{source}: was made on other training images; restore the folder, or start in a "
+                "new --run-dir with model.params.ckpt_path set to it"
             )
         self.model.load_state_dict(content["model"])
         if self.average is not None:
             self.average.load_state_dict(content["ema"], content["ema_updates"])
-        for updater, saved in zip(self.updaters, content["updaters"], strict=True):
-            updater.load_state_dict(saved)
+        for network, saved in zip(self.networks, content["updaters"], strict=True):
+            network.optimizer.load_state_dict(saved["optimizer"])
+            network.scaler.load_state_dict(saved["scaler"])
+        self.skips = Skips(**content["skips"])
         self.step = content["step"]
         self.images_seen = content["images_seen"]
         self.validated_step = content["validated_step"]
         self.best = content["best"]
-        self.skips.load_state_dict(content["skips"])
         for key, now in self._versions().items():
             before = content["versions"].get(key)
             if before != now:
@@ -128,13 +150,32 @@ class TrainingState:
                 )
         if content["validation_fingerprint"] != self.validation_fingerprint:
             logger.info(
-                "the validation images are not those of before: val/ figures do not compare, "
-                "and the best checkpoint is chosen anew"
+                "the validation images have changed: val/ metrics do not compare with those of "
+                "before, and the best checkpoint is chosen anew"
             )
             self.best = {}
 
+    def note_validation(self, value: float | None) -> None:
+        """Note the complete validation of this step; `value`: of the monitored metric."""
+        self.validated_step = self.step
+        monitor = self.model.monitor
+        if monitor is None or value is None or math.isnan(value):
+            return
+        higher_is_better = monitor.endswith(("psnr", "ssim"))
+        best = self.best.get("value")
+        if best is None or (value > best if higher_is_better else value < best):
+            self.best = {"monitor": monitor, "value": value, "step": self.step}
+
+    def not_finite(self) -> str | None:
+        """Return the name of a parameter or optimiser's tensor that is not finite, or None."""
+        average = {} if self.average is None else dict(self.average.model.named_parameters())
+        updaters = [{"optimizer": n.optimizer.state_dict()} for n in self.networks]
+        everything = [dict(self.model.named_parameters()), {"ema": average}, updaters]
+        named = (pair for tree in everything for pair in _tensors(tree))
+        return next((name for name, x in named if not _is_finite(x)), None)
+
     def _versions(self) -> dict[str, str]:
-        """What bit for bit the same numbers depend on beside the config."""
+        """Return what bit-identical numbers depend on beside the config."""
         device = self.model.get_last_layer().device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         return {
@@ -143,23 +184,14 @@ class TrainingState:
             "device": name,
         }
 
-    def note_best(self, monitor: str, value: float) -> None:
-        """Remember this step if its figure is the best so far (psnr and ssim: the highest)."""
-        if math.isnan(value):
-            return
-        higher = monitor.endswith(("psnr", "ssim"))
-        before = self.best.get("value")
-        if before is None or (value > before if higher else value < before):
-            self.best = {"monitor": monitor, "value": value, "step": self.step}
-
 
 def _is_finite(x: Tensor) -> bool:
-    # a sum takes a tenth of the time; it may overflow where no element has
+    # a sum takes a tenth of the time; it may overflow although all elements are finite
     return bool(x.sum().isfinite()) or bool(x.isfinite().all())
 
 
 def _tensors(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors in nested dicts and lists, with their paths."""
+    """Yield the tensors in nested dicts and lists, with their paths."""
     if isinstance(tree, Tensor):
         yield path, tree
     elif isinstance(tree, (dict, list, tuple)):

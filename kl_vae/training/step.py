@@ -1,170 +1,244 @@
-"""One optimisation step: micro-batches forward and backward, then the update."""
+"""One optimisation step: micro-batches forward and backward, then the update.
+
+B batch, C channels, H and W the image's height and width, z latent channels, h = H/f, w = W/f.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kl_vae.data import Batch, normalized
+from kl_vae.distribution import DiagonalGaussianDistribution
+from kl_vae.losses.discriminator import RealAndFake
 from kl_vae.losses.equivariance import Equivariance
-from kl_vae.model import AutoEncoderKL, StepOutput
-from kl_vae.runtime.device import autocast
+from kl_vae.model import AutoEncoderKL
+from kl_vae.optim.config import set_learning_rate
+from kl_vae.runtime.device import PRECISIONS
 from kl_vae.runtime.distributed import Ranks
-from kl_vae.runtime.randomness import generator_for
+from kl_vae.runtime.randomness import generator_for, normal_noise
 from kl_vae.training.config import RunConfig
-from kl_vae.training.figures import latent_moments
-from kl_vae.training.guards import BadImages, Seen, which_to_take
+from kl_vae.training.guards import BadImages, MicroBatch, StopRequest, agree_on_step
 from kl_vae.training.state import TrainingState
 
-_LOSSES = ("train/total_loss", "train/disc_loss")
+
+class StepResult(NamedTuple):
+    """What a step returns."""
+
+    metrics: dict[str, Tensor]  # of this rank, means over its micro-batches
+    stop: bool  # a rank has been asked to stop
 
 
-@dataclass
 class TrainingStep:
-    """What a step works with. A call takes the next step and counts it in `state`.
+    """An optimisation step over all ranks: a call takes the next one and counts it in `state`.
 
-    Attributes:
+    Args:
         state: what a step changes.
-        autoencoder: the model, in DistributedDataParallel where there are several ranks.
-        discriminator: `RealAndFake` of the discriminator, wrapped likewise; None: there is none.
         config: of the run.
         ranks: that step together.
-        total_steps: of the run.
-        bad_images: those met so far.
+        total_steps: of the run, for the learning rate.
+        bad_images: where unusable images are noted.
     """
 
-    state: TrainingState
-    autoencoder: nn.Module
-    discriminator: nn.Module | None
-    config: RunConfig
-    ranks: Ranks
-    total_steps: int
-    bad_images: BadImages
+    def __init__(
+        self,
+        state: TrainingState,
+        config: RunConfig,
+        ranks: Ranks,
+        total_steps: int,
+        bad_images: BadImages,
+    ) -> None:
+        self.state = state
+        self.config = config
+        self.ranks = ranks
+        self.total_steps = total_steps
+        self.bad_images = bad_images
+        # each network has a DistributedDataParallel of its own, whose backward averages gradients
+        self.ddp_discriminator: nn.Module | None = None
+        if state.model.adversary is None:
+            self.ddp_autoencoder = distribute(state.model, ranks)
+        else:  # which is part of the model, but is not reached by the autoencoder's backward
+            discriminator = state.model.adversary.discriminator
+            self.ddp_discriminator = distribute(RealAndFake(discriminator), ranks)
+            discriminator.requires_grad_(False)
+            self.ddp_autoencoder = distribute(state.model, ranks)
+            discriminator.requires_grad_(True)
 
-    def __call__(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
-        """Take a step's micro-batches and update the parameters.
+    def __call__(self, batches: Iterator[Batch], stop: StopRequest | None = None) -> StepResult:
+        """Pass the step's micro-batches through the networks and update their parameters.
+
+        Args:
+            batches: this rank's micro-batches, of which a step takes `accumulate_batches`.
+            stop: whether this rank has been asked to stop, which travels with the step's flags.
 
         Returns:
-            What this rank measured, each the mean over its micro-batches: "train/..." of the losses
-            and the latents, psnr (dB), norms of gradients (before clipping) and learning rates.
+            Metrics under "train/": of the losses, moments of the latents, psnr (dB), norms of the
+            gradients (before clipping), learning rates; and whether a rank has been asked to stop.
 
         Raises:
-            RunError: too many steps in a row without finite numbers, or no image in place of a bad
-                one.
+            RunError: too many steps in a row without finite numbers, or no image could replace a
+                bad one.
         """
-        state, micro_batches = self.state, self.config.training.accumulate_batches
-        adversary = state.model.adversary
-        discriminates = adversary is not None and adversary.discriminates(state.step)
-        before = []
-        if adversary is not None and discriminates:
-            before = [statistic.clone() for statistic in adversary.running_statistics()]
-        means: dict[str, Tensor] = {}
-        seen: list[Seen] = []
-        for micro in range(micro_batches):
-            batch, last = next(batches), micro == micro_batches - 1
-            with nullcontext() if last else _no_sync(self.autoencoder):
-                out, figures = self._autoencoder_pass(batch, micro)
-            if discriminates:
-                with nullcontext() if last else _no_sync(self.discriminator):
-                    figures |= self._discriminator_pass(out.target, out.reconstruction.detach())
-            del out  # and with it the graph
-            losses = [value for key, value in figures.items() if key in _LOSSES]
-            seen.append(Seen(sum(losses, torch.tensor(0.0)), batch.names, batch.bad))
-            for key, value in figures.items():
-                means[key] = means.get(key, 0.0) + value / micro_batches
-        return {**means, **self._update(discriminates, before, means, seen)}
-
-    def _autoencoder_pass(self, batch: Batch, micro: int) -> tuple[StepOutput, dict[str, Tensor]]:
-        """Add the gradient of a micro-batch; return the pass and what was measured on it."""
-        training, device, step = self.config.training, self.ranks.device, self.state.step
-        # dropout too is a function of the step, so that nothing need be kept of it to resume
-        dropout = generator_for("dropout", training.seed, step, self.ranks.rank, micro)
-        torch.manual_seed(dropout.initial_seed())
-        noise = latent_noise(self.state.model, batch, "posterior", training.seed, step)
-        images = to_device(batch.images, device, training.channels_last)
-        with autocast(device, training.precision):
-            out = self.state.model.step(
-                images,
-                step,
-                "train",
-                forward=self.autoencoder,
-                noise=noise_to_device(noise, device),
-                equivariance=Equivariance.draw(
-                    training.equivariance, training.equivariance_min_scale, training.seed, step
-                ),
-            )
-        self.state.updater.backward(out.total / training.accumulate_batches)
-        mse = (out.target - out.reconstruction.detach()).square().flatten(1).mean(dim=1)
-        psnr = 10.0 * (4.0 / mse).log10().mean()
-        return out, {**out.log, **latent_moments(out.posterior, "train"), "train/psnr": psnr}
-
-    def _discriminator_pass(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-        """Add the discriminator's gradient on images [B, C, H, W]; return its log."""
-        adversary, updater = self.state.model.adversary, self.state.discriminator_updater
-        assert adversary is not None and updater is not None
-        with autocast(self.ranks.device, self.config.training.precision):
-            loss, log = adversary.discriminator_loss(real, fake, forward=self.discriminator)
-        updater.backward(loss / self.config.training.accumulate_batches)
-        return log
-
-    def _update(
-        self,
-        discriminates: bool,
-        before: list[Tensor],
-        means: Mapping[str, Tensor],
-        seen: Sequence[Seen],
-    ) -> dict[str, Tensor]:
-        """Update all that learns in this step; return norms of gradients and learning rates."""
-        state, figures = self.state, {}
-        updaters = state.updaters[: 1 + discriminates]
-        norms = [updater.unscale() for updater in updaters]
-        taken = which_to_take(
-            *(updaters, norms, seen, self.ranks, state.skips, self.bad_images, state.step + 1),
-            max_skipped_steps=self.config.training.max_skipped_steps,
+        state, training, device = self.state, self.config.training, self.ranks.device
+        model, micro_batches = state.model, training.accumulate_batches
+        autocast = torch.amp.autocast(
+            device.type, PRECISIONS[training.precision], enabled=training.precision != "fp32"
         )
-        for updater, norm, take in zip(updaters, norms, taken, strict=True):
-            updater.update(norm, take, state.step, self.total_steps)
-            prefix = "train/" if updater is state.updater else "train/disc_"
-            figures[f"{prefix}grad_norm"] = norm
-            figures[f"{prefix}learning_rate"] = torch.tensor(updater.learning_rate)
-        if taken[0] and state.average is not None:
+        equivariance = Equivariance.draw(
+            training.equivariance, training.equivariance_min_scale, training.seed, state.step
+        )
+        adversary = model.adversary
+        if adversary is not None and not adversary.discriminates(state.step):
+            adversary = None  # the discriminator does not run before disc_start
+        networks = [state.autoencoder] if adversary is None else state.networks
+        statistics = [] if adversary is None else adversary.running_statistics()
+        statistics_before = [statistic.clone() for statistic in statistics]
+
+        means: dict[str, Tensor] = {}
+        seen: list[MicroBatch] = []
+        for micro in range(micro_batches):
+            batch = next(batches)
+            last = micro == micro_batches - 1  # its backward averages the gradients over the ranks
+            images = to_device(batch.images, device, training.channels_last)
+            noise = posterior_noise(model, batch, "posterior", training.seed, state.step)
+            noise = noise_to_device(noise, device)
+            # dropout too is a function of the step, so that a resumed run repeats it
+            dropout = generator_for("dropout", training.seed, state.step, self.ranks.rank, micro)
+            torch.manual_seed(dropout.initial_seed())
+
+            with nullcontext() if last else no_sync(self.ddp_autoencoder):
+                with autocast:
+                    out = model.step(
+                        images,
+                        state.step,
+                        "train",
+                        forward=self.ddp_autoencoder,
+                        noise=noise,
+                        equivariance=equivariance,
+                    )
+                scaler: torch.amp.GradScaler = state.autoencoder.scaler  # scales in fp16 alone
+                scaler.scale(out.total / micro_batches).backward()  # type: ignore[no-untyped-call]
+            metrics = {**out.log, **latent_moments(out.posterior, "train")}
+            metrics["train/psnr"] = mean_psnr(out.target, out.reconstruction.detach())
+            loss = metrics["train/total_loss"]
+
+            if adversary is not None:
+                with nullcontext() if last else no_sync(self.ddp_discriminator):
+                    with autocast:
+                        disc_loss, log = adversary.discriminator_loss(
+                            out.target, out.reconstruction.detach(), forward=self.ddp_discriminator
+                        )
+                    scaler = networks[1].scaler
+                    scaler.scale(disc_loss / micro_batches).backward()  # type: ignore[no-untyped-call]
+                metrics |= log
+                loss = loss + metrics["train/disc_loss"]
+
+            del out  # and with it the graph
+            seen.append(MicroBatch(loss, batch.names, batch.bad))
+            for key, value in metrics.items():
+                means[key] = means.get(key, 0.0) + value / micro_batches
+
+        # the update: of all networks on all ranks, or of none if a number is not finite
+        norms = []
+        for network in networks:
+            network.scaler.unscale_(network.optimizer)
+            gradients = [p.grad for p in network.parameters if p.grad is not None]
+            norms.append(nn.utils.get_total_norm(gradients).detach())
+        verdict = agree_on_step(
+            seen,
+            norms,
+            [network.scaler for network in networks],
+            step=state.step + 1,
+            skips=state.skips,
+            ranks=self.ranks,
+            bad_images=self.bad_images,
+            max_skipped_steps=training.max_skipped_steps,
+            stop_requested=stop is not None and stop.requested,
+        )
+        for network, norm, take in zip(networks, norms, verdict.take, strict=True):
+            rate = set_learning_rate(
+                network.optimizer, state.step, self.total_steps, network.config
+            )
+            if take:
+                if network.config.clip_grad_norm is not None:
+                    nn.utils.clip_grads_with_norm_(
+                        network.parameters, network.config.clip_grad_norm, norm
+                    )
+                network.scaler.step(network.optimizer)
+            network.scaler.update()  # halves the scale if the gradient was not finite
+            network.optimizer.zero_grad(set_to_none=True)
+            prefix = "train/" if network is state.autoencoder else "train/disc_"
+            means[f"{prefix}grad_norm"] = norm
+            means[f"{prefix}learning_rate"] = torch.tensor(rate)
+        if verdict.take[0] and state.average is not None:
             state.average.update()
-        if discriminates and state.model.adversary is not None:
-            if all(taken):
-                state.model.adversary.note_logits(
-                    means["train/logits_real"], means["train/logits_fake"]
-                )
-            else:  # what a step that is left out has seen must not stay in running statistics
-                statistics = state.model.adversary.running_statistics()
-                for statistic, value in zip(statistics, before, strict=True):
-                    statistic.copy_(value)
+        if adversary is not None and all(verdict.take):
+            adversary.note_logits(means["train/logits_real"], means["train/logits_fake"])
+        else:  # a skipped step leaves no trace in the discriminator's running statistics
+            for statistic, value in zip(statistics, statistics_before, strict=True):
+                statistic.copy_(value)
         state.step += 1
-        state.images_seen += self.config.training.global_batch_size
-        return figures
+        state.images_seen += training.global_batch_size
+        return StepResult(means, verdict.stop)
 
 
-def _no_sync(module: nn.Module | None) -> AbstractContextManager[None]:
-    """Keep the gradients of this pass on the rank, where there are several."""
+# renamed in torch 2.15, where the old name gives a warning
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
+
+
+def distribute(module: nn.Module, ranks: Ranks) -> nn.Module:
+    """Wrap a module in DistributedDataParallel, if there are several ranks."""
+    if ranks.world_size == 1:
+        return module
+    options: dict[str, Any] = {_SYNC_BUFFERS: False}
+    if ranks.device.type == "cuda":
+        options["device_ids"] = [ranks.device]
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, **options)
+
+
+def no_sync(module: nn.Module | None) -> AbstractContextManager[None]:
+    """Leave the gradients of this pass on the rank; later ones are added to them."""
     if isinstance(module, DistributedDataParallel):
         return module.no_sync()
     return nullcontext()
 
 
-def latent_noise(model: AutoEncoderKL, batch: Batch, purpose: str, *key: int) -> Tensor:
-    """Standard normal noise [B, z, h, w]: each sample's a function of the key and its position."""
+def posterior_noise(model: AutoEncoderKL, batch: Batch, purpose: str, *key: int) -> Tensor:
+    """Return normal noise [B, z, h, w] of a batch: a function of the key and the positions."""
     f = model.downsampling_factor
     shape = (model.latent_channels, batch.images.shape[2] // f, batch.images.shape[3] // f)
     return torch.stack(
-        [
-            torch.randn(shape, generator=generator_for(purpose, *key, int(position)))
-            for position in batch.positions
-        ]
+        [normal_noise(shape, purpose, *key, int(position)) for position in batch.positions]
     )
+
+
+def latent_moments(posterior: DiagonalGaussianDistribution, split: str) -> dict[str, Tensor]:
+    """Return E[z] and E[z^2] of the posterior's samples per channel, [z] each.
+
+    Their means over batches and ranks are exact; `kl_vae.training.logging.to_numbers` turns them
+    into mean and standard deviation.
+    """
+    mean, var = posterior.mean.detach(), posterior.var.detach()
+    return {
+        f"{split}/latent_mean": mean.mean((0, 2, 3)),
+        f"{split}/latent_square": (mean.square() + var).mean((0, 2, 3)),
+    }
+
+
+def mean_psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """Return the mean PSNR in dB, a scalar, of images [B, C, H, W] in [-1, 1], unclamped."""
+    mse = (images - reconstructions).square().flatten(1).mean(dim=1)
+    return 10.0 * (4.0 / mse).log10().mean()
 
 
 def to_device(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:
@@ -175,7 +249,7 @@ def to_device(images: Tensor, device: torch.device, channels_last: bool) -> Tens
 
 
 def noise_to_device(noise: Tensor, device: torch.device) -> Tensor:
-    """Move noise to the device; nothing waits for the copy, which pinned memory alone allows."""
+    """Move noise to the device; the copy is asynchronous, which needs pinned memory."""
     if device.type == "cuda":
         noise = noise.pin_memory()
     return noise.to(device, non_blocking=True)

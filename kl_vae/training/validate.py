@@ -1,8 +1,9 @@
-"""The figures of the whole validation set, exact for any number of ranks."""
+"""The metrics of the whole validation set, exact for any number of ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,9 @@ from kl_vae.runtime.device import autocast
 from kl_vae.runtime.distributed import Ranks
 from kl_vae.runtime.errors import RunError
 from kl_vae.training.config import RunConfig
-from kl_vae.training.figures import Figures, as_figures, evaluating, latent_moments
-from kl_vae.training.guards import BadImages
-from kl_vae.training.step import latent_noise, noise_to_device, to_device
+from kl_vae.training.guards import BadImages, StopRequest
+from kl_vae.training.logging import Metrics, to_numbers
+from kl_vae.training.step import latent_moments, noise_to_device, posterior_noise, to_device
 
 
 @torch.no_grad()
@@ -28,13 +29,13 @@ def validate(
     ranks: Ranks,
     bad_images: BadImages,
     average: AutoEncoderKL | None = None,
-    stop: Callable[[], bool] = lambda: False,
-) -> Figures | None:
-    """Mean figures over the validation set: "val/..." of the loss, psnr (dB), ssim and latents.
+    stop: StopRequest | None = None,
+) -> Metrics | None:
+    """Return means over the validation set: "val/..." of the loss, psnr (dB), ssim and latents.
 
     Each image counts once: no rank pads its share, and a rank may have none. Sums are float64.
-    The posterior is sampled with noise that depends on the image's place in the set alone. Images
-    that cannot be used are left out.
+    The noise of a posterior's sample depends only on the image's position in the set. Images that
+    cannot be used are left out.
 
     Args:
         model: the bare module.
@@ -42,12 +43,12 @@ def validate(
         step: optimisation steps so far.
         config: of the run.
         ranks: over which the sums go.
-        bad_images: those met so far.
-        average: the model with averaged weights, whose figures are "val_ema/...".
-        stop: whether this rank has been asked to end.
+        bad_images: where unusable images are noted.
+        average: the model with averaged weights, whose metrics are "val_ema/...".
+        stop: whether this rank has been asked to stop.
 
     Returns:
-        The figures, or None where a rank was asked to end before they were complete.
+        The metrics, or None if a rank was asked to stop before they were complete.
 
     Raises:
         RunError: no image can be used.
@@ -56,10 +57,11 @@ def validate(
     count = 0
     bad: list[BadImage] = []
     share = iter(batches)
-    # all ranks together: one has a batch more than another, or none
+    # all ranks together: one may have a batch more than another, or none
     while True:
         batch = next(share, None)
-        stopping, unfinished = ranks.any_of(stop(), batch is not None)
+        stop_requested = stop is not None and stop.requested
+        stopping, unfinished = ranks.any_of(stop_requested, batch is not None)
         if stopping:
             return None
         if not unfinished:
@@ -70,32 +72,43 @@ def validate(
         batch = batch.usable()
         if not batch.names:
             continue
-        noise = latent_noise(model, batch, "validation", config.training.seed)
+        noise = posterior_noise(model, batch, "validation", config.training.seed)
         images = to_device(batch.images, ranks.device, config.training.channels_last)
         noise = noise_to_device(noise, ranks.device)
         with autocast(ranks.device, config.training.precision), evaluating(model):
-            figures = _figures(model, images, step, noise, model)
+            metrics = _metrics(model, images, step, noise, model)
             if average is not None:
-                of_average = _figures(model, images, step, noise, average)
-                figures |= {f"val_ema/{key[4:]}": value for key, value in of_average.items()}
-        for key, value in figures.items():
+                of_average = _metrics(model, images, step, noise, average)
+                metrics |= {f"val_ema/{key[4:]}": value for key, value in of_average.items()}
+        for key, value in metrics.items():
             sums[key] = sums.get(key, 0.0) + value.cpu().double() * len(images)
         count += len(images)
     bad_images.note(bad)
-    # a rank without images does not know the figures
+    # a rank without images does not know the names of the metrics
     shapes = ranks.gather({name: list(total.shape) for name, total in sums.items()})
     names = next((of_rank for of_rank in shapes if of_rank), None)
     if names is None:
         raise RunError("no validation image can be used; look at bad_images.txt")
     totals = {name: sums.get(name, torch.zeros(shape).double()) for name, shape in names.items()}
     number = ranks.sum(torch.tensor(count))
-    return as_figures({name: ranks.sum(total) / number for name, total in totals.items()})
+    return to_numbers({name: ranks.sum(total) / number for name, total in totals.items()})
 
 
-def _figures(
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put `model` into eval mode, and back into the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _metrics(
     model: AutoEncoderKL, images: Tensor, step: int, noise: Tensor, autoencoder: nn.Module
 ) -> dict[str, Tensor]:
-    """Means over a batch, with the loss of `model`."""
+    """Return means over a batch, with the loss of `model`."""
     out = model.step(images, step, "val", noise=noise, forward=autoencoder)
     return {
         **out.log,

@@ -4,6 +4,7 @@ Arguments: where to write, accumulated micro-batches, weighting, precision, and 
 reconstruction becomes infinite in the second step (or -1).
 """
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 
@@ -14,9 +15,8 @@ from kl_vae import AutoEncoderKL
 from kl_vae.data import Batch
 from kl_vae.runtime.distributed import Ranks, connect
 from kl_vae.training.config import RunConfig
-from kl_vae.training.global_batch import divide_batch
 from kl_vae.training.guards import BadImages
-from kl_vae.training.prepare import build_model, build_state, wrap
+from kl_vae.training.setup import build_model, build_state, divide_batch
 from kl_vae.training.step import TrainingStep
 
 out, accumulate, weighting, precision, broken_rank = sys.argv[1:]
@@ -76,20 +76,20 @@ with connect("cpu") as ranks:
     soften(model)
     state = build_state(config, model, {}, "")
     bad_images = BadImages(None, ranks, GLOBAL, max_fraction=0.0)
-    take_step = TrainingStep(state, *wrap(model, ranks), config, ranks, STEPS, bad_images)
+    take_step = TrainingStep(state, config, ranks, STEPS, bad_images)
     figures = []
     source = batches(ranks)
     for step in range(STEPS):
         broken = step == 2 and ranks.rank == int(broken_rank)
         hook = model.decoder.register_forward_hook(inflate) if broken else None
-        means = ranks.mean(take_step(source))
+        means = ranks.mean(take_step(source).metrics)
         if hook is not None:
             hook.remove()
         figures.append({key: value.tolist() for key, value in means.items()})
     content = {
         "figures": figures,
-        "skips": state.skips.state_dict(),
-        "scales": [updater.scaler.get_scale() for updater in state.updaters],
+        "skips": dataclasses.asdict(state.skips),
+        "scales": [network.scaler.get_scale() for network in state.networks],
         "model": model.state_dict(),
         "ema": state.average and state.average.state_dict(),
     }

@@ -79,6 +79,7 @@ def test_two_ranks_learn_what_one_does() -> None:
     assert all(figures["train/disc_grad_norm"] > 0 for figures in later)
 
 
+@pytest.mark.slow
 def test_accumulation_learns_the_same_with_a_fixed_weight() -> None:
     (one,) = steps("one", weighting="fixed")
     (accumulated,) = steps("accumulated", accumulate=4, weighting="fixed")

@@ -46,7 +46,7 @@ def test_ranks_and_accumulation_do_not_change_what_is_learned(project: Path) -> 
     assert main(["train", *arguments, "--run-dir", "one"]) == 0
     done = torchrun(str(SCRIPTS / "train.py"), *arguments, "--run-dir", "two")
     assert done.returncode == 0, done.stderr
-    assert "8 images a step = 2 (ranks) x 1 (accumulated) x 4" in done.stderr
+    assert "8 images per step = 2 (ranks) x 1 (accumulated) x 4" in done.stderr
     accumulating = [*arguments, "training.accumulate_batches=4"]
     assert main(["train", *accumulating, "--run-dir", "accumulated"]) == 0
     done = torchrun(str(SCRIPTS / "train.py"), *accumulating, "--run-dir", "both")
@@ -92,6 +92,7 @@ def test_validation_is_exact_whatever_the_number_of_images(
             assert results[2][number][key] == pytest.approx(value, rel=1e-6, abs=1e-6), key
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_ranks(project: Path) -> None:
     """1 -> 2 -> 1 ranks take the same samples in the same steps as one rank throughout."""
     arguments = ["tiny.yaml", "training.validate_every_steps=100"]

@@ -211,7 +211,9 @@ def _train(
 
 
 class _Saves:
-    """Lists what each save asks of the file system, and ends this process before one of these.
+    """Lists the operations of each save on the file system, and ends this process before one.
+
+    After a validation the writing of best.json counts as a save, too.
 
     Where that is the writing of a block, half of it is written.
     """
@@ -223,18 +225,25 @@ class _Saves:
 
     def watch(self) -> None:
         """From now on."""
-        from kl_vae.training.checkpoints import Checkpoints
+        from kl_vae.training.run_directory import RunDirectory
 
-        save, fsync, plain_open = Checkpoints.save, os.fsync, open
+        save, write_best = RunDirectory.save, RunDirectory.write_best
+        fsync, plain_open = os.fsync, open
 
-        def watched_save(*arguments: Any, **options: Any) -> None:
-            self._operations = []
-            save(*arguments, **options)
-            self.meet("end")
-            with plain_open(f"saves/{os.getpid()}", "a") as file:
-                file.write(json.dumps(self._operations) + "\n")
-            self._operations = None
-            self._number += 1
+        def watched(work: Any) -> Any:
+            def watched_work(*arguments: Any, **options: Any) -> None:
+                if len(arguments) < 3:  # `write_best` at the start, which follows no validation
+                    work(*arguments)
+                    return
+                self._operations = []
+                work(*arguments, **options)
+                self.meet("end")
+                with plain_open(f"saves/{os.getpid()}", "a") as file:
+                    file.write(json.dumps(self._operations) + "\n")
+                self._operations = None
+                self._number += 1
+
+            return watched_work
 
         def watched_fsync(descriptor: int) -> None:
             is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
@@ -255,7 +264,8 @@ class _Saves:
                 if "checkpoints" in path.parts:  # and not the cache of an import
                     self.meet(f"{operation[event]} {path.name}")
 
-        Checkpoints.save = watched_save  # type: ignore[method-assign]
+        RunDirectory.save = watched(save)  # type: ignore[method-assign]
+        RunDirectory.write_best = watched(write_best)  # type: ignore[method-assign]
         os.fsync = watched_fsync
         builtins.open = watched_open
         sys.addaudithook(audit)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from kl_vae import AutoEncoderKL
+from kl_vae.accel.compilation import check_compiler
 from kl_vae.cli.main import main
-from kl_vae.training.compilation import check_compiler
 from tests.end_to_end.test_recipe import GAN
 from tests.processes import TORCHRUN, TRAIN, assert_same, checkpoint, metrics
 

@@ -21,7 +21,7 @@ from kl_vae.cli.main import main
 from kl_vae.data import StepSampler
 from kl_vae.runtime.distributed import Ranks
 from kl_vae.training.config import RunConfig, TrainingConfig
-from kl_vae.training.prepare import build_data
+from kl_vae.training.setup import build_data
 from tests.processes import (
     TRAIN,
     Running,
@@ -54,6 +54,7 @@ def limit_files(running: Running, size: int) -> None:
     resource.prlimit(running.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
+@pytest.mark.slow
 def test_a_full_disk(project: Path, caplog: Any) -> None:
     """Throughout; for a while; and at the last save."""
     arguments = [*faulty_loss(project), "training.save_every_steps=2"]
@@ -94,11 +95,11 @@ def test_a_full_disk(project: Path, caplog: Any) -> None:
         # throughout: an error after three saves, and nothing of them is left
         run = "throughout"
         last = f"the last checkpoint is {run}/checkpoints/step_00000002.pt"
-        mend = "make room or mend the disk, and give the same command again"
+        mend = "make room or fix the disk, and run the same command again"
         message = f"{cannot_be_written(run, 8)}: {mend}; {last}"
         assert_failed(run, throughout, 8, message)
         for number, step in ((1, 4), (2, 6)):
-            goes_on = f"failure {number} of 3 in a row; the run goes on, and {last}"
+            goes_on = f"failure {number} of 3 in a row; the run continues, and {last}"
             assert f"{cannot_be_written(run, step)}, {goes_on}\n" in throughout.errors
         assert saved_steps(run) == [2]
         assert read_checkpoint(checkpoint_path(Path(run), 2))["step"] == 2  # with its sha256
@@ -147,7 +148,7 @@ def test_signals_during_validation(project: Path, make_images: Callable[..., Pat
             workers = children(running.pid)
             assert len(workers) == 2  # of training and of validation
             running.send_all(signal.Signals[name])
-            running.wait_for(f"{name}: ending at the next step; once more ends at once, unsaved\n")
+            running.wait_for(f"{name}: stopping after this step; once more ends at once, unsaved\n")
             assert children(running.pid) == workers
             gate.unlink()
         for name, running in all_running.items():
@@ -173,9 +174,9 @@ def test_a_second_sigterm_ends_at_once(project: Path) -> None:
     with Running(*command, FAULTS="wait@train:2") as running:
         running.wait_at_gate()
         running.send(signal.SIGTERM)
-        running.wait_for("SIGTERM: ending at the next step")
+        running.wait_for("SIGTERM: stopping after this step")
         running.send(signal.SIGTERM)
-        assert running.end(5.0) == -signal.SIGTERM
+        assert running.end() == -signal.SIGTERM
     assert status("runs/tiny")["state"] == "running"  # it had no time to say more
     assert not Path("runs/tiny/checkpoints").exists()
 
@@ -204,22 +205,20 @@ def test_a_data_worker_that_is_killed_or_hangs(
         killed.wait_until(lambda: len(metrics("killed")) > 1)
         victim, other = children(killed.pid)
         os.kill(victim, signal.SIGKILL)
-        assert killed.end(15.0) == 1
+        assert killed.end() == 1
         line = killed.errors.splitlines()[-1]
         # by its process, or by the connection on which it was handing over a batch
         assert line.startswith("kl-vae train: error: a data worker ended (")
         assert str(victim) in line or "Connection" in line or "EOFError" in line
-        assert line.endswith(
-            "): mostly memory ran out (dmesg, free -h) or /dev/shm is full (df -h /dev/shm); lower "
-            "data.num_workers, or give more of it"
-        )
+        assert "/dev/shm" in line and "lower data.num_workers" in line
         said = status("killed")
         assert (said["state"], said["reason"]) == ("failed", f"RunError: {line[21:]}")
         assert not is_alive(other)
 
         message = (
-            "the data workers gave no batch within training.timeout_seconds (DataLoader timed out "
-            "after 2 seconds): look at the storage of data.train.root, or raise it"
+            "the data workers returned no batch within training.timeout_seconds (DataLoader timed "
+            "out after 2 seconds): check the storage of data.train.root, or raise "
+            "training.timeout_seconds"
         )
         assert_failed("hanging", hanging, 0, message)
 
@@ -242,10 +241,10 @@ def test_numbers_that_are_not_finite(project: Path) -> None:
         assert twice.end() == 0, twice.errors
         for step, count in ((2, 1), (3, 2)):
             assert (
-                f"step {step + 1} is left out: the loss on rank 0 is not finite ({count} so far, "
+                f"step {step + 1} is skipped: the loss on rank 0 is not finite ({count} so far, "
                 f"{count} in a row); its images:\n  rank 0: {images_of_step(step)}\n"
             ) in twice.errors
-        assert twice.errors.count("is left out") == 2
+        assert twice.errors.count("is skipped") == 2
         steps = [line for line in metrics("twice") if "train/psnr" in line]
         assert [line["skipped_steps"] for line in steps] == [0, 0, 1, 2, 2, 2]
         losses = [line["train/total_loss"] for line in steps]
@@ -259,11 +258,11 @@ def test_numbers_that_are_not_finite(project: Path) -> None:
 
         message = (
             "3 steps in a row had no finite loss or gradient: lower the learning rates, set "
-            "training.precision to bf16 or fp32, or look at the images that are named above; "
-            "training.max_skipped_steps is the bound"
+            "training.precision to bf16 or fp32, or look at the images named above; "
+            "training.max_skipped_steps is the limit"
         )
         assert_failed("always", always, 2, message)
-        assert always.errors.count("is left out") == 3
+        assert always.errors.count("is skipped") == 3
 
         message = (
             "step 4: loss.idle is not finite, and nothing is saved of it: lower the learning "
@@ -284,7 +283,9 @@ def images_of_step(step: int) -> str:
     return ", ".join(train_set.source.name(index) for _, index, _ in keys)
 
 
-def test_another_process_in_the_run_and_an_end_without_a_word(project: Path, caplog: Any) -> None:
+def test_another_process_in_the_run_and_an_end_without_a_message(
+    project: Path, caplog: Any
+) -> None:
     arguments = [*faulty_loss(project), "training.save_every_steps=2", "--run-dir", "run"]
     arguments += ["training.validate_every_steps=100", "data.num_workers=1"]
     with Running(*TRAIN, *arguments, FAULTS="wait@train:3 wait@train:5") as running:
@@ -306,7 +307,7 @@ def test_another_process_in_the_run_and_an_end_without_a_word(project: Path, cap
 
         caplog.set_level("INFO")
         assert main(["train", "tiny.yaml", *arguments]) == 0
-        assert "the last part of this run ended without a word after step 4 (20" in caplog.text
+        assert "the last part of this run ended without a message after step 4 (20" in caplog.text
         assert "): killed, or its machine was lost" in caplog.text
         assert "6 steps, 4 of them taken" in caplog.text
         assert (
@@ -314,7 +315,7 @@ def test_another_process_in_the_run_and_an_end_without_a_word(project: Path, cap
             == 0
         )
         assert_same(checkpoint("run", 6), checkpoint("whole", 6))
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while is_alive(worker):  # it looks every five seconds whether its parent is there
             assert time.monotonic() < deadline
             time.sleep(0.05)

@@ -1,8 +1,8 @@
 """Runs that are killed by SIGKILL: what they leave is whole, and they end as if they had not been.
 
 All runs have a discriminator from the second step on, an average of the weights, Muon and two
-micro-batches a step, and the validation moves `best.json`. They save in steps 2, 3, 4 and 6 of 6,
-of which 3 is in the middle of an epoch of 2.
+micro-batches per step. They save in steps 2, 3, 4 and 6 of 6, of which 3 is in the middle of an
+epoch of 2. Steps 3 and 6 are validated after they were saved, which moves `best.json`.
 """
 
 from __future__ import annotations
@@ -58,25 +58,35 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def operations_of_a_save(step: int, best: bool, removed: int | None) -> list[str]:
+def operations_of_a_save(step: int, removed: int | None = None) -> list[str]:
     """What a save does to the file system, in this order; of the blocks of a file three."""
     path = f"step_{step:08d}.pt"
     operations = ["mkdir checkpoints", "open", "write", "write", "write", "fsync"]
     operations += [f"remove {path}.sha256", "fsync", f"rename to {path}", "fsync folder"]
     operations += ["open", "write", "fsync", f"rename to {path}.sha256", "fsync folder"]
-    if best:
-        operations += ["open", "write", "fsync", "rename to best.json", "fsync folder"]
-    if removed is not None:
-        old = f"step_{removed:08d}.pt"
-        operations += [f"remove {old}", f"remove {old}.sha256"]
-    return [*operations, "end"]
+    return operations + removal(removed)
 
 
+def operations_after_a_validation(removed: int | None = None) -> list[str]:
+    """What the writing of best.json does to the file system, in this order."""
+    operations = ["open", "write", "fsync", "rename to best.json", "fsync folder"]
+    return operations + removal(removed)
+
+
+def removal(step: int | None) -> list[str]:
+    """The last operations: a checkpoint that is not kept is removed."""
+    path = f"step_{step:08d}.pt" if step is not None else None
+    return ["end"] if path is None else [f"remove {path}", f"remove {path}.sha256", "end"]
+
+
+# the step of each, and its operations
 SAVES = [
-    operations_of_a_save(2, best=False, removed=None),
-    operations_of_a_save(3, best=True, removed=None),
-    operations_of_a_save(4, best=True, removed=2),
-    operations_of_a_save(6, best=True, removed=3),
+    (2, operations_of_a_save(2)),
+    (3, operations_of_a_save(3)),
+    (3, operations_after_a_validation()),
+    (4, operations_of_a_save(4, removed=2)),
+    (6, operations_of_a_save(6)),
+    (6, operations_after_a_validation(removed=3)),
 ]
 
 
@@ -100,11 +110,14 @@ class InSave:
     @property
     def newest(self) -> int:
         """The step of the newest checkpoint then; 0: there is none."""
-        renamed = SAVES[self.save].index(f"rename to step_{SAVED[self.save]:08d}.pt")
-        return (0, *SAVED)[self.save + (self.stage > renamed)]
+        step, operations = SAVES[self.save]
+        rename = f"rename to step_{step:08d}.pt"
+        if rename not in operations or self.stage > operations.index(rename):
+            return step
+        return max((saved for saved in SAVED if saved < step), default=0)
 
     def __str__(self) -> str:
-        operation = f"{self.stage:02d}-{SAVES[self.save][self.stage]}".replace(" ", "-")
+        operation = f"{self.stage:02d}-{SAVES[self.save][1][self.stage]}".replace(" ", "-")
         return f"{self.ranks}-ranks-{self.workers}-workers-save-{self.save + 1}-{operation}"
 
     def play(self, runs: Runs) -> Story:
@@ -151,14 +164,20 @@ class AtRandom:
 KILLS = [
     *(AtRandom(*how) for how in ((0, 2, 2), (1, 2, 0), (2, 1, 2), (3, 1, 0))),
     # with workers or two ranks: in the write, before the rename, before the sha256, in the pruning
-    *(InSave(2, stage, ranks=2, workers=2) for stage in (3, 8, 10, 21)),
-    *(InSave(2, stage, ranks=2) for stage in (3, 8, 10, 21)),
-    *(InSave(2, stage, workers=2) for stage in (3, 8, 10, 21)),
-    *(InSave(2, stage) for stage in range(len(SAVES[2]))),
+    *(InSave(3, stage, ranks=2, workers=2) for stage in (3, 8, 10, 16)),
+    *(InSave(3, stage, ranks=2) for stage in (3, 8, 10, 16)),
+    *(InSave(3, stage, workers=2) for stage in (3, 8, 10, 16)),
+    *(InSave(3, stage) for stage in range(len(SAVES[3][1]))),
     # of the first save, which has nothing to go back to, and of the last, which has no later one
     *(InSave(0, stage) for stage in (3, 8, 9, 14)),
-    *(InSave(3, stage) for stage in (8, 9, 14, 18, 20, 22)),
+    *(InSave(4, stage) for stage in (8, 9, 14, 15)),
+    # after a validation: before best.json is written, before the rename, in the pruning, at the end
+    *(InSave(2, stage) for stage in (0, 3)),
+    *(InSave(5, stage) for stage in (0, 3, 5, 6, 7)),
+    InSave(5, 0, ranks=2, workers=2),
 ]
+# in every run of the tests; the others are slow
+FEW = (KILLS[0], KILLS[4], InSave(3, 8), InSave(3, 15), InSave(0, 3), InSave(4, 15), InSave(5, 0))
 
 
 class Runs:
@@ -250,8 +269,7 @@ def assert_same_samples(whole: Attempt, *attempts: Attempt) -> None:
 def assert_the_other_named(rank: int, attempt: Attempt) -> None:
     other = 1 - rank
     assert attempt.codes[other] == 1
-    assert f"rank {rank} ended without a word" in attempt.log(other)
-    assert attempt.seconds[other] - attempt.seconds[rank] < 30.0
+    assert f"rank {rank} ended without a message" in attempt.log(other)
 
 
 def test_a_save_does_this_in_this_order(runs: Runs) -> None:
@@ -259,10 +277,13 @@ def test_a_save_does_this_in_this_order(runs: Runs) -> None:
     for ranks in (1, 2):
         whole = runs.whole(ranks)
         assert whole.codes == [0] * ranks, whole.log(0)
-        assert [[save[i] for i in stages(save)] for save in whole.saves] == SAVES
+        assert [[save[i] for i in stages(save)] for save in whole.saves] == [
+            operations for _, operations in SAVES
+        ]
     assert runs.whole(1).samples == runs.whole(2).samples
 
 
+@pytest.mark.slow
 def test_a_run_killed_on_1_2_and_1_ranks_takes_the_samples_of_one_never_stopped(runs: Runs) -> None:
     """In saves 2 and 4, so that steps 3, 5 and 6 are taken twice, on other numbers of ranks."""
     # one weight for each micro-batch, which are the same on any number of ranks
@@ -270,7 +291,7 @@ def test_a_run_killed_on_1_2_and_1_ranks_takes_the_samples_of_one_never_stopped(
     whole = runs.start("weighting", 1, 0, *more).wait()
     attempts = [
         runs.start("ranks", 1, 0, *more, kill=(1, "rename to step_00000003.pt")).wait(),
-        runs.start("ranks", 2, 0, *more, kill=(2, "rename to step_00000006.pt")).wait(),
+        runs.start("ranks", 2, 0, *more, kill=(3, "rename to step_00000006.pt")).wait(),
         runs.start("ranks", 1, 0, *more).wait(),
     ]
     assert [attempt.codes for attempt in attempts] == [[-9], [-9, 1], [0]]
@@ -287,11 +308,12 @@ def test_a_run_killed_on_1_2_and_1_ranks_takes_the_samples_of_one_never_stopped(
             assert (ours["model"][key] - weights).abs().max() < 1e-5, key
 
 
+@pytest.mark.slow
 def test_a_run_in_fp16_takes_up_its_scalers_and_what_they_left_out(runs: Runs) -> None:
     """The scales are on their way down, and steps are left out for it."""
     more = ["training.precision=fp16", "training.global_batch_size=2", "data.crop=8"]
     whole = runs.start("fp16-whole", 1, 0, *more).wait()
-    killed = runs.start("fp16", 1, 0, *more, kill=(2, "rename to step_00000004.pt")).wait()
+    killed = runs.start("fp16", 1, 0, *more, kill=(3, "rename to step_00000004.pt")).wait()
     again = runs.start("fp16", 1, 0, *more).wait()
     assert [attempt.codes for attempt in (whole, killed, again)] == [[0], [-9], [0]]
     assert_ended_as_if_never_stopped(runs.folder / "fp16", runs.folder / "fp16-whole")
@@ -326,14 +348,20 @@ def test_a_damaged_checkpoint_is_never_taken_for_a_whole_one(
     assert killed.codes == [-9], killed.log(0)
     for step in damaged:
         path = checkpoint_path(Path(name), step)
-        assert f"passing over a checkpoint: {path}: does not match" in killed.log(0)
+        assert f"skipping a checkpoint: {path}: does not match" in killed.log(0)
     assert newest_step(run) == 4
     again = runs.start(name).wait()
     assert again.codes == [0], again.log(0)
     assert_ended_as_if_never_stopped(run, runs.folder / "whole-1")
 
 
-@pytest.mark.parametrize("kill", KILLS, ids=str)
+@pytest.mark.parametrize(
+    "kill",
+    [
+        pytest.param(kill, marks=[] if kill in FEW else pytest.mark.slow, id=str(kill))
+        for kill in KILLS
+    ],
+)
 def test_a_killed_run_ends_as_if_it_had_not_been(
     kill: InSave | AtRandom,
     runs: Runs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 from pathlib import Path
@@ -13,14 +14,9 @@ README = CHECKOUT / "README.md"
 
 
 COMMANDS = {  # some of those that a page shows
-    "README.md": {
-        *("train", "report", "reconstruct", "evaluate", "encode", "sample", "convert"),
-        "benchmark",
-    },
+    "README.md": {"train", "report", "reconstruct", "evaluate", "encode", "sample", "convert"},
     "docs/checkpoints.md": {"encode", "convert"},
     "docs/evaluate.md": {"evaluate"},
-    "docs/large_images.md": {"benchmark"},
-    "docs/performance.md": {"benchmark"},
     "docs/latents.md": {"encode"},
     "docs/sample.md": {"sample"},
 }
@@ -57,6 +53,36 @@ def test_the_commands_are_those_of_the_program(page: str, monkeypatch: pytest.Mo
     for name, args in parsed:
         if name == "train":
             RunConfig.load(args.config, args.overrides)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/large_images.md", "docs/performance.md"])
+def test_the_benchmarks_are_those_of_the_scripts(
+    page: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each `python benchmarks/...` line, in a block or in the text, parses."""
+    import importlib
+
+    text = (CHECKOUT / page).read_text().replace("\\\n", " ")
+    lines = re.findall(r"^python benchmarks/(\w+)\.py([^#\n]*)", text, re.MULTILINE)
+    lines += re.findall(r"`python benchmarks/(\w+)\.py([^`]*)`", text)
+    assert len(lines) >= 2
+    monkeypatch.syspath_prepend(str(CHECKOUT / "benchmarks"))
+    common = importlib.import_module("common")
+    for name, arguments in lines:
+        script = importlib.import_module(name)
+        monkeypatch.setattr(script, "parse", _parse_and_stop)
+        with pytest.raises(_ParsedError):
+            script.main(shlex.split(arguments))
+        monkeypatch.setattr(script, "parse", common.parse)
+
+
+class _ParsedError(Exception):
+    pass
+
+
+def _parse_and_stop(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    parser.parse_args(argv)
+    raise _ParsedError
 
 
 def test_every_key_of_the_config_is_in_the_reference() -> None:

@@ -75,10 +75,7 @@ def test_another_accumulation_is_named_where_the_weight_depends_on_it(
     assert train("--run-dir", "run", *GAN, "training.max_steps=1") == 0
     more = ["training.max_steps=2", "training.accumulate_batches=2"]
     assert train("--run-dir", "run", *GAN, *more) == 0
-    assert (
-        "a step accumulates 2 batches, before it was 1: the adaptive weight is that of each, so "
-        "that numbers differ by more than rounding" in caplog.text
-    )
+    assert "a step accumulates 2 batches, before it was 1" in caplog.text
 
 
 def test_the_average_is_used_unless_told_otherwise(project: Path, capsys: Any) -> None:
@@ -159,10 +156,10 @@ MISTAKES = {
         ["training.freeze=[decoder.conv_out.*]"],
         "disc_weighting=global: needs the gradient of the last layer",
     ),
-    "frozen nothing": (["training.freeze=[enc.*]"], "training.freeze=enc.*: no parameter has such"),
+    "frozen nothing": (["training.freeze=[enc.*]"], "training.freeze=enc.*: matches no parameter"),
     "no such average": (
         ["model.params.monitor=val_ema/psnr", "training.ema_decay=null"],
-        "model.params.monitor=val_ema/psnr: not a validation figure; choose one of val/",
+        "model.params.monitor=val_ema/psnr: not a validation metric; choose one of val/",
     ),
     "decay": (["training.ema_decay=1.0"], "training.ema_decay=1.0: at least 0 and below 1"),
     "equivariance": (["training.equivariance=2"], "training.equivariance=2.0: a probability"),

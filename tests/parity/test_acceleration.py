@@ -1,12 +1,12 @@
-"""The numbers of diffusers' AutoencoderKL, of the fast ways."""
+"""The numbers of diffusers' AutoencoderKL, of accelerated models."""
 
 import pytest
 import torch
 
 from kl_vae import AutoEncoderKL
 from kl_vae.accel.accelerate import accelerate_as
-from kl_vae.accel.winograd_conv import suits
-from kl_vae.checkpoints.diffusers_layout import to_diffusers
+from kl_vae.accel.convolution import suits
+from kl_vae.checkpoints.diffusers import to_diffusers
 from kl_vae.checkpoints.presets import PRESETS
 
 diffusers = pytest.importorskip("diffusers")
@@ -28,7 +28,7 @@ def test_the_published_architecture_in_every_mode() -> None:
         ).eval()
         theirs.load_state_dict(to_diffusers(ours.state_dict()))
     x, z = 2.0 * torch.rand(1, 3, 88, 72) - 1.0, torch.randn(1, 4, 11, 9)
-    assert suits(torch.empty(1, 128, 88, 72), ours.decoder.up[0].block[1].conv1.weight)
+    assert suits(ours.decoder.up[0].block[1].conv1, torch.empty(1, 128, 88, 72))
     moments, image = theirs.encode(x).latent_dist.parameters, theirs.decode(z).sample
     for mode, tolerance in (("auto", 1e-3), ("exact", 1e-4), ("off", 1e-4)):
         accelerate_as(mode, ours)

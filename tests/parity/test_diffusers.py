@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kl_vae import AutoEncoderKL
-from kl_vae.checkpoints.diffusers_layout import from_diffusers
+from kl_vae.checkpoints.diffusers import from_diffusers
 from kl_vae.checkpoints.presets import PRESETS, Preset
 from kl_vae.ddconfig import DDConfig
 from kl_vae.latents import LatentNormalization

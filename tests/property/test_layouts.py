@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from kl_vae import AutoEncoderKL
 from kl_vae.checkpoints.architecture import Architecture, infer_architecture
-from kl_vae.checkpoints.diffusers_config import inexpressible
-from kl_vae.checkpoints.diffusers_layout import from_diffusers, is_diffusers, to_diffusers
+from kl_vae.checkpoints.diffusers import from_diffusers, inexpressible, is_diffusers, to_diffusers
 
 
 @st.composite

@@ -104,3 +104,9 @@ def test_a_sample_carries_gradients_to_both_moments() -> None:
     to_mean, to_logvar = parameters.grad.chunk(2, dim=1)
     torch.testing.assert_close(to_mean, torch.ones(2, 3, 4, 5))
     torch.testing.assert_close(to_logvar, 0.5 * math.exp(-0.5) * noise)
+
+
+def test_its_text_tells_shape_device_and_values() -> None:
+    text = repr(DiagonalGaussianDistribution(torch.zeros(2, 8, 3, 3)))
+    assert "shape=[2, 4, 3, 3]" in text and "device='cpu'" in text and "std 1 " in text
+    assert "std" not in repr(DiagonalGaussianDistribution(torch.zeros(2, 8, 3, 3, device="meta")))

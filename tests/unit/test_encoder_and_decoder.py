@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kl_vae import AutoEncoderKL, Decoder, Encoder
+from kl_vae import AutoEncoderKL, Decoder, Encoder, accelerate
 from kl_vae.blocks import Downsample, ResnetBlock, Upsample
 
 
@@ -88,7 +88,7 @@ def test_zero_init_residual_reaches_every_block(module: Any, tiny_ddconfig: dict
 def test_without_gradients_no_map_outlives_the_block_that_it_goes_into(
     tiny_ddconfig: dict[str, Any], module: type[nn.Module]
 ) -> None:
-    network = module(**tiny_ddconfig | {"num_res_blocks": 3, "attn_resolutions": []})
+    network = accelerate(module(**tiny_ddconfig | {"num_res_blocks": 3, "attn_resolutions": []}))
     outputs: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
 
@@ -106,6 +106,7 @@ def test_without_gradients_no_map_outlives_the_block_that_it_goes_into(
 @torch.no_grad()
 def test_hooks_of_levels_are_called_without_gradients_as_well(tiny_model: AutoEncoderKL) -> None:
     seen: list[tuple[int, ...]] = []
+    accelerate(tiny_model)
     tiny_model.decoder.up[0].register_forward_hook(lambda *given: seen.append(given[2].shape))
     expected = tiny_model.decode(torch.zeros(1, 3, 4, 4))
     assert len(seen) == 1 and seen[0][2:] == expected.shape[2:]

@@ -1,10 +1,12 @@
 """The autoencoder: contracts of its methods, names of its weights, sizes of the published ones."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from kl_vae import AutoEncoderKL, DDConfig, DiagonalGaussianDistribution
@@ -311,3 +313,62 @@ def test_a_few_steps_lower_the_loss(tiny_ddconfig: Config, images: Tensor) -> No
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_half_precision_goes_in_and_comes_out(tiny_model: AutoEncoderKL, images: Tensor) -> None:
+    model = tiny_model.bfloat16()
+    assert (model.dtype, model.device) == (torch.bfloat16, torch.device("cpu"))
+    with torch.no_grad():
+        reconstruction, posterior = model(images.bfloat16())
+    assert reconstruction.dtype == torch.bfloat16
+    assert posterior.mean.dtype == posterior.kl().dtype == torch.float32
+    assert model.decode(posterior.mode()).dtype == torch.bfloat16
+    assert model.half()(images.half())[0].dtype == torch.float16
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 7, 5), (3, 16, 10), (1, 3, 1, 1)])
+def test_reconstruct_takes_any_size_and_mode(tiny_ddconfig: Config, shape: tuple[int, ...]) -> None:
+    model = AutoEncoderKL(tiny_ddconfig | {"dropout": 0.5}, 3).train()
+    x = 2.0 * torch.rand(shape) - 1.0
+    out = model.reconstruct(x)
+    assert out.shape == x.shape and not out.requires_grad
+    assert all(module.training for module in model.modules())
+    assert torch.equal(model.eval().reconstruct(x), out)
+    if shape[-1] == 10:
+        torch.testing.assert_close(out, model(x[None], sample_posterior=False)[0][0])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [Image.new("RGB", (16, 16)), torch.zeros(1, 3, 16, 16, dtype=torch.uint8)],
+    ids=["PIL", "uint8"],
+)
+def test_what_is_not_in_minus_one_to_one_names_the_function_to_call(
+    tiny_model: AutoEncoderKL, given: Any
+) -> None:
+    for method in (tiny_model.encode, tiny_model, tiny_model.reconstruct):
+        with pytest.raises(ValueError, match=r"kl_vae\.load_image"):
+            method(given)
+
+
+def test_values_up_to_255_and_posteriors_are_refused(
+    tiny_model: AutoEncoderKL, images: Tensor
+) -> None:
+    with pytest.raises(ValueError, match=r"up to 255.*kl_vae\.load_image"):
+        tiny_model.encode(torch.full((1, 3, 16, 16), 255.0))
+    with pytest.raises(ValueError, match=r"DiagonalGaussian.*\.sample\(\) or \.mode\(\)"):
+        tiny_model.decode(tiny_model.encode(images))  # type: ignore[arg-type]
+
+
+def test_from_pretrained_takes_paths_and_names_of_the_hub(
+    tiny_model: AutoEncoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_model.save_compvis("org/name.safetensors")
+    again = AutoEncoderKL.from_pretrained("org/name.safetensors")
+    assert torch.equal(again.get_last_layer(), tiny_model.get_last_layer())
+    asked: list[str] = []
+    monkeypatch.setattr(AutoEncoderKL, "from_checkpoint", asked.append)
+    AutoEncoderKL.from_pretrained("org/other", subfolder="vae")
+    AutoEncoderKL.from_pretrained(Path("org"))
+    assert asked == ["hf://org/other/vae", "org"]

@@ -19,7 +19,7 @@ SOURCES = sorted(Path(kl_vae.__file__).parent.rglob("*.py"))
 EXECUTES = {"eval", "exec", "__import__", "pickle.load", "pickle.loads", "os.system"}
 IMPORTS = {
     "__init__.py": "the package's own modules, by name",
-    "losses/build.py": "lossconfig.target of a config that the user passed",
+    "losses/__init__.py": "lossconfig.target of a config that the user passed",
     "cli/main.py": "commands, and --import",
 }
 

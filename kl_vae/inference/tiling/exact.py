@@ -18,13 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kl_vae.accel.fused import FusedResnetBlock
+from kl_vae.accel.convolution import CONVOLUTIONS
+from kl_vae.accel.group_norm import NORMS
+from kl_vae.accel.resnet_block import FastResnetBlock
+from kl_vae.accel.swap import is_untouched
 from kl_vae.attention import VanillaAttention, as_sequence
-from kl_vae.blocks import Downsample, GroupNorm, ResnetBlock, Upsample
+from kl_vae.blocks import Downsample, ResnetBlock, Upsample
 from kl_vae.decoder import UpLevel
-from kl_vae.encoder import DownLevel
+from kl_vae.encoder import DownLevel, Middle
 from kl_vae.inference.tiling.strips import FeatureMap, Strips, regroup, split, with_halo
-from kl_vae.middle import Middle
 from kl_vae.model import AutoEncoderKL
 
 # of a strip of the level's widest map in float32; on CPUs strips that stay in the cache are fastest
@@ -89,10 +91,13 @@ def check_exact(model: AutoEncoderKL) -> None:
         levels = [x for x in inside if isinstance(x, (DownLevel, UpLevel))]
         blocks: list[Any] = [block for level in levels for block in _listed(level.block)]
         blocks += [half.mid.block_1, half.mid.block_2]
-        _refuse_others(blocks, {ResnetBlock, FusedResnetBlock}, names)
+        _refuse_others(blocks, (ResnetBlock, FastResnetBlock), names)
         norms = [norm for block in blocks for norm in (block.norm1, block.norm2)]
         norms += [x.norm for x in inside if type(x) is VanillaAttention]
-        _refuse_others([*norms, half.norm_out], {GroupNorm, nn.GroupNorm}, names)
+        _refuse_others([*norms, half.norm_out], NORMS, names)
+        convs = [conv for block in blocks for conv in (block.conv1, block.conv2)]
+        convs += [x.conv for x in inside if isinstance(x, Upsample) and x.with_conv]
+        _refuse_others([half.conv_in, *convs, half.conv_out], CONVOLUTIONS, names)
 
 
 def _listed(modules: nn.Module) -> list[nn.Module]:
@@ -101,15 +106,26 @@ def _listed(modules: nn.Module) -> list[nn.Module]:
 
 
 def _refuse_others(
-    parts: Sequence[nn.Module], known: set[type[nn.Module]], names: dict[nn.Module, str]
+    parts: Sequence[nn.Module],
+    known: tuple[type[nn.Module], ...],
+    names: dict[nn.Module, str],
 ) -> None:
-    # a subclass may compute something else
+    # what is not called here: a subclass, a hook or another forward may compute something else
     for part in parts:
         if type(part) not in known:
-            raise ValueError(
-                f"mode='exact': {names[part]} is a {type(part).__name__}, which cannot be computed "
-                "in strips; use mode='whole', or 'blend' where that does not fit into the memory"
-            )
+            what = f"is a {type(part).__name__}"
+        elif (
+            not is_untouched(part, *known)
+            or any(parameter.is_meta for parameter in part.parameters())
+            or (isinstance(part, nn.Conv2d) and part.padding_mode != "zeros")
+        ):
+            what = "was changed (hooks, another forward or padding, offloaded weights)"
+        else:
+            continue
+        raise ValueError(
+            f"mode='exact': {names[part]} {what}, which cannot be computed in strips; "
+            "use mode='whole', or 'blend' where that does not fit into the memory"
+        )
 
 
 def _level(part: nn.Module, x: FeatureMap) -> FeatureMap:

@@ -1,4 +1,4 @@
-"""Which figures share a plot, in which order, and what their units are."""
+"""The plots of a page: which metrics share one, their order and units."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ class Panel:
     Attributes:
         title: over it.
         unit: beside the title; may be empty.
-        figures: names without their split; one plot shows all splits of them.
+        metrics: names without their split; one plot shows all splits of them.
         log: whether the axis is logarithmic at first.
-        smooth: whether the page smooths the figures of training steps.
-        quiet: whether figures that never change are left to the table of constants.
+        smooth: whether the page smooths the metrics of training steps.
+        quiet: whether metrics that never change go to the table of constants.
     """
 
     title: str
     unit: str
-    figures: tuple[str, ...]
+    metrics: tuple[str, ...]
     log: bool = False
     smooth: bool = True
     quiet: bool = False
@@ -38,8 +38,8 @@ PANELS = (
     Panel("Reconstruction loss", "", ("rec_loss",), log=True),
     Panel("PSNR", "dB", ("psnr",)),
     Panel("SSIM", "", ("ssim",)),
-    Panel("KL", "nats an image", ("kl_loss",)),
-    Panel("KL", "bits a pixel", (BITS,)),
+    Panel("KL", "nats per image", ("kl_loss",)),
+    Panel("KL", "bits per pixel", (BITS,)),
     Panel("LPIPS", "", ("p_loss",)),
     Panel("Negative log-likelihood", "", ("nll_loss",), log=True),
     Panel("Adversarial loss of the autoencoder", "", ("g_loss",)),
@@ -49,25 +49,25 @@ PANELS = (
     Panel("LeCam penalty", "", ("lecam",)),
     Panel("Gradient norms", "before clipping", ("grad_norm", "disc_grad_norm"), log=True),
     Panel("Learning rates", "", ("learning_rate", "disc_learning_rate"), smooth=False, quiet=True),
-    Panel("Throughput", "images a second", ("images_per_second",)),
-    Panel("Steps left out", "so far", SKIPPED, smooth=False, quiet=True),
+    Panel("Throughput", "images per second", ("images_per_second",)),
+    Panel("Skipped steps", "so far", SKIPPED, smooth=False, quiet=True),
     Panel("Log-variance of the pixels", "", ("logvar",), smooth=False, quiet=True),
     Panel("KL weight", "", ("kl_weight",), smooth=False, quiet=True),
     Panel("Discriminator's factor", "", ("disc_factor",), smooth=False, quiet=True),
 )
 NOT_PLOTTED = ("epoch", "images_seen")  # straight lines
 
-_ORDER = [name for panel in PANELS for name in panel.figures]
+_ORDER = [name for panel in PANELS for name in panel.metrics]
 
 
 def split_of(key: str) -> tuple[str, str]:
-    """`val_ema/psnr` -> ("val_ema", "psnr"); what has no split is of training."""
+    """`val_ema/psnr` -> ("val_ema", "psnr"); without a split: training."""
     split, slash, name = key.partition("/")
     return (split, name) if slash and split in SPLITS else ("train", key)
 
 
 def in_order(keys: Iterable[str]) -> list[str]:
-    """Figures in the order of their plots, then those of the user's own by name."""
+    """Return metrics in the order of their plots, then the user's own by name."""
 
     def place(key: str) -> tuple[int, str, int]:
         split, name = split_of(key)
@@ -78,12 +78,12 @@ def in_order(keys: Iterable[str]) -> list[str]:
 
 
 def panels_of(keys: Iterable[str]) -> list[tuple[Panel, list[str]]]:
-    """The plots for these figures, each with the figures that it shows."""
+    """Return the plots for these metrics, each with the metrics that it shows."""
     keys = in_order(key for key in keys if split_of(key)[1] not in NOT_PLOTTED)
     names = dict.fromkeys(split_of(key)[1] for key in keys)
     others = [Panel(name, "", (name,), quiet=True) for name in names if name not in _ORDER]
     panels = [
-        (panel, [key for key in keys if split_of(key)[1] in panel.figures])
+        (panel, [key for key in keys if split_of(key)[1] in panel.metrics])
         for panel in (*PANELS, *others)
     ]
     return [(panel, shown) for panel, shown in panels if shown]

@@ -6,19 +6,18 @@ import math
 import time
 
 from kl_vae.runtime.files import display_name
-from kl_vae.visual.report.liveness import duration
-from kl_vae.visual.report.metrics_file import MetricsFile
+from kl_vae.visual.report.metrics import MetricsFile
 from kl_vae.visual.report.panels import NOT_PLOTTED, SPLITS, in_order, split_of
-from kl_vae.visual.report.run_reading import RunReading
+from kl_vae.visual.report.run import RunReading, duration
 
-FIGURES = (
+ROWS = (
     *("total_loss", "rec_loss", "p_loss", "psnr", "ssim", "kl_loss", "d_weight", "g_loss"),
     *("disc_loss", "logits_real", "logits_fake", "grad_norm", "learning_rate"),
 )
 
 
 def describe_run(reading: RunReading, metrics: MetricsFile) -> list[str]:
-    """Lines on what a run is doing, and its last figures."""
+    """Return lines on the state of a run, and its last metrics."""
     now = time.time()
     share = f" ({reading.step / reading.total_steps:.0%})" if reading.total_steps else ""
     head = f"{display_name(reading.run)}: {reading.state}, {reading.progress}{share}"
@@ -62,12 +61,12 @@ def _best(reading: RunReading) -> str:
 
 
 def _table(metrics: MetricsFile) -> list[str]:
-    """The last figures, a row a name and a column a split."""
+    """Return the last metrics, a row per name and a column per split."""
     latest = {split_of(key): series.latest for key, series in metrics.scalars.items()}
     splits = [split for split in SPLITS if any(of == split for of, _ in latest)]
     known = dict.fromkeys(split_of(key)[1] for key in in_order(metrics.scalars))
     own = {name for name in known if split_of(name)[1] not in NOT_PLOTTED}
-    names = [name for name in FIGURES if name in own]
+    names = [name for name in ROWS if name in own]
     if not names:
         names = [name for name in known if name in own][:8]
     if not names:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kl_vae.accel.upsample import transposed_convolution
+from kl_vae.accel.upsample import MergedUpsample, transposed_convolution
 from kl_vae.blocks import Upsample
 
 
@@ -34,7 +34,8 @@ def test_upsample_gives_the_same_merged_or_not_forward_and_backward() -> None:
     torch.manual_seed(0)
     up, x = Upsample(8, with_conv=True), torch.randn(2, 8, 5, 4, requires_grad=True)
     results = []
-    for up.merges in (False, True):
+    for up.__class__ in (Upsample, MergedUpsample):
+        up.always = True
         up.zero_grad()
         x.grad = None
         y = up(x)
@@ -67,13 +68,13 @@ class Doubled(nn.Conv2d):
 )
 def test_another_convolution_is_computed_as_it_is(conv: nn.Module) -> None:
     up, x = Upsample(4, with_conv=True), torch.randn(1, 4, 3, 3)
-    up.merges, up.conv = True, conv
+    up.__class__, up.always, up.conv = MergedUpsample, True, conv
     assert torch.equal(up(x), conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3)))
 
 
 def test_hooks_of_the_convolution_are_called() -> None:
     up, x, seen = Upsample(4, with_conv=True), torch.randn(1, 4, 3, 3), []
-    up.merges = True
+    up.__class__, up.always = MergedUpsample, True
     handle = up.conv.register_forward_hook(lambda *given: seen.append(given[1][0].shape))
     up(x)
     handle.remove()

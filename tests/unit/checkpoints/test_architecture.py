@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kl_vae import AutoEncoderKL
 from kl_vae.checkpoints.architecture import MAX_LEVELS, Architecture, infer_architecture
-from kl_vae.checkpoints.matching import match
+from kl_vae.checkpoints.pretrained import match
 from kl_vae.ddconfig import DDConfig
 from tests.conftest import TINY_DDCONFIG
 

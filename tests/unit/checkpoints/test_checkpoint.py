@@ -117,7 +117,7 @@ def test_the_newest_that_can_be_read_is_taken_and_the_rest_are_named(
     assert newest[0] == checkpoint_path(run, 1)
     assert newest[1]["step"] == 1
     assert [message.split(": ", 1)[0] for message in caplog.messages] == 2 * [
-        "passing over a checkpoint"
+        "skipping a checkpoint"
     ]
     assert "step_00000300.pt: does not match its sha256" in caplog.messages[0]
     assert "step_00000020.pt: does not match its sha256" in caplog.messages[1]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kl_vae import AutoEncoderKL
-from kl_vae.checkpoints.diffusers_config import FLUX2, PLAIN, config_of_params, params_of_config
+from kl_vae.checkpoints.diffusers import FLUX2, PLAIN, config_of_params, params_of_config
 from kl_vae.ddconfig import DDConfig
 from kl_vae.latents import LatentNormalization
 from tests.conftest import TINY_DDCONFIG

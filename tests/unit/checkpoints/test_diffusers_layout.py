@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kl_vae import AutoEncoderKL
-from kl_vae.checkpoints.diffusers_layout import (
+from kl_vae.checkpoints.diffusers import (
     from_diffusers,
     is_diffusers,
     to_diffusers,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kl_vae import AutoEncoderKL
-from kl_vae.checkpoints.flux2 import EPS, batch_norm, take_batch_norm, with_quant_convolutions
+from kl_vae.checkpoints.diffusers import EPS, batch_norm, take_batch_norm, with_quant_convolutions
 from kl_vae.checkpoints.safetensors_file import read_safetensors, safetensors_bytes
 from kl_vae.latents import LatentNormalization
 from tests.conftest import TINY_DDCONFIG

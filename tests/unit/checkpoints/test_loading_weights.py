@@ -190,7 +190,7 @@ def test_from_checkpoint_refuses_weights_that_do_not_match_their_sha256(
         AutoEncoderKL.from_checkpoint(path)
     with pytest.raises(ValueError, match="none of its checkpoints can be read; copy them from a"):
         AutoEncoderKL.from_checkpoint(tmp_path)
-    assert "passing over a checkpoint" in caplog.text
+    assert "skipping a checkpoint" in caplog.text
 
 
 def test_of_a_run_with_a_damaged_checkpoint_another_is_loaded_loudly(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kl_vae import AutoEncoderKL
-from kl_vae.checkpoints.diffusers_layout import to_diffusers
+from kl_vae.checkpoints.diffusers import to_diffusers
 from kl_vae.checkpoints.reading import read_weights
 from tests.processes import assert_same
 

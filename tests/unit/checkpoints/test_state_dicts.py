@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from kl_vae import AutoEncoderKL
-from kl_vae.checkpoints.state_dicts import autoencoder_tensors, select
+from kl_vae.checkpoints.reading import autoencoder_tensors, select
 
 Tensors = dict[str, Tensor]
 KEYS = ("encoder.conv_in.weight", "encoder.x.bias", "decoder.conv_in.weight", "quant_conv.weight")

@@ -23,7 +23,6 @@ from tests.hostile_files import (
     MARKER,
     call,
     dict_of,
-    integer,
     state_dict,
     tensor,
     text,
@@ -34,8 +33,7 @@ from tests.hostile_files import (
 )
 
 WEIGHT = torch.arange(3.0)
-# the slowest is read in another process alone
-REFUSED = [x for x in ERRORS if not x.endswith(".safetensors") and x != "many_steps.ckpt"]
+REFUSED = [name for name in ERRORS if not name.endswith(".safetensors")]
 GIB = 2**30
 
 
@@ -147,22 +145,6 @@ def test_a_mapped_file_is_not_written_to(tmp_path: Path) -> None:
     torch.save({"weight": WEIGHT}, path)
     read_torch_file(path, mmap=True)["weight"].zero_()
     assert torch.equal(read_torch_file(path, mmap=True)["weight"], WEIGHT)
-
-
-@pytest.mark.parametrize("mmap", [False, True])
-def test_attributes_that_hide_methods_are_removed(tmp_path: Path, mmap: bool) -> None:
-    three = integer(3)
-    attributes = dict_of((text("numel"), three), (text("tag"), three))
-    no_hooks = call("collections.OrderedDict")
-    weight = call(
-        "torch._utils._rebuild_parameter_with_state", tensor(), b"\x89", no_hooks, attributes
-    )
-    content = call("collections.OrderedDict") + text("weight") + weight + b"s"
-    content += dict_of((text("items"), three), (text("_metadata"), three)) + b"b"
-    write_zip(tmp_path / "model.ckpt", b"\x80\x02" + content + b".")
-    loaded = read_torch_file(tmp_path / "model.ckpt", mmap=mmap)
-    assert loaded["weight"].numel() == 4 and loaded["weight"].tag == 3
-    assert list(loaded.items()) == [("weight", loaded["weight"])] and loaded._metadata == 3
 
 
 # --- what is refused

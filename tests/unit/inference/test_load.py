@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kl_vae import AutoEncoderKL
-from kl_vae.accel.winograd_conv import WinogradConv2d
+from kl_vae.accel.convolution import WinogradConv2d
 from kl_vae.checkpoints.checkpoint import write_checkpoint
 from kl_vae.inference.load import load_model, load_model_on, model_fingerprint
 from kl_vae.runtime.distributed import Ranks

@@ -203,7 +203,7 @@ def test_the_published_code_gives_the_same_step() -> None:
     [("in_channels", "disc_in_channels"), ("n_layers", "disc_num_layers"), ("ndf", "disc_ndf")],
 )
 def test_impossible_numbers_are_named(argument: str, key: str, value: object) -> None:
-    with pytest.raises(ValueError, match=f"^{key}={value!r}: a whole number, 1 or more$"):
+    with pytest.raises(ValueError, match=f"^{key}={value!r}: .*1 or more$"):
         discriminator(**{argument: value})
 
 

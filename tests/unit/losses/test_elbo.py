@@ -102,19 +102,16 @@ def test_gradients_reach_image_and_posterior(reconstruction: str) -> None:
 @pytest.mark.parametrize(
     ("params", "error"),
     [
-        ({"reconstruction": "l2"}, "reconstruction='l2': choose one of mse, l1"),
-        ({"reduction": "none"}, "reduction='none': choose one of mean, sum"),
-        ({"learn_logvar": "yes"}, "learn_logvar='yes': choose one of True, False"),
-        ({"kl_weight": -1.0}, "kl_weight=-1.0: a finite number, 0 or more"),
-        ({"kl_weight": "1e-6"}, r"kl_weight='1e-6': .* \(YAML: 1.0e-6, not 1e-6\)"),
-        ({"kl_weight": None}, "kl_weight=None: a finite number, 0 or more"),
-        ({"kl_weight": float("nan")}, "kl_weight=nan: a finite number, 0 or more"),
-        (
-            {"kl_warmup_steps": True},
-            "kl_warmup_steps=True: a number of optimisation steps, 0 or more",
-        ),
-        ({"logvar_init": "0"}, "logvar_init='0': a finite number \\(YAML"),
-        ({"logvar_init": None}, "logvar_init=None: a finite number \\(YAML"),
+        ({"reconstruction": "l2"}, "reconstruction='l2': .*mse, l1"),
+        ({"reduction": "none"}, "reduction='none': .*mean, sum"),
+        ({"learn_logvar": "yes"}, "learn_logvar='yes': .*true or false"),
+        ({"kl_weight": -1.0}, "kl_weight=-1.0: .*0 or more"),
+        ({"kl_weight": "1e-6"}, "kl_weight='1e-6': .*1.0e-06"),
+        ({"kl_weight": None}, "kl_weight=None: .*finite"),
+        ({"kl_weight": float("nan")}, "kl_weight=nan: .*finite"),
+        ({"kl_warmup_steps": True}, "kl_warmup_steps=True: .*whole number"),
+        ({"logvar_init": "0"}, "logvar_init='0': .*finite"),
+        ({"logvar_init": None}, "logvar_init=None: .*finite"),
     ],
 )
 def test_impossible_values_are_named(params: dict[str, Any], error: str) -> None:

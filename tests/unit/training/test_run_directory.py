@@ -1,17 +1,33 @@
-"""What a run directory must be, and what may change before a run goes on."""
+"""A run directory: what it must be, its lock, its status, and the checkpoints that are kept."""
 
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from kl_vae.training.run_directory import (
-    HARMLESS,
-    check_run,
-    prepare_run,
-    say_how_it_ended,
-    write_status,
+from kl_vae import AutoEncoderKL
+from kl_vae.checkpoints.checkpoint import read_checkpoint
+from kl_vae.checkpoints.run_directory import (
+    best_checkpoint,
+    checkpoint_path,
+    list_checkpoints,
+    newest_checkpoint,
 )
+from kl_vae.optim.config import OptimizerConfig
+from kl_vae.runtime.errors import RunError
+from kl_vae.training.config import RunConfig
+from kl_vae.training.ema import WeightAverage
+from kl_vae.training.run_directory import HARMLESS, RunDirectory
+from kl_vae.training.state import Network, TrainingState
 
 
 @pytest.fixture
@@ -20,44 +36,53 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.fixture
+def state(tiny_ddconfig: dict[str, object]) -> TrainingState:
+    model = AutoEncoderKL(tiny_ddconfig, 4, monitor="val/rec_loss")
+    network = Network.build(model.own_parameters(), OptimizerConfig(name="adam"), "fp32")
+    return TrainingState(model, network, {}, "", average=WeightAverage(model, 0.9))
+
+
 CONFIG: dict[str, Any] = {"optimizer": {"betas": (0.9, 0.99)}, "training": {"max_steps": 5}}
 
 
 def test_a_new_or_empty_directory_holds_no_run(tmp_path: Path) -> None:
-    assert not check_run(tmp_path / "new", CONFIG)
-    assert not check_run(tmp_path, CONFIG)
+    assert not RunDirectory(tmp_path / "new").check(CONFIG)
+    assert not RunDirectory(tmp_path).check(CONFIG)
     assert not (tmp_path / "new").exists()
 
 
-def test_a_run_of_the_same_config_goes_on(run: Path) -> None:
-    prepare_run(run, CONFIG)
-    assert check_run(run, CONFIG)
+def test_a_run_of_the_same_config_is_resumed(run: Path, state: TrainingState) -> None:
+    RunDirectory(run).prepare(CONFIG, None, state)
+    assert RunDirectory(run).check(CONFIG)
 
 
-def test_the_length_may_change_and_is_named(run: Path, caplog: pytest.LogCaptureFixture) -> None:
-    prepare_run(run, CONFIG)
+def test_the_length_may_change_and_is_named(
+    run: Path, state: TrainingState, caplog: pytest.LogCaptureFixture
+) -> None:
+    RunDirectory(run).prepare(CONFIG, None, state)
     caplog.set_level("INFO")
-    assert check_run(run, {**CONFIG, "training": {"max_steps": 9}})
+    assert RunDirectory(run).check({**CONFIG, "training": {"max_steps": 9}})
     assert caplog.messages == ["resuming: training.max_steps was 5 and is now 9"]
 
 
 def test_a_start_that_was_killed_leaves_a_directory_that_can_be_used(run: Path) -> None:
     for name in (".lock", ".123.tmp"):
         (run / name).touch()
-    assert not check_run(run, CONFIG)
+    assert not RunDirectory(run).check(CONFIG)
     (run / "notes.txt").touch()
     with pytest.raises(ValueError, match="not empty, and holds no run"):
-        check_run(run, CONFIG)
+        RunDirectory(run).check(CONFIG)
 
 
-def test_what_cut_short_saves_have_left_is_removed(run: Path) -> None:
+def test_what_cut_short_saves_have_left_is_removed(run: Path, state: TrainingState) -> None:
     others = [run / ".hidden.tmp", run / "checkpoints" / "5.tmp", run / "samples" / "a.png"]
     for path in (run / ".1.tmp", run / "checkpoints" / ".22.tmp", run / "samples" / ".333.tmp"):
         path.parent.mkdir(exist_ok=True)
         path.touch()
     for path in others:
         path.touch()
-    prepare_run(run, CONFIG)
+    RunDirectory(run).prepare(CONFIG, None, state)
     left = {path for path in run.rglob("*") if path.is_file()}
     assert left == {*others, run / "config.yaml"}
 
@@ -65,40 +90,43 @@ def test_what_cut_short_saves_have_left_is_removed(run: Path) -> None:
 def test_a_config_that_is_too_large_is_refused(run: Path) -> None:
     (run / "config.yaml").write_text("#" * (1 << 20) + "\na: 1\n")
     with pytest.raises(ValueError, match="config.yaml: over 1048576 bytes"):
-        check_run(run, CONFIG)
+        RunDirectory(run).check(CONFIG)
 
 
-def test_how_the_last_part_ended_is_said(run: Path, caplog: pytest.LogCaptureFixture) -> None:
-    say_how_it_ended(run)
-    write_status(run, "finished", 5, 5)
-    say_how_it_ended(run)
-    write_status(run, "stopped", 5, 9, reason="SIGTERM")
-    say_how_it_ended(run)
-    assert caplog.messages == []
-    write_status(run, "running", 7, 9)
-    say_how_it_ended(run)
-    assert "the last part of this run ended without a word after step 7 (" in caplog.messages[0]
-    write_status(run, "failed", 7, 9, reason="RunError: rank 1 failed: boom")
-    say_how_it_ended(run)
-    assert caplog.messages[1] == "the last part of this run failed: RunError: rank 1 failed: boom"
+def test_how_the_last_part_ended_is_logged(
+    run: Path, state: TrainingState, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = RunDirectory(run)
+
+    def messages() -> list[str]:
+        caplog.clear()
+        directory.prepare(CONFIG, None, state)
+        return caplog.messages
+
+    assert messages() == []
+    directory.write_status("finished", 5, 5)
+    assert messages() == []
+    directory.write_status("stopped", 5, 9, reason="SIGTERM")
+    assert messages() == []
+    directory.write_status("running", 7, 9)
+    (message,) = messages()
+    assert "ended without a message after step 7 (" in message
+    directory.write_status("failed", 7, 9, reason="RunError: rank 1 failed: boom")
+    (message,) = messages()
+    assert message.endswith("failed: RunError: rank 1 failed: boom")
     for text in ("{", "5", "[" * 100_000):
         (run / "status.json").write_text(text)
-        say_how_it_ended(run)
-    assert len(caplog.messages) == 2
+        assert messages() == []
 
 
 def test_a_status_that_cannot_be_written_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_status(tmp_path / "gone", "running", 1, 2)
+    RunDirectory(tmp_path / "gone").write_status("running", 1, 2)
     assert "gone/status.json cannot be written (No such file or directory)" in caplog.text
 
 
 def test_every_harmless_key_is_a_key_of_the_config() -> None:
-    import dataclasses
-
-    from kl_vae.training.config import RunConfig
-
     config = dataclasses.asdict(RunConfig.load("example"))
     for key in HARMLESS:
         section = config
@@ -107,12 +135,189 @@ def test_every_harmless_key_is_a_key_of_the_config() -> None:
             section = section[name]
 
 
-def test_all_that_changed_is_named_at_once(run: Path) -> None:
-    prepare_run(run, CONFIG)
+def test_all_that_changed_is_named_at_once(run: Path, state: TrainingState) -> None:
+    RunDirectory(run).prepare(CONFIG, None, state)
     other = {"optimizer": {"betas": (0.5, 0.9)}, "training": {"max_steps": 5, "seed": 1}}
     with pytest.raises(ValueError) as error:
-        check_run(run, other)
+        RunDirectory(run).check(other)
     text = str(error.value)
     assert "optimizer.betas was [0.9, 0.99] and is now [0.5, 0.9]" in text
     assert "training.seed was None and is now 1" in text
     assert "choose another --run-dir" in text and "\n" not in text
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from kl_vae.training.run_directory import RunDirectory
+with RunDirectory(Path(sys.argv[1])) as run:
+    run.lock()
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "a"
+    first = subprocess.Popen([sys.executable, "-c", HOLD, run], stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None and first.stdout.readline() == "held\n"
+    with RunDirectory(run) as directory:
+        with pytest.raises(ValueError, match="runs/a: another process trains in it; wait until it"):
+            directory.lock()
+        first.kill()  # without a chance to let go
+        first.communicate()
+    with RunDirectory(run) as directory:
+        directory.lock()
+
+
+def test_nothing_is_created_before_it_is_locked(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "run"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        RunDirectory(tmp_path / "file" / "run") as directory,
+        pytest.raises(ValueError, match=r"file/run: cannot be written .*choose another --run-dir"),
+    ):
+        directory.lock()
+
+
+def test_a_file_system_without_locks_goes_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with RunDirectory(tmp_path / "run") as directory:
+        directory.lock()
+
+
+def save_steps(run: Path, state: TrainingState, steps: Iterator[int] | range, keep: int) -> None:
+    directory = RunDirectory(run)
+    for state.step in steps:
+        directory.save(state, keep)
+
+
+def kept_steps(run: Path) -> list[int]:
+    return [int(path.stem.removeprefix("step_")) for path in list_checkpoints(run)]
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path, state: TrainingState) -> None:
+    """Each checkpoint is saved before its validation, which may make another one needless."""
+    directory = RunDirectory(tmp_path)
+    kept = []
+    for step, value in enumerate((3.0, 1.0, 2.0, 2.5, 1.5, 0.5), start=1):
+        state.step = step
+        directory.save(state, keep=2)
+        state.note_validation(value)
+        directory.write_best(state, keep=2)
+        kept.append(kept_steps(tmp_path))
+        best = best_checkpoint(tmp_path)
+        assert best is not None and best.name == f"step_{state.best['step']:08d}.pt"
+    assert kept == [[1], [2, 1], [3, 2], [4, 3, 2], [5, 4, 2], [6, 5]]
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    stems = [f"step_{step:08d}.pt" for step in (5, 6)]
+    assert names == sorted(["best.json", *stems, *(f"{name}.sha256" for name in stems)])
+
+
+def test_what_names_the_best_is_written_again_if_it_was_lost(
+    tmp_path: Path, state: TrainingState
+) -> None:
+    directory = RunDirectory(tmp_path)
+    state.step = 1
+    directory.save(state, keep=2)
+    state.note_validation(1.0)  # and killed before best.json was written
+    RunDirectory(tmp_path).prepare(CONFIG, checkpoint_path(tmp_path, 1), state)
+    best = best_checkpoint(tmp_path)
+    assert best is not None and best.name == "step_00000001.pt"
+
+
+def test_damaged_checkpoints_are_not_counted_among_those_kept(
+    tmp_path: Path, state: TrainingState
+) -> None:
+    save_steps(tmp_path, state, range(1, 5), keep=4)
+    for step in (3, 4):
+        path = checkpoint_path(tmp_path, step)
+        path.write_bytes(path.read_bytes()[:-1])
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and found[1]["step"] == 2
+    # it resumes from step 2; two that are whole are there at any time
+    directory = RunDirectory(tmp_path)
+    directory.prepare(CONFIG, found[0], state)
+    state.step = 5
+    directory.save(state, keep=2)
+    assert kept_steps(tmp_path) == [5, 2]
+    for path in list_checkpoints(tmp_path):
+        read_checkpoint(path)
+
+
+def test_a_save_that_fails_leaves_everything_as_it_was(
+    tmp_path: Path,
+    state: TrainingState,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    directory = RunDirectory(tmp_path)
+    state.step = 1
+    directory.save(state, keep=2)
+    before = {path: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir()}
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    for failure in (1, 2):
+        directory.save(state, keep=2)  # of the same step: its file stays with its sha256
+        assert {path: path.read_bytes() for path in before} == before
+        assert len(list((tmp_path / "checkpoints").iterdir())) == len(before)
+        assert (
+            f"step_00000001.pt cannot be written (No space left on device), failure {failure} of 3 "
+            f"in a row; the run continues, and the last checkpoint is {tmp_path}" in caplog.text
+        )
+    with pytest.raises(RunError, match=r"cannot be written \(No space.*make room or fix the disk"):
+        directory.save(state, keep=2)
+
+
+def test_failures_are_counted_in_a_row_and_the_last_save_must_not_fail(
+    tmp_path: Path, state: TrainingState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = RunDirectory(tmp_path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", full)
+            directory.save(state, keep=2)
+            directory.save(state, keep=2)
+        directory.save(state, keep=2)
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(RunError, match="the last checkpoint is .*step_00000000.pt"):
+        directory.save(state, keep=2, final=True)
+
+
+def test_nothing_that_is_not_finite_is_saved(tmp_path: Path, state: TrainingState) -> None:
+    assert state.not_finite() is None
+    assert state.average is not None
+    bias, averaged = state.model.decoder.conv_out.bias, state.average.model.decoder.conv_out.bias
+    assert bias is not None and averaged is not None
+    for x, name in (
+        (averaged, r"ema\.decoder\.conv_out\.bias"),
+        (bias, r"decoder\.conv_out\.bias"),
+    ):
+        x.data[0] = torch.nan
+        directory = RunDirectory(tmp_path)
+        with pytest.raises(RunError, match=rf"step 0: {name} is not finite, and nothing is saved"):
+            directory.save(state, keep=2)
+        x.data[0] = 0.0
+    bias.sum().backward()
+    state.autoencoder.optimizer.step()
+    state.autoencoder.optimizer.state[bias]["exp_avg"][0] = torch.inf
+    with pytest.raises(RunError, match=r"0\.optimizer\.state\.\d+\.exp_avg is not finite"):
+        directory.save(state, keep=2)
+    assert list_checkpoints(tmp_path) == []

@@ -1,7 +1,8 @@
-"""What a checkpoint of a run holds, and from which a run goes on."""
+"""What a checkpoint of a run holds, and how it is restored."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,22 +11,23 @@ import torch
 from kl_vae import AutoEncoderKL
 from kl_vae.checkpoints.checkpoint import read_checkpoint, write_checkpoint
 from kl_vae.optim.config import OptimizerConfig
-from kl_vae.training.state import TrainingState
-from kl_vae.training.updater import Updater
+from kl_vae.training.state import Network, TrainingState
 
 
 def build(ddconfig: dict[str, object], fingerprint: str = "a") -> TrainingState:
     model = AutoEncoderKL(ddconfig, 4)
-    updater = Updater.build(model.own_parameters(), OptimizerConfig(), "fp32")
-    return TrainingState(model, updater, {}, fingerprint, validation_fingerprint="v")
+    network = Network.build(model.own_parameters(), OptimizerConfig(), "fp32")
+    return TrainingState(model, network, {}, fingerprint, validation_fingerprint="v")
 
 
 def test_of_psnr_and_ssim_the_highest_is_best(tiny_ddconfig: dict[str, object]) -> None:
     for monitor, best in (("val/psnr", 2), ("val/ssim", 2), ("val/kl_loss", 1)):
         state = build(tiny_ddconfig)
-        for step, value in ((1, 10.0), (2, 20.0), (3, 15.0)):
+        state.model.monitor = monitor
+        for step, value in ((1, 10.0), (2, 20.0), (3, 15.0), (4, math.nan), (5, None)):
             state.step = step
-            state.note_best(monitor, value)
+            state.note_validation(value)
+            assert state.validated_step == step
         assert state.best["step"] == best
 
 
@@ -39,7 +41,7 @@ def test_nothing_but_tensors_and_plain_values_is_saved(
     assert {"updaters", "ema", "config", "data_fingerprint", "versions"} <= content.keys()
 
 
-def test_what_was_saved_is_taken_up(tmp_path: Path, tiny_ddconfig: dict[str, object]) -> None:
+def test_what_was_saved_is_restored(tmp_path: Path, tiny_ddconfig: dict[str, object]) -> None:
     state = build(tiny_ddconfig)
     state.step, state.images_seen, state.validated_step = 5, 40, 4
     state.skips.total, state.skips.by_scaler = 2, 3
@@ -55,7 +57,7 @@ def test_what_was_saved_is_taken_up(tmp_path: Path, tiny_ddconfig: dict[str, obj
 
 def test_other_images_are_refused(tiny_ddconfig: dict[str, object]) -> None:
     content = build(tiny_ddconfig, "a").content()
-    with pytest.raises(ValueError, match="x.pt: the training images are not those it was made on"):
+    with pytest.raises(ValueError, match="x.pt: was made on other training images"):
         build(tiny_ddconfig, "b").restore(content, source="x.pt")
 
 
@@ -80,7 +82,7 @@ def test_other_software_and_other_validation_images_are_named(
     state.restore(content, source="x.pt")
     assert f"resuming with torch {torch.__version__}, before it was 2.0: the last" in caplog.text
     assert "resuming with device cpu, before it was H100" in caplog.text
-    assert "the validation images are not those of before" in caplog.text
+    assert "the validation images have changed" in caplog.text
     assert state.best == {}
 
 

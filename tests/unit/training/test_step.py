@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from kl_vae import AutoEncoderKL
+from kl_vae import AutoEncoderKL, DiagonalGaussianDistribution
 from kl_vae.data import BadImage, Batch, to_float
 from kl_vae.runtime.distributed import Ranks
 from kl_vae.runtime.errors import RunError
 from kl_vae.training.config import RunConfig
-from kl_vae.training.guards import BadImages
-from kl_vae.training.prepare import build_model, build_state, wrap
-from kl_vae.training.step import TrainingStep, latent_noise, to_device
+from kl_vae.training.guards import BadImages, Skips, StopRequest
+from kl_vae.training.setup import build_model, build_state
+from kl_vae.training.step import TrainingStep, latent_moments, posterior_noise, to_device
 
 Loss = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
@@ -34,7 +34,7 @@ def build(loss: Loss | None = None, *overrides: str) -> TrainingStep:
     state = build_state(config, model, {}, "")
     ranks = Ranks(0, 1, torch.device("cpu"))
     bad_images = BadImages(None, ranks, 1000, 0.01)
-    return TrainingStep(state, *wrap(model, ranks), config, ranks, 100, bad_images)
+    return TrainingStep(state, config, ranks, 100, bad_images)
 
 
 def weights(step: TrainingStep) -> list[torch.Tensor]:
@@ -52,22 +52,29 @@ def broken_loss(value: float) -> Loss:
 def test_a_step_learns_and_counts(project: Path) -> None:
     take_step = build()
     before = weights(take_step)
-    figures = take_step(batches())
+    metrics, _ = take_step(batches())
     assert take_step.state.step == 1 and take_step.state.images_seen == 8
-    assert {"train/total_loss", "train/psnr", "train/grad_norm"} <= figures.keys()
+    assert {"train/total_loss", "train/psnr", "train/grad_norm"} <= metrics.keys()
     assert any(not torch.equal(a, b) for a, b in zip(before, weights(take_step), strict=True))
+
+
+def test_the_request_to_stop_comes_back_with_the_step(project: Path) -> None:
+    stop, take_step = StopRequest(), build()
+    assert not take_step(batches()).stop and not take_step(batches(), stop).stop
+    stop.signal = "SIGTERM"
+    assert take_step(batches(), stop).stop and take_step.state.step == 3
 
 
 def test_psnr_is_the_mean_over_images_in_db(project: Path) -> None:
     take_step = build()
     torch.manual_seed(0)
     images = next(batches()).images
-    noise = latent_noise(take_step.state.model, next(batches()), "posterior", 0, 0)
+    noise = posterior_noise(take_step.state.model, next(batches()), "posterior", 0, 0)
     with torch.no_grad():
         reconstruction, _ = take_step.state.model(images, noise=noise)
     mse = (images - reconstruction).square().mean((1, 2, 3))
     expected = (10 * (4 / mse).log10()).mean()
-    assert torch.allclose(take_step(batches())["train/psnr"], expected, atol=1e-4)
+    assert torch.allclose(take_step(batches()).metrics["train/psnr"], expected, atol=1e-4)
 
 
 def test_a_step_without_a_finite_loss_changes_nothing_and_is_counted_with_its_files(
@@ -76,17 +83,17 @@ def test_a_step_without_a_finite_loss_changes_nothing_and_is_counted_with_its_fi
     take_step = build(broken_loss(float("nan")), "training.max_skipped_steps=3")
     before = weights(take_step)
     for _ in range(2):
-        figures = take_step(batches())
-    assert torch.isnan(figures["train/total_loss"])  # not hidden
-    assert take_step.state.skips.state_dict() == {"total": 2, "in_a_row": 2, "by_scaler": 0}
+        metrics, _ = take_step(batches())
+    assert torch.isnan(metrics["train/total_loss"])  # not hidden
+    assert take_step.state.skips == Skips(total=2, in_a_row=2)
     assert take_step.state.step == 2
     assert all(torch.equal(a, b) for a, b in zip(before, weights(take_step), strict=True))
     assert (
-        "step 2 is left out: the loss on rank 0 is not finite (2 so far, 2 in a row); its images:"
+        "step 2 is skipped: the loss on rank 0 is not finite (2 so far, 2 in a row); its images:"
         in caplog.text
     )
     assert f"rank 0: {', '.join(f'images/{i}.png' for i in range(8))}" in caplog.text
-    with pytest.raises(RunError, match="3 steps in a row had no finite loss or gradient: lower"):
+    with pytest.raises(RunError, match="3 steps in a row .*training.max_skipped_steps"):
         take_step(batches())
 
 
@@ -117,15 +124,15 @@ def test_a_gradient_that_is_not_finite_alone_leaves_the_step_out(
 
     take_step = build(loss)
     before = weights(take_step)
-    figures = take_step(batches())
-    assert figures["train/total_loss"] == 0.0 and not figures["train/grad_norm"].isfinite()
+    metrics, _ = take_step(batches())
+    assert metrics["train/total_loss"] == 0.0 and not metrics["train/grad_norm"].isfinite()
     assert "the gradient is not finite (1 so far, 1 in a row)" in caplog.text
     assert all(torch.equal(a, b) for a, b in zip(before, weights(take_step), strict=True))
 
 
 def test_an_overflow_in_fp16_lowers_the_scale_and_is_counted_apart(project: Path) -> None:
     take_step = build(broken_loss(1e30), "training.precision=fp16", "training.max_skipped_steps=2")
-    scaler = take_step.state.updater.scaler
+    scaler = take_step.state.autoencoder.scaler
     scaler.load_state_dict({**scaler.state_dict(), "scale": 8.0})
     before = weights(take_step)
     one = Batch(torch.zeros(1, 3, 16, 16), torch.arange(1), ("a.png",), ())
@@ -135,7 +142,7 @@ def test_an_overflow_in_fp16_lowers_the_scale_and_is_counted_apart(project: Path
         assert take_step.state.skips.total == 0
         take_step(iter([one]))
     # at a scale of 1 it is no longer the scale
-    assert take_step.state.skips.state_dict() == {"total": 1, "in_a_row": 1, "by_scaler": 3}
+    assert take_step.state.skips == Skips(total=1, in_a_row=1, by_scaler=3)
     assert all(torch.equal(a, b) for a, b in zip(before, weights(take_step), strict=True))
 
 
@@ -161,8 +168,8 @@ def test_gradients_are_clipped_to_the_bound(project: Path) -> None:
         grads = [p.grad for p in take_step.state.model.parameters() if p.grad is not None]
         seen["norm"] = torch.stack([g.norm() for g in grads]).norm().item()
 
-    take_step.state.updater.optimizer.register_step_pre_hook(note)
-    before_clipping = take_step(batches())["train/grad_norm"]
+    take_step.state.autoencoder.optimizer.register_step_pre_hook(note)
+    before_clipping = take_step(batches()).metrics["train/grad_norm"]
     assert before_clipping > 0.001
     assert seen["norm"] == pytest.approx(0.001, rel=1e-3)
 
@@ -170,10 +177,10 @@ def test_gradients_are_clipped_to_the_bound(project: Path) -> None:
 def test_the_noise_of_a_sample_depends_on_its_position_alone(project: Path) -> None:
     model = build().state.model
     batch = next(batches())
-    whole = latent_noise(model, batch, "posterior", 0, 3)
+    whole = posterior_noise(model, batch, "posterior", 0, 3)
     part = Batch(batch.images[:2], torch.tensor([5, 1]), ("", ""), ())
-    assert torch.equal(latent_noise(model, part, "posterior", 0, 3), whole[[5, 1]])
-    assert not torch.equal(latent_noise(model, batch, "posterior", 0, 4), whole)
+    assert torch.equal(posterior_noise(model, part, "posterior", 0, 3), whole[[5, 1]])
+    assert not torch.equal(posterior_noise(model, batch, "posterior", 0, 4), whole)
     assert whole.shape == (8, 4, 8, 8)
     assert abs(whole.mean()) < 0.1 and abs(whole.std() - 1) < 0.1
 
@@ -199,8 +206,8 @@ def test_a_step_on_bytes_is_the_step_on_their_floats(project: Path) -> None:
     results = []
     for given in (images, to_float(images)):
         take_step = build()
-        figures = take_step(iter([next(batches())._replace(images=given)]))
-        results.append([*figures.values(), *weights(take_step)])
+        metrics, _ = take_step(iter([next(batches())._replace(images=given)]))
+        results.append([*metrics.values(), *weights(take_step)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -222,7 +229,7 @@ def test_a_step_waits_for_the_gpu_once_to_know_whether_it_may_be_taken(
     model = build_model(config, ranks, resuming=False)
     state = build_state(config, model, {}, "")
     bad_images = BadImages(None, ranks, 1000, 0.01)
-    take_step = TrainingStep(state, *wrap(model, ranks), config, ranks, 100, bad_images)
+    take_step = TrainingStep(state, config, ranks, 100, bad_images)
     pinned = (batch._replace(images=batch.images.pin_memory()) for batch in batches())
     for _ in range(3):  # what the first steps set up may wait
         take_step(pinned)
@@ -232,4 +239,20 @@ def test_a_step_waits_for_the_gpu_once_to_know_whether_it_may_be_taken(
             take_step(pinned)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert [Path(wait.filename).name for wait in waits] == ["finiteness.py"]
+    assert [Path(wait.filename).name for wait in waits] == ["guards.py"]
+
+
+def test_moments_are_those_of_samples_and_average_over_parts_of_a_batch() -> None:
+    torch.manual_seed(0)
+    parameters = torch.randn(4, 6, 32, 32) * torch.tensor([1, 2, 3, 0.5, 0.5, 0.5])[:, None, None]
+    parameters[:, :3] += torch.tensor([0.0, 1.0, -2.0])[:, None, None]
+    posterior = DiagonalGaussianDistribution(parameters)
+    whole = latent_moments(posterior, "val")
+    assert whole.keys() == {"val/latent_mean", "val/latent_square"}
+    samples = torch.cat([posterior.sample() for _ in range(50)])
+    assert torch.allclose(whole["val/latent_mean"], samples.mean((0, 2, 3)), atol=0.02)
+    square = samples.square().mean((0, 2, 3))
+    assert torch.allclose(whole["val/latent_square"], square, rtol=0.02)
+    parts = [latent_moments(DiagonalGaussianDistribution(x), "val") for x in parameters.split(2)]
+    for key, value in whole.items():
+        assert torch.allclose((parts[0][key] + parts[1][key]) / 2, value, atol=1e-5)

@@ -15,15 +15,33 @@ from typing import Any
 
 import pytest
 
-from kl_vae.visual.report.content import MAX_NUMBERS, page_content
-from kl_vae.visual.report.directory import check_run_directory, read_run
-from kl_vae.visual.report.liveness import describe_silence, duration, is_locked
-from kl_vae.visual.report.metrics_file import MAX_FIGURES, MAX_LINE_BYTES, MetricsFile
-from kl_vae.visual.report.page import check_output, render, write_page
+import kl_vae
+import kl_vae.visual.report
+from kl_vae.visual.report.metrics import (
+    MAX_LINE_BYTES,
+    MAX_METRICS,
+    MetricsFile,
+    Series,
+    VectorSeries,
+)
+from kl_vae.visual.report.page import (
+    MAX_NUMBERS,
+    check_output,
+    embedded_images,
+    linked_images,
+    page_content,
+    render,
+    write_page,
+)
 from kl_vae.visual.report.panels import panels_of, split_of
-from kl_vae.visual.report.pictures import embedded_pictures, linked_pictures
-from kl_vae.visual.report.run_reading import RunReading
-from kl_vae.visual.report.series import Series, VectorSeries
+from kl_vae.visual.report.run import (
+    RunReading,
+    check_run_directory,
+    describe_silence,
+    duration,
+    is_locked,
+    read_run,
+)
 from kl_vae.visual.report.terminal import describe_run
 from kl_vae.visual.web_page import script_json
 
@@ -48,7 +66,7 @@ def read(run: Path) -> tuple[RunReading, MetricsFile]:
 
 
 def content_of(run: Path) -> dict[str, Any]:
-    content: dict[str, Any] = page_content(*read(run), pictures=[])
+    content: dict[str, Any] = page_content(*read(run), images=[])
     return content
 
 
@@ -137,17 +155,17 @@ def test_hostile_lines_do_no_harm(tmp_path: Path) -> None:
         b'{"step": 1e400}',
         b'{"step": -1}',
         b"\xff\xfe",
-        json.dumps({"step": 5, **{f"figure{i}": i for i in range(MAX_FIGURES + 5)}}).encode(),
+        json.dumps({"step": 5, **{f"figure{i}": i for i in range(MAX_METRICS + 5)}}).encode(),
         b'{"step": 6, "figure0": 1' + b"0" * 400 + b', "figure1": {}, "figure2": "x", "v": [[]]}',
     ]
     path.write_bytes(b"\n".join(lines) + b"\n")
     metrics = MetricsFile(path)
     metrics.read()
     assert (metrics.lines, metrics.unreadable) == (2, 5)
-    assert len(metrics.scalars) == MAX_FIGURES and metrics.left_out == 6
+    assert len(metrics.scalars) == MAX_METRICS and metrics.left_out == 6
     notes = read_run(write_run(tmp_path / "run", []), metrics).notes
     assert "metrics.jsonl: 5 lines cannot be read" in notes
-    assert "metrics.jsonl: 6 figures are left out, of too many" in notes
+    assert "metrics.jsonl: 6 metrics are left out, of too many" in notes
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root reads every file")
@@ -165,7 +183,7 @@ def test_metrics_that_are_a_folder(tmp_path: Path) -> None:
         MetricsFile(tmp_path / "metrics.jsonl").read()
 
 
-def test_figures_of_one_name_share_a_plot() -> None:
+def test_metrics_of_one_name_share_a_plot() -> None:
     keys = ["val/psnr", "my_own", "train/psnr", "val_ema/psnr", "epoch", "train/logits_fake"]
     keys += ["train/logits_real", "images_seen", "val/mine"]
     shown = {panel.title: figures for panel, figures in panels_of(keys)}
@@ -184,8 +202,8 @@ def test_constants_are_a_table_and_bits_are_made_of_nats(tmp_path: Path) -> None
     content = content_of(write_run(tmp_path / "run", lines))
     assert content["constants"] == [["train/logvar", 0.0]]
     assert [(panel["title"], panel["unit"]) for panel in content["panels"]] == [
-        ("KL", "nats an image"),
-        ("KL", "bits a pixel"),
+        ("KL", "nats per image"),
+        ("KL", "bits per pixel"),
     ]
     bits = content["scalars"]["train/kl_bits_per_pixel"]
     assert bits["of"] == "train/kl_loss"
@@ -232,35 +250,35 @@ def test_text_of_others_cannot_leave_the_data(tmp_path: Path) -> None:
     assert "img-src data:;" in render(content_of(run), linked=False).decode()
 
 
-def test_pictures_are_found_from_where_the_page_is(tmp_path: Path) -> None:
+def test_images_are_found_from_where_the_page_is(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a run", [])
     (run / "samples").mkdir()
     for name in ("prior_00000020", "reconstructions_00000100", "prior_00000010", "we#ird_00000010"):
         (run / "samples" / f"{name}.png").write_bytes(b"x" * 10)
     (run / "samples" / "notes.txt").write_text("")
     reading, _ = read(run)
-    assert linked_pictures(reading, run)[0] == {
+    assert linked_images(reading, run)[0] == {
         "name": "reconstructions",
         "steps": ["00000100"],
         "base": "samples/reconstructions_",
     }
-    bases = [picture["base"] for picture in linked_pictures(reading, tmp_path / "pages")]
+    bases = [picture["base"] for picture in linked_images(reading, tmp_path / "pages")]
     assert bases[1:] == ["../a%20run/samples/prior_", "../a%20run/samples/we%23ird_"]
-    pictures, left_out = embedded_pictures(reading)
-    assert left_out == 0 and pictures[1]["steps"] == ["00000010", "00000020"]
-    assert pictures[1]["content"] == ["data:image/png;base64,eHh4eHh4eHh4eA=="] * 2
-    pictures, left_out = embedded_pictures(reading, max_bytes=45)
-    assert left_out == 1 and pictures[1]["steps"] == ["00000020"]
+    images, left_out = embedded_images(reading)
+    assert left_out == 0 and images[1]["steps"] == ["00000010", "00000020"]
+    assert images[1]["content"] == ["data:image/png;base64,eHh4eHh4eHh4eA=="] * 2
+    images, left_out = embedded_images(reading, max_bytes=45)
+    assert left_out == 1 and images[1]["steps"] == ["00000020"]
 
 
-def test_pictures_that_were_left_out_are_named(tmp_path: Path) -> None:
+def test_images_that_were_left_out_are_named(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [])
     (run / "samples").mkdir()
     for step in (1, 2, 3):
         (run / "samples" / f"prior_{step:08d}.png").write_bytes(b"x" * 30)
     reading, metrics = read(run)
     write_page(tmp_path / "page.html", reading, metrics, embed=True, max_bytes=64)
-    assert reading.notes[-1] == "1 pictures are left out of this file, for their size"
+    assert reading.notes[-1] == "1 images are left out of this file, for their size"
 
 
 def test_a_run_that_goes_on_says_when_it_will_end(tmp_path: Path) -> None:
@@ -357,6 +375,18 @@ def test_no_run_is_said_with_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file: a file; give the directory of a run"):
         check_run_directory(tmp_path / "file")
+
+
+def test_report_is_one_call(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [{"step": 3, "train/psnr": 20.0}], state="finished", step=3)
+    seen: list[kl_vae.visual.report.RunReport] = []
+    result = kl_vae.report(run, watch_seconds=0.01, on_report=seen.append)
+    assert seen == [result] and result.page == run / "report.html"
+    assert result.page.read_text().startswith("<!doctype html>")
+    assert (result.reading.state, result.metrics.latest) == ("finished", 3)
+    assert "psnr" in result.text
+    result.page.unlink()
+    assert kl_vae.report(str(run), write=False).page is None and not (run / "report.html").exists()
 
 
 def test_a_page_goes_where_no_other_file_is_harmed(tmp_path: Path) -> None:

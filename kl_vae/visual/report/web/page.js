@@ -144,7 +144,7 @@ byId("empty").hidden = content.panels.length > 0;
 byId("toolbar").hidden = !content.panels.length;
 addPlots(view);
 addLatents(view);
-addSamples(content.pictures);
+addSamples(content.images);
 addBadImages(content);
 addConfig(content.config);
 addToolbar(view);

@@ -176,3 +176,7 @@ def test_blocks_and_norms_of_ones_own_are_refused() -> None:
     model.encoder.mid.block_2 = nn.Conv2d(64, 64, 1)
     with pytest.raises(ValueError, match=r"encoder.mid.block_2 is a Conv2d, which cannot"):
         check_exact(model)
+    model = build()
+    model.decoder.conv_out.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"decoder.conv_out was changed \(hooks"):
+        check_exact(model)

@@ -1,0 +1,74 @@
+"""Encoder and decoder that hold no feature map for longer than it is needed.
+
+A module's input lives until its call returns, so that of a level would outlast its first block.
+Without gradients the layers of the levels are therefore called one after the other from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from kl_vae.accel.resnet_block import activate
+from kl_vae.accel.swap import is_own, is_traced, is_untouched
+from kl_vae.decoder import Decoder, UpLevel
+from kl_vae.encoder import DownLevel, Encoder, Level
+
+
+class FastEncoder(Encoder):
+    """An `Encoder` that is computed so, with `activation_checkpointing` as in its blocks."""
+
+    activation_checkpointing: str | None = None
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        if not is_own(self, FastEncoder) or is_traced():
+            return super().forward(x, context)
+        h = self.conv_in(x)
+        for layer in layers(self.down, context):
+            h = layer(h)
+        h = self.mid(h, context)
+        out: Tensor = self.conv_out(activate(h, self.norm_out, self.activation_checkpointing))
+        return out
+
+
+class FastDecoder(Decoder):
+    """A `Decoder` that is computed so, with `activation_checkpointing` as in its blocks."""
+
+    activation_checkpointing: str | None = None
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        if not is_own(self, FastDecoder) or is_traced():
+            return super().forward(z, context)
+        h: Tensor = self.mid(self.conv_in(z), context)
+        for layer in layers(reversed(self.up), context):
+            h = layer(h)
+        if self.give_pre_end:
+            return h
+        # the last convolution stays apart: a GAN asks for the gradient of its weight alone
+        h = self.conv_out(activate(h, self.norm_out, self.activation_checkpointing))
+        return h.tanh() if self.tanh_out else h
+
+
+def layers(
+    levels: Iterable[nn.Module], context: Tensor | None
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Yield what to call one after the other in place of the levels.
+
+    It is a level itself where gradients keep its maps anyway, and where it must be called.
+    """
+    for level in levels:
+        if torch.is_grad_enabled() or not is_untouched(level, DownLevel, UpLevel):
+            yield partial(level, context=context)
+            continue
+        assert isinstance(level, Level)
+        for i, block in enumerate(level.block):
+            yield partial(block, context=context)
+            if level.attn:
+                yield level.attn[i]
+        if isinstance(level, DownLevel):
+            yield level.downsample
+        elif isinstance(level, UpLevel):
+            yield level.upsample

@@ -1,0 +1,151 @@
+"""A convolution that `kl_vae.accel.winograd` computes, and its gradients, where that pays.
+
+B batch, C channels, O channels of the output, H and W height and width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kl_vae.accel.swap import are_float32_on_cpu, is_own
+from kl_vae.accel.winograd import INPUT_GRADIENT, winograd_convolve, winograd_weight_gradient
+
+# below these the direct convolution is as fast (measured)
+FEWEST_CHANNELS = 64
+FEWEST_POSITIONS = 512
+FEWEST_POSITIONS_OF_WEIGHT_GRADIENT = 128
+
+# stride, padding, dilation, transposed, output padding, groups
+_GEOMETRY = [1, 1], [1, 1], [1, 1], False, [0, 0], 1
+
+_aten = torch.ops.aten
+
+
+class WinogradConv2d(nn.Conv2d):
+    """A 3 x 3 convolution of stride 1 and padding 1 that is computed so where that pays.
+
+    Only the class tells it from `nn.Conv2d`: it has the same parameters, and where something is not
+    as that needs (another device or precision, torch.compile, `torch.func`, a changed attribute)
+    the same forward.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (is_own(self, WinogradConv2d) and is_3_by_3(self) and takes(self, x)):
+            return super().forward(x)
+        out: Tensor = _Convolution.apply(x, self.weight, self.bias)
+        return out
+
+
+CONVOLUTIONS = (nn.Conv2d, WinogradConv2d)
+
+
+def is_3_by_3(conv: nn.Conv2d) -> bool:
+    """Whether this is a 3 x 3 convolution of stride 1 and a padding of 1 zero."""
+    return (
+        conv.kernel_size == (3, 3)
+        and conv.stride == (1, 1)
+        and conv.padding == (1, 1)
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+    )
+
+
+def takes(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether x [B, C, H, W] and the parameters of `conv` are what `convolve` can take."""
+    weight = conv.weight
+    return (
+        are_float32_on_cpu(x, weight, conv.bias)
+        and x.dim() == 4
+        and min(weight.shape[:2]) >= FEWEST_CHANNELS
+        and weight.shape[2:] == (3, 3)
+    )
+
+
+def suits(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether `winograd_convolve` is possible for x [B, C, H, W], pays, and needs no gradient."""
+    return not torch.is_grad_enabled() and takes(conv, x) and _positions(x) >= FEWEST_POSITIONS
+
+
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None
+) -> Tensor:
+    """Return the convolution of x, + residual, [B, O, H, W], by the faster algorithm.
+
+    Args:
+        x: [B, C, H, W]; `takes`.
+        weight: [O, C, 3, 3].
+        bias: [O] or None.
+        residual: [B, O, H, W] or None.
+    """
+    if _positions(x) >= FEWEST_POSITIONS:
+        return winograd_convolve(x, weight, bias, residual=residual)
+    out = F.conv2d(x, weight, bias, padding=1)
+    return out if residual is None else out.add_(residual)
+
+
+def convolve_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, has_bias: bool, needed: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of x, weight and bias where `needed`, each by the faster algorithm.
+
+    Args:
+        gradient: of the output, [B, O, H, W].
+        x: [B, C, H, W]; `takes`.
+        weight: [O, C, 3, 3].
+        has_bias: whether there is one.
+        needed: which of the three.
+    """
+    of_x = of_weight = of_bias = None
+    fast_x = needed[0] and _positions(x) >= FEWEST_POSITIONS
+    fast_weight = needed[1] and _positions(x) >= FEWEST_POSITIONS_OF_WEIGHT_GRADIENT
+    if fast_x:
+        of_x = winograd_convolve(gradient, weight, None, transforms=INPUT_GRADIENT)
+    if fast_weight:
+        of_weight = winograd_weight_gradient(x, gradient)
+        if has_bias and needed[2]:
+            of_bias = gradient.sum((0, 2, 3))
+    rest = [needed[0] and not fast_x, needed[1] and not fast_weight, False]
+    rest[2] = has_bias and needed[2] and of_bias is None
+    if any(rest):
+        sizes = [len(weight)] if has_bias else None
+        plain = _aten.convolution_backward(gradient, x, weight, sizes, *_GEOMETRY, rest)
+        of_x, of_weight, of_bias = (
+            fast if fast is not None else found
+            for fast, found in zip((of_x, of_weight, of_bias), plain, strict=True)
+        )
+    return of_x, of_weight, of_bias
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return convolve(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated once more
+            sizes = [len(weight)] if ctx.has_bias else None
+            needed = list(ctx.needs_input_grad)
+            found: tuple[Tensor | None, ...] = _aten.convolution_backward(
+                gradient, x, weight, sizes, *_GEOMETRY, needed
+            )
+            return found
+        return convolve_backward(gradient, x, weight, ctx.has_bias, ctx.needs_input_grad)
+
+
+def _positions(x: Tensor) -> int:
+    """Of one image: its algorithm does not depend on the others of its batch."""
+    return x.shape[2] * x.shape[3]

@@ -1,1 +1,0 @@
-"""Measure on this machine what a choice costs: of a training step, of an optimiser."""

@@ -1,0 +1,408 @@
+"""Everything that a run needs, built and checked before anything is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from kl_vae.accel.accelerate import accelerate
+from kl_vae.accel.compilation import check_compiler, compile_parts
+from kl_vae.checkpoints.run_directory import newest_checkpoint, read_metrics
+from kl_vae.data import (
+    ImageDataset,
+    Sample,
+    StepSampler,
+    batch_loader,
+    build_datasets,
+    validation_batches,
+)
+from kl_vae.losses.equivariance import Equivariance
+from kl_vae.model import AutoEncoderKL
+from kl_vae.runtime.distributed import Ranks
+from kl_vae.training.config import RunConfig, TrainingConfig
+from kl_vae.training.ema import WeightAverage
+from kl_vae.training.guards import BadImages
+from kl_vae.training.run_directory import RunDirectory
+from kl_vae.training.state import Network, TrainingState
+from kl_vae.training.step import TrainingStep
+from kl_vae.training.validate import evaluating
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the loop works with.
+
+    Attributes:
+        config: of the run; `accumulate_batches` is that of this number of ranks.
+        state: new, or restored from the newest checkpoint.
+        take_step: takes the next step.
+        train_loader: this rank's micro-batches, from the state's step to the last.
+        val_set: None: the run does not validate.
+        val_loader: this rank's share of it.
+        bad_images: those met so far.
+        total_steps: of the run.
+        steps_per_epoch: of the training set.
+        validate_every_steps: steps between validations.
+    """
+
+    config: RunConfig
+    state: TrainingState
+    take_step: TrainingStep
+    train_loader: DataLoader[Sample]
+    val_set: ImageDataset | None
+    val_loader: DataLoader[Sample] | None
+    bad_images: BadImages
+    total_steps: int
+    steps_per_epoch: int
+    validate_every_steps: int
+
+    @property
+    def is_last_step(self) -> bool:
+        """Whether all steps are taken (more, if `max_steps` was lowered since)."""
+        return self.state.step >= self.total_steps
+
+    @property
+    def validation_is_due(self) -> bool:
+        """Whether this step ends with a validation that has not been completed."""
+        if self.val_set is None or self.state.validated_step >= self.state.step:
+            return False
+        return self.is_last_step or self.state.step % self.validate_every_steps == 0
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all steps are taken and validated."""
+        return self.is_last_step and not self.validation_is_due
+
+
+def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks) -> Setup:
+    """Build and check what a run needs, then lock and prepare its directory.
+
+    Raises:
+        ValueError: a mistake of the user; nothing has been written then.
+    """
+    training, plain = config.training, dataclasses.asdict(config)
+    ranks.on_first(lambda: run.check(plain))
+    if training.compile:
+        check_compiler(ranks.device)
+    train_set, val_set = build_data(config, ranks)
+    steps_per_epoch = len(train_set) // training.global_batch_size
+    total_steps = training.max_steps or (training.epochs or 0) * steps_per_epoch
+
+    found = ranks.on_first(lambda: newest_checkpoint(run.path))
+    path, content = found or (None, {})
+    before = content.get("batches")
+    accumulate, batches = divide_batch(training, ranks.world_size, before)
+    training = dataclasses.replace(training, accumulate_batches=accumulate)
+    config = dataclasses.replace(config, training=training)
+    model = build_model(config, ranks, resuming=found is not None)
+    dry_run(model, config, train_set.crop, val_set is not None, ranks)
+    val_fingerprint = "" if val_set is None else val_set.fingerprint
+    state = build_state(config, model, plain, train_set.fingerprint, val_fingerprint)
+    state.batches = {**batches, "accumulated": accumulate}
+    if model.adversary is not None and before and before["accumulated"] != accumulate:
+        logger.info(
+            "a step accumulates %d batches, before it was %d: the adaptive weight is computed per "
+            "batch, so that numbers differ by more than rounding",
+            *(accumulate, before["accumulated"]),
+        )
+    if found is not None:
+        state.restore(content, source=str(path))
+        same_images = content["validation_fingerprint"] == val_fingerprint
+        restore_validation(state, run, ranks, same_images)
+        del found, content  # as large as the state itself
+
+    ranks.on_first(run.lock)
+    ranks.on_first(lambda: run.prepare(plain, path, state))
+    if training.compile:
+        compile_parts(model, dynamic=training.equivariance > 0)
+    number = len(train_set) + len(val_set or ())
+    bad_images = BadImages(run.path, ranks, number, config.data.max_bad_fraction)
+    batch_size = training.global_batch_size // (ranks.world_size * accumulate)
+    sampler = StepSampler(
+        num_samples=len(train_set),
+        global_batch_size=training.global_batch_size,
+        micro_batch_size=batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        seed=training.seed,
+        start_step=state.step,
+        total_steps=total_steps,
+    )
+    val_batches = validation_batches(len(val_set or ()), batch_size, ranks.rank, ranks.world_size)
+    load = partial(
+        batch_loader,
+        num_workers=config.data.num_workers,
+        pin_memory=ranks.device.type == "cuda",
+        timeout_seconds=training.timeout_seconds,
+    )
+    setup = Setup(
+        config=config,
+        state=state,
+        take_step=TrainingStep(state, config, ranks, total_steps, bad_images),
+        train_loader=load(train_set, sampler),
+        val_set=val_set,
+        val_loader=None if val_set is None else load(val_set, val_batches),
+        bad_images=bad_images,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        validate_every_steps=training.validate_every_steps or steps_per_epoch,
+    )
+    if ranks.is_first:
+        describe(setup, ranks, run, train_set)
+    return setup
+
+
+def build_data(config: RunConfig, ranks: Ranks) -> tuple[ImageDataset, ImageDataset | None]:
+    """Build the training set and, unless the config wants none, the validation set.
+
+    Raises:
+        ValueError: no images, too few, too small, or not the same ones on all ranks.
+    """
+    ddconfig, training = config.model.params.ddconfig, config.training
+
+    def build() -> tuple[ImageDataset, ImageDataset | None]:
+        return build_datasets(config.data, ddconfig.in_channels, ddconfig.resolution, training.seed)
+
+    if config.data.name != "folder":
+        ranks.on_first(lambda: build() and None)  # downloads, once
+    train_set, val_set = build()
+    f = ddconfig.downsampling_factor
+    if train_set.crop % f:
+        raise ValueError(
+            f"data.crop={train_set.crop}: the model downsamples by {f}; use a multiple of {f}"
+        )
+    if len(train_set) < training.global_batch_size:
+        raise ValueError(
+            f"training.global_batch_size={training.global_batch_size}: more than the "
+            f"{len(train_set)} training images; lower it, or add images"
+        )
+    fingerprint = train_set.fingerprint
+    if ranks.on_first(lambda: fingerprint) != fingerprint:
+        raise ValueError(
+            f"rank {ranks.rank} sees other images in data.train.root than rank 0; "
+            "give all machines the same folder"
+        )
+
+    def check_sizes() -> None:
+        for dataset in (train_set, val_set):
+            if dataset is not None:
+                dataset.check_sizes()
+
+    ranks.on_first(check_sizes)
+    return train_set, val_set
+
+
+def divide_batch(
+    training: TrainingConfig, world_size: int, before: Mapping[str, int] | None = None
+) -> tuple[int, dict[str, int]]:
+    """Compute how many micro-batches each rank divides its share of the global batch into.
+
+    A run that is resumed on another number of ranks keeps the size of its micro-batches, or makes
+    them smaller, so that they fit into memory: the number is computed anew.
+
+    Args:
+        training: of the config.
+        world_size: number of ranks.
+        before: the division of the checkpoint that is resumed; None: the run is new.
+
+    Returns:
+        The number, and the division: `accumulate_batches` as configured, and `micro_batch_size`,
+        the largest number of images that a rank passes through the model at once.
+
+    Raises:
+        ValueError: the global batch cannot be divided.
+    """
+    images, asked = training.global_batch_size, training.accumulate_batches
+    if before is not None and before["accumulate_batches"] == asked:
+        share, rest = divmod(images, world_size)
+        if rest:
+            raise ValueError(
+                f"training.global_batch_size={images}: cannot be divided among {world_size} ranks; "
+                "resume on a number of ranks that divides it"
+            )
+        counts = (n for n in range(1, share + 1) if share % n == 0)
+        return next(n for n in counts if share // n <= before["micro_batch_size"]), dict(before)
+    parts = world_size * asked
+    if images % parts:
+        raise ValueError(
+            f"training.global_batch_size={images}: cannot be divided among "
+            f"{world_size} ranks x {asked} accumulated batches; "
+            f"use a multiple of {parts}"
+        )
+    return asked, {"accumulate_batches": asked, "micro_batch_size": images // parts}
+
+
+def build_model(config: RunConfig, ranks: Ranks, resuming: bool) -> AutoEncoderKL:
+    """Build the model on the device, initialised by the seed or, unless resuming, by `ckpt_path`.
+
+    On several GPUs the batch norms of a discriminator take their statistics over all of them.
+
+    Raises:
+        ValueError: a value under model.params, named with its key path, or a checkpoint that does
+            not fit.
+    """
+    params = config.model.params
+    given = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
+    ckpt_path, ignore_keys = given.pop("ckpt_path"), given.pop("ignore_keys")
+    torch.manual_seed(config.training.seed)
+    try:
+        model = AutoEncoderKL(**given)
+    except ValueError as error:
+        raise ValueError(f"model.params.{error}") from None
+    if ckpt_path is not None and not resuming:
+        model.init_from_ckpt(ckpt_path, ignore_keys)
+    freeze(model, config.training.freeze)
+    model.set_activation_checkpointing(config.training.activation_checkpointing)
+    model = model.to(ranks.device)
+    accelerate(
+        model,
+        channels_last=config.training.channels_last,
+        winograd=None if config.training.winograd else False,
+    )
+    if model.adversary is not None and ranks.device.type == "cuda" and ranks.world_size > 1:
+        discriminator = model.adversary.discriminator
+        nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)  # type: ignore[no-untyped-call]
+    return model
+
+
+def freeze(model: AutoEncoderKL, patterns: Iterable[str]) -> None:
+    """Freeze the parameters whose names match one of `patterns`, such as `encoder.*`.
+
+    Raises:
+        ValueError: a pattern matches none, or nothing is left to train.
+    """
+    names = [name for name, _ in model.without_loss().named_parameters()]
+    for pattern in patterns:
+        matching = {name for name in names if fnmatchcase(name, pattern)}
+        if not matching:
+            raise ValueError(
+                f"training.freeze={pattern}: matches no parameter; there are "
+                f"{names[0]}, {names[len(names) // 2]} and {len(names) - 2} others; write "
+                "encoder.* for the whole encoder"
+            )
+        for name in matching:
+            model.get_parameter(name).requires_grad_(False)
+    if not any(model.get_parameter(name).requires_grad for name in names):
+        raise ValueError("training.freeze: leaves nothing of the autoencoder to train; drop some")
+
+
+@torch.no_grad()
+def dry_run(
+    model: AutoEncoderKL, config: RunConfig, crop: int, validates: bool, ranks: Ranks
+) -> None:
+    """Pass one blank image through model and loss, so that what cannot work fails at once.
+
+    Raises:
+        ValueError: `monitor` is no metric, or nothing is validated; the discriminator cannot take
+            the images; a last layer is frozen and needed.
+    """
+    if model.monitor is not None and not validates:
+        raise ValueError(
+            f"model.params.monitor={model.monitor}: there is no validation set to measure it "
+            "on; set data.validation.fraction, or monitor to null"
+        )
+    blank = torch.zeros(1, model.config.in_channels, crop, crop, device=ranks.device)
+    metrics = {"val/psnr", "val/ssim"}
+    with evaluating(model):
+        smallest = None
+        if config.training.equivariance > 0:
+            smallest = Equivariance(0, config.training.equivariance_min_scale)
+        out = model.step(blank, 0, "val", equivariance=smallest)
+        metrics |= out.log.keys()
+        if model.adversary is not None:
+            model.adversary.discriminator_loss(out.target, out.reconstruction)
+            model.adversary.check_last_layer(model.get_last_layer())
+    if config.training.ema_decay is not None:
+        metrics |= {key.replace("val/", "val_ema/") for key in metrics}
+    if model.monitor is not None and model.monitor not in metrics:
+        raise ValueError(
+            f"model.params.monitor={model.monitor}: not a validation metric; choose one of "
+            f"{', '.join(sorted(metrics))}"
+        )
+
+
+def build_state(
+    config: RunConfig,
+    model: AutoEncoderKL,
+    plain: dict[str, Any],
+    data_fingerprint: str,
+    validation_fingerprint: str = "",
+) -> TrainingState:
+    """Build the optimisers, the scalers and the average, and with them all of a checkpoint."""
+    precision, decay = config.training.precision, config.training.ema_decay
+    discriminator = None
+    if model.adversary is not None:
+        parameters = list(model.adversary.discriminator.parameters())
+        discriminator = Network.build(parameters, config.discriminator_optimizer, precision)
+    return TrainingState(
+        model=model,
+        autoencoder=Network.build(model.own_parameters(), config.optimizer, precision),
+        config=plain,
+        data_fingerprint=data_fingerprint,
+        validation_fingerprint=validation_fingerprint,
+        discriminator=discriminator,
+        average=None if decay is None else WeightAverage(model, decay),
+    )
+
+
+def restore_validation(
+    state: TrainingState, run: RunDirectory, ranks: Ranks, same_images: bool
+) -> None:
+    """Note the validation of the restored step, if metrics.jsonl says that it was completed.
+
+    It came after the checkpoint was saved. Otherwise the run makes it up.
+
+    Args:
+        state: as restored.
+        run: whose metrics.jsonl is read, by rank 0.
+        ranks: all of them call this.
+        same_images: whether the validation images are those of before.
+    """
+
+    def find() -> dict[str, Any] | None:
+        lines = (x for x in read_metrics(run.path) if x["step"] == state.step and "val/psnr" in x)
+        return next(lines, None)
+
+    metrics = ranks.on_first(find)
+    if metrics is not None and state.validated_step < state.step:
+        value = metrics.get(state.model.monitor or "") if same_images else None
+        state.note_validation(None if value is None else float(value))
+
+
+def describe(setup: Setup, ranks: Ranks, run: RunDirectory, train_set: ImageDataset) -> None:
+    """Log the size of the model, the data, the devices, the batch, the length and the directory."""
+    model, config, training = setup.state.model, setup.config, setup.config.training
+    images = training.global_batch_size // (ranks.world_size * training.accumulate_batches)
+    side, f = train_set.crop, model.downsampling_factor
+    count = sum(p.numel() for p in model.without_loss().parameters())
+    trained = sum(p.numel() for p in model.without_loss().parameters() if p.requires_grad)
+    frozen = "" if trained == count else f"; {trained:,} of them trained"
+    device = str(ranks.device)
+    if ranks.device.type == "cuda":
+        device = torch.cuda.get_device_name(ranks.device)
+    elif ranks.device.type == "cpu":
+        device = f"cpu ({torch.get_num_threads()} threads)"
+    precision = training.precision + (", compiled" if training.compile else "")
+    latents = f"{model.latent_channels} x {side // f} x {side // f}"
+    for line in (
+        f"model      {count:,} parameters, f = {f}: {side} x {side} -> latents {latents}{frozen}",
+        f"data       {len(train_set)} training images and {len(setup.val_set or ())} for "
+        f"validation, from {config.data.train.root}",
+        f"devices    {ranks.world_size} x {device}, {precision}",
+        f"batch      {training.global_batch_size} images per step = {ranks.world_size} (ranks) x "
+        f"{training.accumulate_batches} (accumulated) x {images}",
+        f"length     {setup.total_steps} steps, {setup.state.step} of them taken",
+        f"results    {run.path}",
+    ):
+        logger.info(line)

@@ -1,0 +1,14 @@
+"""Validation (tests/distributed checks that it is exact for any number of ranks)."""
+
+from torch import nn
+
+from kl_vae.training.validate import evaluating
+
+
+def test_evaluating_puts_the_mode_back() -> None:
+    module = nn.Dropout()
+    for mode in (True, False):
+        module.train(mode)
+        with evaluating(module):
+            assert not module.training
+        assert module.training == mode
