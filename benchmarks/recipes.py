@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         for entry in args.recipe:
             overrides = [*entry.overrides(args.perceptual_features, seed), *args.overrides]
             run = args.out / f"{entry.name.replace(' at ', '_')}_{entry.steps}_seed{seed}"
-            command = [sys.executable, "-m", "kl_vae.cli", "train", args.config, *overrides]
+            command = [sys.executable, "-m", "kl_vae", "train", args.config, *overrides]
             command += ["--run-dir", str(run), "--device", str(args.device)]
             subprocess.run(command, check=True)
             points[entry].append(read_points(run))

@@ -17,10 +17,14 @@ if TYPE_CHECKING:
     from kl_vae.encoder import Encoder
     from kl_vae.inference.convert import ConversionResult, ExportResult, convert, export
     from kl_vae.inference.encode import EncodingResult, encode_dataset
+    from kl_vae.inference.evaluate import EvaluationResult, evaluate
+    from kl_vae.inference.reconstruct import reconstruct
+    from kl_vae.inference.reconstruction_report import ReconstructionResult
     from kl_vae.inference.sample import SamplingResult, sample
     from kl_vae.losses import register_loss
     from kl_vae.model import AutoEncoderKL
     from kl_vae.training.loop import TrainingResult, train
+    from kl_vae.visual.image_files import load_image, save_image
     from kl_vae.visual.report import report
 
 __all__ = [
@@ -31,22 +35,28 @@ __all__ = [
     "DiagonalGaussianDistribution",
     "Encoder",
     "EncodingResult",
+    "EvaluationResult",
     "ExportResult",
+    "ReconstructionResult",
     "SamplingResult",
     "TrainingResult",
     "__version__",
     "accelerate",
     "convert",
     "encode_dataset",
+    "evaluate",
     "export",
+    "load_image",
     "make_attention",
+    "reconstruct",
     "register_attention",
     "register_block",
     "register_loss",
     "register_normalization",
-    "sample",
-    "train",
     "report",
+    "sample",
+    "save_image",
+    "train",
 ]
 
 # imported when first used: `kl-vae --help` lies below this package and should not wait for torch
@@ -58,21 +68,27 @@ _MODULES = {
     "DiagonalGaussianDistribution": "distribution",
     "Encoder": "encoder",
     "EncodingResult": "inference.encode",
+    "EvaluationResult": "inference.evaluate",
     "ExportResult": "inference.convert",
+    "ReconstructionResult": "inference.reconstruction_report",
     "SamplingResult": "inference.sample",
     "TrainingResult": "training.loop",
     "accelerate": "accel.accelerate",
     "convert": "inference.convert",
     "encode_dataset": "inference.encode",
+    "evaluate": "inference.evaluate",
     "export": "inference.convert",
+    "load_image": "visual.image_files",
     "make_attention": "attention",
+    "reconstruct": "inference.reconstruct",
     "register_attention": "attention",
     "register_block": "blocks",
     "register_loss": "losses",
     "register_normalization": "blocks",
-    "sample": "inference.sample",
-    "train": "training.loop",
     "report": "visual.report",
+    "sample": "inference.sample",
+    "save_image": "visual.image_files",
+    "train": "training.loop",
 }
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).resolve().parent
-TRAIN = (sys.executable, "-m", "kl_vae.cli", "train", "tiny.yaml")
+TRAIN = (sys.executable, "-m", "kl_vae", "train", "tiny.yaml")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 SCRIPT = str(HERE.parent / "scripts" / "train.py")
 

@@ -13,11 +13,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say how a checkpoint is read."""
-    parser.add_argument(
-        "--no-ema",
-        action="store_true",
-        help="the weights as trained last, where a checkpoint has their moving average as well",
-    )
+    add_no_ema_argument(parser)
     parser.add_argument(
         "--config",
         metavar="FILE",
@@ -25,23 +21,32 @@ def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_no_ema_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that leaves the moving average of the weights out."""
+    parser.add_argument(
+        "--no-ema",
+        action="store_true",
+        help="the weights as trained last, where a checkpoint has their moving average as well",
+    )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of every command that uses a model."""
     add_checkpoint_arguments(parser)
+    add_device_arguments(parser)
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say where and how a model computes."""
     parser.add_argument("--device", default="auto", help="auto (default), cuda, cuda:N, mps or cpu")
     parser.add_argument(
         "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32"
     )
-    add_speed_arguments(parser)
-
-
-def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say how a model computes."""
     parser.add_argument(
         "--fast",
         choices=("auto", "exact", "off"),
         default="auto",
-        help="auto (default): all fast ways that the device has, equal to rounding; exact: without "
+        help="auto (default): all fast variants of the device, equal to rounding; exact: without "
         "Winograd's convolutions (CPUs, fp32), which round more; off: the plain modules",
     )
     parser.add_argument(
@@ -121,8 +126,28 @@ def add_work_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
         help=f"processes that decode images, for each that {verb} them (default: 4)",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on where the same command was ended before"
+        "--resume", action="store_true", help="continue where the same command was ended before"
     )
+
+
+def add_mode_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that says what of the posterior is decoded."""
+    parser.add_argument(
+        "--mode",
+        choices=("mode", "sample"),
+        default="mode",
+        help="decode the posterior's mode (default) or a sample of it",
+    )
+
+
+def add_lpips_files(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name the files of LPIPS."""
+    for name, what in (("features", "network's weights"), ("heads", "linear heads")):
+        parser.add_argument(
+            f"--lpips-{name}",
+            metavar="FILE",
+            help=f"the {what}, instead of the published ones, which are downloaded once",
+        )
 
 
 def add_tiling_arguments(parser: argparse.ArgumentParser) -> None:

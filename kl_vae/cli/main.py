@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from kl_vae import __version__
 from kl_vae.runtime.errors import RunError
 
 COMMANDS = (
@@ -31,12 +32,13 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
         command: which command; None: the first of `argv` says.
 
     Returns:
-        The exit code: 0, 1 for a run that could not go on, 2 for a mistake, each named by the
+        The exit code: 0, 1 for a run that failed, 2 for a mistake, each named by the
         message on stderr, or the command's own.
     """
     if command is None:
         parser = argparse.ArgumentParser(prog="kl-vae", description="A KL autoencoder for images.")
-        commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+        parser.add_argument("--version", action="version", version=f"kl-vae {__version__}")
+        commands = parser.add_subparsers(dest="command", metavar="COMMAND")
         for name in COMMANDS:
             _add_arguments(commands.add_parser(name, help=_module(name).HELP), name)
     else:
@@ -48,6 +50,9 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     name = command or args.command
+    if name is None:
+        parser.print_help()
+        return 0
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
@@ -67,8 +72,8 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
         return 1 if isinstance(error, RunError) else 2
     except KeyboardInterrupt:
         if rank == 0:
-            mend = "; the same command with --resume goes on" if hasattr(args, "resume") else ""
-            sys.stderr.write(f"kl-vae {name}: interrupted{mend}\n")
+            resume = "; the same command with --resume continues" if hasattr(args, "resume") else ""
+            sys.stderr.write(f"kl-vae {name}: interrupted{resume}\n")
         return 130
 
 

@@ -1,52 +1,88 @@
-"""Images of many sizes in batches of one size each."""
+"""Images of many sizes: padded to sizes that the model takes, in batches of one size each.
+
+C channels, H and W the image's height and width, z latent channels, h and w the latents' height and
+width, f = H / h once the image is padded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kl_vae.inference.padding import padded_size
+from kl_vae.model import AutoEncoderKL
 
-# of an image, in pixels, up to which a batch is full at its number; of larger ones it holds fewer
+# pixels of an image up to which a batch has its full number of images; fewer of larger ones
 FULL_BATCH_PIXELS = 512 * 512
-# of images that wait for others of their size: 200 MB of RGB
+# pixels of the images that wait for others of their size: 200 MB of RGB
 WAITING_PIXELS = 2**24
 
+Size = tuple[int, int]
 Numbered = tuple[int, Tensor]  # an image [C, H, W] by its index
 
 
+def padded_size(image: Tensor, factor: int) -> Size:
+    """Return height and width of [C, H, W] raised to multiples of `factor` (f), at least 2 f."""
+    # 2 f, since the group norm of a single latent is an error or a constant
+    height, width = (max(2, -(-side // factor)) * factor for side in image.shape[1:])
+    return height, width
+
+
+def pad(image: Tensor, factor: int) -> Tensor:
+    """Repeat the edge of [C, H, W] to the right and below, up to its `padded_size`."""
+    height, width = padded_size(image, factor)
+    # repeated, since reflection needs an image larger than what it adds
+    border = (0, width - image.shape[2], 0, height - image.shape[1])
+    return F.pad(image[None], border, mode="replicate")[0]
+
+
+def latent_noise(model: AutoEncoderKL, image: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw standard normal noise for a sample of the posterior of [C, H, W], [z, h, w]."""
+    factor = model.downsampling_factor
+    height, width = padded_size(image, factor)
+    shape = (model.latent_channels, height // factor, width // factor)
+    return torch.randn(shape, generator=generator, device=generator.device)
+
+
 def batches_of_a_size(
-    images: Iterable[Numbered], factor: int, batch_size: int
+    images: Iterable[Numbered],
+    size_of: Callable[[Tensor], Size],
+    batch_size: int,
+    *,
+    consecutive: bool = False,
 ) -> Iterator[list[Numbered]]:
-    """Group images that are padded to one size; the batches depend on the images alone.
+    """Group images of one size; the batches depend on the images alone.
 
     A batch holds `batch_size` images of up to 512 x 512 pixels, and of larger ones as many as have
     the pixels of those, at least one. No more images wait than fit into 200 MB.
 
     Args:
-        images: in their order, in which those of a batch are, too.
-        factor: f, to whose multiples they are padded.
+        images: in their order, which is also that within a batch.
+        size_of: gives the height and width that images of one batch share.
         batch_size: images in a batch, at most.
+        consecutive: only neighbours share a batch, so that the order of all images is kept.
     """
-    waiting: dict[tuple[int, int], list[Numbered]] = {}
+    waiting: dict[Size, list[Numbered]] = {}
     for number, image in images:
-        size = padded_size(image, factor)
+        size = size_of(image)
+        if consecutive and waiting and size not in waiting:
+            yield waiting.popitem()[1]
         group = waiting.setdefault(size, [])
         group.append((number, image))
         if len(group) >= _most(size, batch_size):
             yield waiting.pop(size)
-        elif sum(_pixels(size, group) for size, group in waiting.items()) > WAITING_PIXELS:
-            largest = max(waiting, key=lambda size: _pixels(size, waiting[size]))
+        elif not consecutive and _pixels(waiting) > WAITING_PIXELS:
+            largest = max(waiting, key=lambda size: _pixels({size: waiting[size]}))
             yield waiting.pop(largest)
     yield from waiting.values()
 
 
-def _most(size: tuple[int, int], batch_size: int) -> int:
+def _most(size: Size, batch_size: int) -> int:
     height, width = size
     return max(1, min(batch_size, batch_size * FULL_BATCH_PIXELS // (height * width)))
 
 
-def _pixels(size: tuple[int, int], group: list[Numbered]) -> int:
-    height, width = size
-    return height * width * len(group)
+def _pixels(groups: dict[Size, list[Numbered]]) -> int:
+    return sum(height * width * len(group) for (height, width), group in groups.items())

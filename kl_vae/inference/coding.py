@@ -1,22 +1,24 @@
-"""Images to posteriors and latents to images, of any size, that can be relied on.
+"""Encode, decode and reconstruct images of any size.
 
-What has NaN or infinity in half precision is computed again in fp32, with a warning.
+What has NaN or infinity in half precision is computed again in fp32.
 
 B batch, C channels, H and W the image's height and width, z latent channels, h and w the latents'
-height and width.
+height and width, f = H / h.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kl_vae.data import normalized
 from kl_vae.distribution import DiagonalGaussianDistribution
-from kl_vae.inference.tiling import Tiling, decode_tiled, encode_tiled
+from kl_vae.inference.batches import latent_noise, pad
+from kl_vae.inference.tiling import Tiling, check_tiling, decode_tiled, encode_tiled
 from kl_vae.model import AutoEncoderKL
 from kl_vae.runtime.device import autocast
 from kl_vae.runtime.memory import is_out_of_memory
@@ -24,6 +26,10 @@ from kl_vae.runtime.memory import is_out_of_memory
 logger = logging.getLogger(__name__)
 
 _AUTO = Tiling()
+_DAMAGED = (
+    "in fp32 has NaN or infinity: the checkpoint's weights are damaged, or not what they are taken "
+    "for; give another"
+)
 
 
 @torch.inference_mode()
@@ -46,14 +52,17 @@ def encode_images(
     Raises:
         ValueError: moments are not finite in fp32, or the memory does not suffice.
     """
+    device = _device(model)
 
-    def encode(x: Tensor) -> Tensor:
+    def encode(part: slice) -> Tensor:
+        x = images[part].to(device, non_blocking=True)
         if x.dtype == torch.uint8:
             x = normalized(x.contiguous())
         return encode_tiled(model, x, tiling).parameters
 
     size = (images.shape[2], images.shape[3])
-    moments = _compute(model, encode, images, precision, size, names, "posterior")
+    computed = _compute(encode, len(images), device, precision)
+    moments = _checked(computed, len(images), device, precision, size, names, "posterior")
     return DiagonalGaussianDistribution(moments)
 
 
@@ -72,64 +81,204 @@ def decode_latents(
     Raises:
         ValueError: an image is not finite in fp32, or the memory does not suffice.
     """
-    f = model.downsampling_factor
+    device, f = _device(model), model.downsampling_factor
 
-    def decode(z: Tensor) -> Tensor:
-        return decode_tiled(model, z, tiling)
+    def decode(part: slice) -> Tensor:
+        return decode_tiled(model, z[part].to(device, non_blocking=True), tiling)
 
     size = (f * z.shape[2], f * z.shape[3])
-    images = _compute(model, decode, z, precision, size, names, "decoded image")
+    computed = _compute(decode, len(z), device, precision)
+    images = _checked(computed, len(z), device, precision, size, names, "decoded image")
     return images.clamp(-1.0, 1.0)
 
 
-def _compute(
+@dataclass(frozen=True)
+class Reconstruction:
+    """The reconstruction of one image, or why there is none.
+
+    Attributes:
+        image: [C, H, W] in [-1, 1], float32 on the model's device; None: there is none.
+        reason: why there is none.
+        redone_in_fp32: the precision asked for gave NaN or infinity.
+    """
+
+    image: Tensor | None
+    reason: str = ""
+    redone_in_fp32: bool = False
+
+
+def reconstruct_image(
     model: AutoEncoderKL,
-    function: Callable[[Tensor], Tensor],
-    batch: Tensor,
+    image: Tensor,
+    precision: str = "fp32",
+    generator: torch.Generator | None = None,
+    tiling: Tiling = _AUTO,
+) -> Tensor:
+    """Reconstruct one image [C, H, W] in [-1, 1] of any size; the result is like it, on the CPU.
+
+    Its edge is repeated to the right and below up to a multiple of f, at least 2 f, and what that
+    adds is cut off again. Where half precision gives NaN or infinity it is redone in fp32.
+
+    Args:
+        model: in eval mode.
+        image: on any device.
+        precision: fp32, bf16 or fp16.
+        generator: decode a sample of the posterior, drawn with it; None: decode the mode.
+        tiling: how an image that is large for the memory is cut up.
+
+    Raises:
+        ValueError: the result is not finite, or the memory does not suffice.
+    """
+    noise = None if generator is None else [latent_noise(model, image, generator)]
+    (result,) = reconstruct_batch(model, [image], precision, noise, tiling)
+    if result.image is None:
+        raise ValueError(result.reason)
+    if result.redone_in_fp32:
+        logger.warning("NaN or infinity in %s: the image was redone in fp32", precision)
+    return result.image.cpu()
+
+
+@torch.inference_mode()
+def reconstruct_batch(
+    model: AutoEncoderKL,
+    images: Sequence[Tensor],
+    precision: str,
+    noise: Sequence[Tensor] | None,
+    tiling: Tiling,
+) -> list[Reconstruction]:
+    """Reconstruct images that have one `padded_size`; see `reconstruct_image`.
+
+    Where the memory does not suffice each is tried alone, then, even if it is to be done whole, in
+    strips that change nothing.
+
+    Args:
+        model: in eval mode.
+        images: each [C, H, W] in [-1, 1].
+        precision: fp32, bf16 or fp16.
+        noise: of samples of the posteriors, each [z, h, w]; None: decode the modes.
+        tiling: how images that are large for the memory are cut up.
+    """
+    device = _device(model)
+    may_blend = len(images) == 1  # rather one by one, which changes nothing
+
+    def autoencode(part: slice) -> Tensor:
+        x = torch.stack([pad(x.to(device), model.downsampling_factor) for x in images[part]])
+        posterior = encode_tiled(model, x, tiling, may_blend=may_blend)
+        if noise is None:
+            z = posterior.mode()
+        else:
+            z = posterior.sample(noise=torch.stack([draw.to(device) for draw in noise[part]]))
+        decoded = decode_tiled(model, z, tiling, may_blend=may_blend).float()
+        # what the decoder makes of NaN may look finite
+        finite = posterior.parameters.isfinite().flatten(1).all(1)
+        decoded[~finite.to(decoded.device)] = torch.nan
+        return decoded
+
+    computed = _compute(autoencode, len(images), device, precision)
+    if computed is not None:
+        return [
+            _cropped(x, image, bad=i in computed.bad, redone=i in computed.redone)
+            for i, (x, image) in enumerate(zip(computed.values, images, strict=True))
+        ]
+    if len(images) > 1:
+        parts = [slice(i, i + 1) for i in range(len(images))]
+        draws = [None if noise is None else noise[part] for part in parts]
+        return [
+            reconstruct_batch(model, images[part], precision, draw, tiling)[0]
+            for part, draw in zip(parts, draws, strict=True)
+        ]
+    if tiling.mode == "whole" and _can_be_exact(model):
+        return reconstruct_batch(model, images, precision, noise, replace(tiling, mode="exact"))
+    height, width = images[0].shape[1:]
+    reason = f"{width} x {height} pixels do not fit into the memory of {device}"
+    return [Reconstruction(None, f"{reason}; resize or crop, or leave it out")]
+
+
+def _can_be_exact(model: AutoEncoderKL) -> bool:
+    try:
+        check_tiling(model, Tiling("exact"))
+    except ValueError:
+        return False
+    return True
+
+
+def _cropped(decoded: Tensor, image: Tensor, bad: bool, redone: bool) -> Reconstruction:
+    if bad:
+        return Reconstruction(None, f"the reconstruction {_DAMAGED}", redone)
+    x = decoded[:, : image.shape[1], : image.shape[2]]
+    return Reconstruction(x.clamp(-1.0, 1.0), redone_in_fp32=redone)
+
+
+@dataclass(frozen=True)
+class _Computed:
+    values: Tensor  # [B, ...], float32 on the model's device
+    redone: list[int]  # the positions that were computed again in fp32
+    bad: list[int]  # those that are not finite in fp32 either
+
+
+def _compute(
+    function: Callable[[slice], Tensor], number: int, device: torch.device, precision: str
+) -> _Computed | None:
+    """Compute `function` of a batch, and of what is not finite once more in fp32.
+
+    Args:
+        function: gives [n, ...] of a part of the batch.
+        number: B.
+        device: the model's.
+        precision: fp32, bf16 or fp16.
+
+    Returns:
+        None: the memory does not suffice. The error's frames hold what was computed, and so the
+        caller, which tries something smaller, does not see it.
+    """
+    try:
+        with autocast(device, precision):
+            values = function(slice(0, number)).float()
+        redone = [] if precision == "fp32" else _not_finite(values)
+        with autocast(device, "fp32"):
+            for i in redone:
+                values[i] = function(slice(i, i + 1)).float()[0]
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    return _Computed(values, redone, _not_finite(values))
+
+
+def _checked(
+    computed: _Computed | None,
+    number: int,
+    device: torch.device,
     precision: str,
     size: tuple[int, int],
     names: Sequence[str] | None,
     result: str,
 ) -> Tensor:
-    """`function` of a batch, float32 on the CPU, finite."""
-    device = next(model.parameters()).device
-
-    def compute(x: Tensor, precision: str) -> Tensor:
-        try:
-            with autocast(device, precision):
-                return function(x.to(device, non_blocking=True)).float().cpu()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise ValueError(
-                f"a batch of {len(x)} images of {size[1]} x {size[0]} does not fit into the "
-                f"memory of {device}; lower the batch size"
-            ) from None
-
-    computed = compute(batch, precision)
-    bad = _not_finite(computed)
-    if bad and precision != "fp32":
-        logger.warning(
-            "%s: NaN or infinity in %s; redone in fp32", _some(bad, len(batch), names), precision
-        )
-        for i in bad:
-            computed[i] = compute(batch[i : i + 1], "fp32")[0]
-        bad = _not_finite(computed)
-    if bad:
+    """Return the values on the CPU, unless there are none or they are not finite."""
+    if computed is None:
         raise ValueError(
-            f"{_some(bad, len(batch), names)}: the {result} in fp32 has NaN or infinity: the "
-            "checkpoint's weights are damaged, or not what they are taken for; give another"
+            f"a batch of {number} images of {size[1]} x {size[0]} does not fit into the memory of "
+            f"{device}; lower the batch size"
         )
-    return computed
+    if computed.redone:
+        subject = _subject(computed.redone, number, names)
+        logger.warning("%s: NaN or infinity in %s; redone in fp32", subject, precision)
+    if computed.bad:
+        raise ValueError(f"{_subject(computed.bad, number, names)}: the {result} {_DAMAGED}")
+    return computed.values.cpu()
+
+
+def _subject(positions: Sequence[int], number: int, names: Sequence[str] | None) -> str:
+    if names is None:
+        return f"{len(positions)} of {number} images"
+    others = f" and {len(positions) - 1} more of its batch" if len(positions) > 1 else ""
+    return f"{names[positions[0]]}{others}"
 
 
 def _not_finite(x: Tensor) -> list[int]:
-    bad: list[int] = (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-    return bad
+    positions: list[int] = (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+    return positions
 
 
-def _some(bad: Sequence[int], number: int, names: Sequence[str] | None) -> str:
-    if names is None:
-        return f"{len(bad)} of {number} images"
-    others = f" and {len(bad) - 1} more of its batch" if len(bad) > 1 else ""
-    return f"{names[bad[0]]}{others}"
+def _device(model: AutoEncoderKL) -> torch.device:
+    return next(model.parameters()).device

@@ -12,9 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -22,8 +20,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from kl_vae.checkpoints.safetensors_file import safetensors_bytes
 from kl_vae.checkpoints.writing import write_export
@@ -39,8 +35,8 @@ from kl_vae.inference.latent_folder import (
     class_labels,
     nothing_usable,
 )
-from kl_vae.inference.load import load_model_on
-from kl_vae.inference.progress import units_of
+from kl_vae.inference.load import checkpoint_name, load_model_on
+from kl_vae.inference.progress import show_progress, units_of
 from kl_vae.inference.sources import open_sources
 from kl_vae.inference.tiling import Tiling
 from kl_vae.latents import LatentNormalization
@@ -48,14 +44,11 @@ from kl_vae.metrics.moments import RunningMoments, latent_moments, latent_normal
 from kl_vae.model import AutoEncoderKL
 from kl_vae.runtime.device import PRECISIONS
 from kl_vae.runtime.distributed import COMMAND, Ranks, connect
-from kl_vae.runtime.files import display_name
 from kl_vae.runtime.randomness import normal_noise
 
 logger = logging.getLogger(__name__)
 
 What = Literal["moments", "sample", "mode"]
-
-LOG_SECONDS = 30.0  # between log lines where there is no progress bar
 
 _WHOLE = Tiling("whole")  # the last bits of other modes depend on how much memory is free
 
@@ -194,9 +187,7 @@ def encode_dataset(
     if out is None and statistics is None:
         raise ValueError("nothing to write: give out, statistics, or both")
     if isinstance(checkpoint, AutoEncoderKL):
-        name, device = "a model in memory", str(next(checkpoint.parameters()).device)
-    else:
-        name = display_name(checkpoint)
+        device = str(next(checkpoint.parameters()).device)
     roots = [images] if isinstance(images, (str, Path)) else images
     with connect(device, timeout_seconds=86_400, mends=COMMAND) as ranks:
         if statistics is not None:
@@ -222,7 +213,7 @@ def encode_dataset(
                 resolve_root(str(out)),
                 settings,
                 ranks,
-                checkpoint=name,
+                checkpoint=checkpoint_name(checkpoint),
                 per_channel=per_channel,
                 resume=resume,
             )
@@ -419,30 +410,6 @@ def encode_units(
                     _encode_batch(shard, model, dataset, usable, config)
                 update(len(batch.names))
             yield shard
-
-
-@contextmanager
-def show_progress(total: int, ranks: Ranks) -> Iterator[Callable[[int], None]]:
-    """Show how many of this rank's images are done, on rank 0: a bar, or a log line every 30 s.
-
-    The bar is shown where stderr is a terminal. Yields the function to call with the number of
-    images that were done since its last call.
-    """
-    title = f"rank 0 of {ranks.world_size}" if ranks.world_size > 1 else None
-    hidden = None if ranks.is_first else True  # None: hidden where stderr is no terminal
-    bar = tqdm(total=total, unit="image", desc=title, disable=hidden)
-    done, said = 0, time.monotonic()
-
-    def update(number: int) -> None:
-        nonlocal done, said
-        done += number
-        bar.update(number)
-        if bar.disable and ranks.is_first and time.monotonic() - said >= LOG_SECONDS:
-            said = time.monotonic()
-            logger.info("%s%d of %d images", f"{title}: " if title else "", done, total)
-
-    with logging_redirect_tqdm(), bar:
-        yield update
 
 
 @torch.inference_mode()

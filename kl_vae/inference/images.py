@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from kl_vae.data import Source, center_crop, resize_short_side, to_float
 from kl_vae.data.loader import START_METHOD, start_worker, workers_that_fit
+from kl_vae.inference.progress import Ledger, show_progress
+from kl_vae.runtime.distributed import Ranks
 from kl_vae.runtime.memory import is_out_of_memory
 
 
@@ -70,6 +74,42 @@ def _loaded(
     for index, (pixels, reason) in zip(indices, prepared, strict=True):
         image = None if pixels is None else to_float(torch.from_numpy(pixels))
         yield LoadedImage(index, image, reason)
+
+
+@contextmanager
+def loaded_units(
+    source: Source,
+    units: Sequence[range],
+    ledger: Ledger,
+    ranks: Ranks,
+    *,
+    resize: int | None,
+    crop: int | None,
+    num_workers: int,
+) -> Iterator[Iterator[tuple[int, Iterator[LoadedImage]]]]:
+    """Yield this rank's units that are not done, each with its images, and show the progress.
+
+    Args:
+        source: of the images.
+        units: the indices of the images of each unit.
+        ledger: knows which units are done.
+        ranks: they share the units.
+        resize: as in `load_images`.
+        crop: as in `load_images`.
+        num_workers: as in `load_images`.
+    """
+    own = ledger.share(len(units))
+    indices = [index for unit in own for index in units[unit]]
+    images = load_images(source, indices, resize=resize, crop=crop, num_workers=num_workers)
+    with closing(images), show_progress(len(indices), ranks) as update:
+
+        def counted() -> Iterator[LoadedImage]:
+            for image in images:
+                yield image
+                update(1)
+
+        read = counted()
+        yield ((unit, islice(read, len(units[unit]))) for unit in own)
 
 
 def resize_and_crop(image: Tensor, resize: int | None, crop: int | None) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from kl_vae.accel.accelerate import accelerate_as
 from kl_vae.model import AutoEncoderKL
 from kl_vae.runtime.distributed import Ranks, checksums
+from kl_vae.runtime.files import display_name
 
 
 def load_model_on(
@@ -40,6 +41,13 @@ def load_model_on(
     return model
 
 
+def checkpoint_name(checkpoint: str | Path | AutoEncoderKL) -> str:
+    """Return what a checkpoint, or a model in place of one, is called in results."""
+    if isinstance(checkpoint, AutoEncoderKL):
+        return "a model in memory"
+    return display_name(checkpoint)
+
+
 def model_fingerprint(model: AutoEncoderKL) -> str:
     """32 hex digits that change when the architecture or the weights do."""
     text = json.dumps([model.params, checksums(model)], sort_keys=True, default=str)
@@ -61,7 +69,7 @@ def load_model(
         config: a config file, or a shipped config's name; None: as the checkpoint says or shows.
         device: where the model goes.
         ema: the moving average of the weights, where the checkpoint has one.
-        fast: auto, exact or off: which fast ways are taken, as `accelerate_as` says.
+        fast: auto, exact or off: which fast variants are used; see `accelerate_as`.
         compile: torch.compile encoder and decoder.
 
     Raises:

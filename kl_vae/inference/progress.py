@@ -1,21 +1,30 @@
-"""Work in numbered units, done by any number of ranks, and taken up again where it was ended.
+"""Work in numbered units, done by any number of ranks, shown, and resumed where it was ended.
 
 What a unit gives is a function of the unit alone: not of the rank that does it, of how many ranks
-there are, nor of when. So a command that is killed and goes on, on other ranks, ends as if it had
+there are, nor of when. So a command that is killed and resumed, on other ranks, ends as if it had
 not been.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from kl_vae.runtime.distributed import Ranks
 from kl_vae.runtime.files import display_name, remove_temporaries, write_text_atomically
 
+logger = logging.getLogger(__name__)
+
+LOG_SECONDS = 30.0  # between log lines where there is no progress bar
 FOLDER = ".unfinished"
 _IDENTITY = "identity.json"
 
@@ -31,13 +40,37 @@ def units_of(number: int, size: int) -> list[range]:
     return [range(start, min(start + size, number)) for start in range(0, number, size)]
 
 
+@contextmanager
+def show_progress(total: int, ranks: Ranks) -> Iterator[Callable[[int], None]]:
+    """Show how many of this rank's images are done, on rank 0: a bar, or a log line every 30 s.
+
+    The bar is shown where stderr is a terminal. Yields the function to call with the number of
+    images that were done since its last call.
+    """
+    title = f"rank 0 of {ranks.world_size}" if ranks.world_size > 1 else None
+    hidden = None if ranks.is_first else True  # None: hidden where stderr is no terminal
+    bar = tqdm(total=total, unit="image", desc=title, disable=hidden)
+    done, said = 0, time.monotonic()
+
+    def update(number: int) -> None:
+        nonlocal done, said
+        done += number
+        bar.update(number)
+        if bar.disable and ranks.is_first and time.monotonic() - said >= LOG_SECONDS:
+            said = time.monotonic()
+            logger.info("%s%d of %d images", f"{title}: " if title else "", done, total)
+
+    with logging_redirect_tqdm(), bar:
+        yield update
+
+
 class Ledger:
     """The records of the units that are done, each a file in `OUT/.unfinished` until all are.
 
     Args:
         out: the output folder of the command; rank 0 creates it.
         identity: all that the results depend on, plain values: what is resumed must have the same.
-        resume: go on with what is there.
+        resume: continue what is there.
         ranks: all of them call this.
 
     Raises:

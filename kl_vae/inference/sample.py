@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from kl_vae.data import MAX_PIXELS, JoinedSource, resolve_root
-from kl_vae.inference.encode import check_size, show_progress
+from kl_vae.inference.encode import check_size
 from kl_vae.inference.latent_folder import nothing_usable
 from kl_vae.inference.load import load_model_on, model_fingerprint
-from kl_vae.inference.progress import FOLDER, Ledger
+from kl_vae.inference.progress import FOLDER, Ledger, show_progress
 from kl_vae.inference.sampled_images import (
     GRID,
     Canvas,

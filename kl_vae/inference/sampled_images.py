@@ -32,7 +32,7 @@ from kl_vae.model import AutoEncoderKL
 from kl_vae.runtime.outputs import replace_file
 from kl_vae.runtime.randomness import normal_noise
 from kl_vae.visual.grid import MAX_SIDE, image_grid, save_png
-from kl_vae.visual.image_files import as_picture, as_saved, image_suffix, save_image
+from kl_vae.visual.image_files import as_picture, as_saved, image_suffix, write_image
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class Canvas:
 
     def save(self, file: str, image: Tensor) -> None:
         """Write an image [C, H, W] in [-1, 1]."""
-        save_image(self.out / file, as_saved(image))
+        write_image(self.out / file, as_saved(image))
 
     def save_grid(self, files: Sequence[str], columns: int) -> int:
         """Write the first images of `files` row by row into grid.png; return how many."""

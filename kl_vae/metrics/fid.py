@@ -2,8 +2,8 @@
 
 n images, d features of each (2048), B batch, H and W the image's height and width.
 
-The network is torch-fidelity's: the one of the original code, with TensorFlow's weights and its way
-to resize to 299 x 299, without antialiasing. Other networks and resizes give other figures.
+The network is torch-fidelity's: the one of the original code, with TensorFlow's weights and its
+resize to 299 x 299, without antialiasing. Other networks and resizes give other values.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def find_inception(weights: str | Path | None) -> Path:
     if weights is not None:
         path = Path(weights).expanduser()
         if not path.is_file():
-            raise ValueError(f"--fid-weights {weights}: no such file; give {WEIGHTS} from {URL}")
+            raise ValueError(f"fid_weights={weights}: no such file; give {WEIGHTS} from {URL}")
         return path
     path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
     if path.is_file():
@@ -97,7 +97,7 @@ def find_inception(weights: str | Path | None) -> Path:
     except Exception as error:  # any: no network has many faces
         raise ValueError(
             f"rfid: cannot download the weights of its network ({error}); put {WEIGHTS} (from "
-            f"{URL}) into {path.parent}, or give it as --fid-weights"
+            f"{URL}) into {path.parent}, or give it as fid_weights"
         ) from None
     return path
 
@@ -125,7 +125,7 @@ def load_inception(path: Path, device: torch.device) -> Callable[[Tensor], Tenso
         network = FeatureExtractorInceptionV3(
             "inception-v3-compat", [_LAYER], feature_extractor_weights_path=stream
         )
-    except Exception as error:  # on damaged bytes torch fails in any way
+    except Exception as error:  # on damaged bytes torch raises any type
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{path}: not the weights of rfid's network ({reason}); give {WEIGHTS} from {URL}"

@@ -39,7 +39,10 @@ def load_lpips(
         ValueError: an unknown `net`, or a file that is not there, cannot be downloaded, or holds
             something else.
     """
-    lpips = LPIPS(net, features=features, heads=heads).to(device)
+    try:
+        lpips = LPIPS(net, features=features, heads=heads).to(device)
+    except ValueError as error:
+        raise ValueError(f"{error} (here as lpips_features and lpips_heads)") from error
 
     @torch.inference_mode()
     def distances(x: Tensor, y: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def ssim(x: Tensor, y: Tensor, data_range: tuple[float, float] = (-1.0, 1.0)) ->
     Images with a side below 11 have no window and get NaN.
 
     Black counts as 0, as in the paper: the luminance term is about ratios of means, and values
-    from -1 to 1 taken as they are would give another figure than the same images in 8 bits.
+    from -1 to 1 taken as they are would give another value than the same images in 8 bits.
 
     Args and Raises are those of `psnr`.
     """

@@ -63,7 +63,7 @@ def check_output_folder(out: Path, image_folders: Iterable[Path] = ()) -> None:
 
 
 def check_outputs(out: Path, outputs: Iterable[str], inputs: Iterable[Path], earlier: str) -> None:
-    """Check that the files to be written stay in `out` and replace nothing of somebody else's.
+    """Check that the files to be written stay in `out` and replace no foreign file.
 
     Args:
         out: the output folder.

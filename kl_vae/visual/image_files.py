@@ -1,4 +1,4 @@
-"""Images as files and as pictures to look at.
+"""Images from and to files, PIL images and arrays, and as pictures to look at.
 
 C channels, H and W the image's height and width.
 """
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from kl_vae.data import to_float, to_uint8
+from kl_vae.data import MAX_PIXELS, pil_to_tensor, read_image, to_float, to_uint8
 from kl_vae.data.pixels import MODE_BY_CHANNELS
 from kl_vae.runtime.outputs import replace_file
 
@@ -96,6 +97,97 @@ class PictureFormat:
 PNG = PictureFormat()
 
 
+def load_image(
+    source: str | Path | Image.Image | npt.NDArray[Any] | Tensor,
+    *,
+    channels: int = 3,
+    max_pixels: int = MAX_PIXELS,
+) -> Tensor:
+    """Load one image as a model takes it: [1, C, H, W], float32 in [-1, 1], on the CPU.
+
+    Args:
+        source: one of
+            a path, read as `kl_vae.data.read_image` says: EXIF orientation applied, transparency on
+            white unless C is 4;
+            a PIL image, likewise;
+            a numpy array [H, W, C], or [H, W] where C is 1: uint8, or floats in [0, 1];
+            a uint8 tensor [C, H, W].
+            Float tensors are refused, since their range is not known.
+        channels: C; files and PIL images are converted, arrays and tensors must have it.
+        max_pixels: larger files are refused before they are decoded.
+
+    Raises:
+        ValueError: the file cannot be used, or another shape, type or range.
+    """
+    if isinstance(source, (str, Path)):
+        image = read_image(source, channels, max_pixels)
+    elif isinstance(source, Image.Image):
+        image = pil_to_tensor(ImageOps.exif_transpose(source), channels)
+    elif isinstance(source, np.ndarray):
+        image = _from_array(source, channels)
+    elif source.dtype == torch.uint8:
+        image = source.cpu()
+    else:
+        raise ValueError(f"a tensor of {source.dtype} has no known range; give uint8 [C, H, W]")
+    if image.ndim != 3 or image.shape[0] != channels or 0 in image.shape:
+        raise ValueError(
+            f"an image of shape {list(image.shape)}: give [{channels}, H, W] (an array: "
+            f"[H, W, {channels}]), or its number of channels as channels"
+        )
+    return to_float(image)[None].contiguous()
+
+
+def _from_array(array: npt.NDArray[Any], channels: int) -> Tensor:
+    if array.ndim == 2 and channels == 1:
+        array = array[:, :, None]
+    if array.ndim != 3:
+        raise ValueError(f"an array of shape {list(array.shape)}: give [H, W, {channels}]")
+    if array.dtype != np.uint8:
+        if not np.issubdtype(array.dtype, np.floating):
+            raise ValueError(f"an array of {array.dtype}: give uint8, or floats in [0, 1]")
+        if array.size and not (array.min() >= 0 and array.max() <= 1):  # NaN fails as well
+            raise ValueError(
+                f"an array of values from {array.min():g} to {array.max():g}: give floats in "
+                "[0, 1], or uint8"
+            )
+        array = array.astype(np.float32)
+    return torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
+
+
+def save_image(image: Tensor, path: str | Path, *, quality: int | None = None) -> None:
+    """Write one image to a file; its folder is created, and a file that exists is replaced.
+
+    Args:
+        image: [C, H, W] or [1, C, H, W] in [-1, 1], which it is clamped to, with C = 1, 3 or 4.
+        path: its suffix says the format: .png, .webp, .jpg (or .jpeg); or .npy, which holds float32
+            [H, W, C] in [0, 1], of any C.
+        quality: of webp (None: 95; 100: lossless) and jpg (None: 90), 1 to 100.
+
+    Raises:
+        ValueError: another suffix, shape or type, or the file cannot be written.
+    """
+    path = Path(path)
+    if image.ndim == 4 and len(image) == 1:
+        image = image[0]
+    if image.ndim != 3 or not image.is_floating_point():
+        raise ValueError(
+            f"a {image.dtype} tensor of shape {list(image.shape)}: give one image, floats "
+            "[C, H, W] in [-1, 1]"
+        )
+    suffix = path.suffix.lower().removeprefix(".")
+    if suffix == "npy":
+        write_image(path, (image.float().clamp(-1.0, 1.0) + 1.0) / 2.0)
+        return
+    name = "jpg" if suffix == "jpeg" else suffix
+    if name not in FORMATS:
+        raise ValueError(f"{path}: give one of .{', .'.join(FORMATS)}, .jpeg and .npy")
+    picture_format = PictureFormat(name, quality)
+    if picture_format.suffix(image.shape[0]) == ".npy":
+        raise ValueError(f"{path}: holds 1, 3 or 4 channels, not {image.shape[0]}; write .npy")
+    picture_format.check_size(*image.shape[1:])
+    write_image(path, to_uint8(image), picture_format)
+
+
 def as_saved(image: Tensor) -> Tensor:
     """[C, H, W] in [-1, 1] as files hold it: uint8 where C is 1, 3 or 4, else float32 in [0, 1]."""
     if image.shape[0] in MODE_BY_CHANNELS:
@@ -118,11 +210,11 @@ def as_pictures(
 
 
 def image_suffix(channels: int) -> str:
-    """Return the suffix of the files that `save_image` writes."""
+    """Return the suffix of the files that `write_image` writes."""
     return PNG.suffix(channels)
 
 
-def save_image(path: Path, image: Tensor, picture_format: PictureFormat = PNG) -> None:
+def write_image(path: Path, image: Tensor, picture_format: PictureFormat = PNG) -> None:
     """Write what `as_saved` gives: a picture, or a `.npy` of float32 [H, W, C] in [0, 1].
 
     Raises:

@@ -1,4 +1,4 @@
-"""A page in one file that asks nothing of a network: HTML, style, scripts and data put together."""
+"""A page in one file that works offline: HTML, style, scripts and data put together."""
 
 from __future__ import annotations
 
@@ -14,23 +14,30 @@ _PLACE = re.compile(r"\{\{(\w+)\}\}")
 
 
 def render_page(
-    package: str, scripts: Sequence[str], title: str, data: object, *, links: bool = True
+    package: str,
+    scripts: Sequence[str],
+    title: str,
+    data: object,
+    *,
+    folder: str = "web",
+    links: bool = True,
 ) -> bytes:
-    """Put a page together from the web/page.html of a package.
+    """Put a page together from the page.html in a folder of a package.
 
     It has {{policy}}, {{title}}, {{style}}, {{data}} and {{script}} once each. The policy lets
-    nothing in but this style, these scripts, and pictures.
+    nothing in but this style, these scripts, and images.
 
     Args:
-        package: its folder web/ holds page.html, page.css and the scripts.
+        package: the dotted name of the package.
         scripts: their names, in the order in which they are run; they share one scope.
         title: plain text.
         data: plain values without NaN or infinity.
-        links: pictures may be files beside the page, not only data: URIs.
+        folder: holds page.html, page.css and the scripts; relative to the package.
+        links: images may be files beside the page, not only data: URIs.
     """
-    folder = files(package) / "web"
-    style = (folder / "page.css").read_text(encoding="utf-8")
-    code = "\n".join((folder / name).read_text(encoding="utf-8") for name in scripts)
+    source = files(package).joinpath(folder)
+    style = (source / "page.css").read_text(encoding="utf-8")
+    code = "\n".join((source / name).read_text(encoding="utf-8") for name in scripts)
     script = f'"use strict";\n(() => {{\n{code}\n}})();\n'
     policy = (
         "default-src 'none'",
@@ -47,7 +54,7 @@ def render_page(
         "data": script_json(data),
         "script": script,
     }
-    page = (folder / "page.html").read_text(encoding="utf-8")
+    page = (source / "page.html").read_text(encoding="utf-8")
     # in one pass: a title of {{data}} is a title
     filled = _PLACE.sub(lambda place: parts[place[1]], page)
     return filled.encode(errors="backslashreplace")  # a title may hold odd bytes

@@ -22,7 +22,7 @@ from kl_vae import AutoEncoderKL
 from kl_vae.checkpoints.checkpoint import read_checkpoint
 from kl_vae.cli.main import main
 from kl_vae.data import read_image
-from kl_vae.inference.reconstruction.config import ReconstructConfig
+from kl_vae.inference.reconstruct import ReconstructConfig
 from kl_vae.runtime.files import display_name
 from tests.bad_files import MAX_PIXELS, BadFiles, picture, valid_images, write_bad_files
 
@@ -97,7 +97,7 @@ def test_reconstruct_reports_every_bad_file_and_reads_every_other(
 ) -> None:
     images, out = tmp_path / "images", tmp_path / "out"
     files = write_bad_files(images)
-    command = [sys.executable, "-m", "kl_vae.cli", "reconstruct", *model, "--device", "cpu"]
+    command = [sys.executable, "-m", "kl_vae", "reconstruct", *model, "--device", "cpu"]
     command += ["--max-pixels", str(MAX_PIXELS), "--include", "*", "*.npy", "--images"]
     largest = str(images / "thin.png")
     status, said, usual = run([*command, largest, "--out", f"{tmp_path}/one"], seconds=60)
@@ -214,7 +214,7 @@ def folder_of_both(tmp_path: Path) -> tuple[list[str], Path, BadFiles]:
         "training": {"global_batch_size": 4, "epochs": 1, "check_ranks_every_steps": None},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "kl_vae.cli", "train", f"{tmp_path}/run.yaml"]
+    command = [sys.executable, "-m", "kl_vae", "train", f"{tmp_path}/run.yaml"]
     command += ["--device", "cpu", "--run-dir", f"{tmp_path}/run"]
     assert images > 500
     return command, tmp_path, files

@@ -21,7 +21,7 @@ from kl_vae.accel.accelerate import accelerate_as
 from kl_vae.checkpoints.checkpoint import write_checkpoint
 from kl_vae.cli.main import main
 from kl_vae.data import to_float
-from kl_vae.inference.evaluation import evaluator as evaluate
+from kl_vae.inference.evaluate import Evaluator
 from kl_vae.inference.progress import FOLDER
 from kl_vae.losses.lpips import LPIPS
 from kl_vae.metrics.moments import latent_moments, latent_normalization
@@ -167,14 +167,16 @@ def test_latents_and_kl(models: list[AutoEncoderKL]) -> None:
 
 
 def test_killed_and_resumed_it_ends_as_if_it_had_not_been(
-    models: list[AutoEncoderKL], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    models: list[AutoEncoderKL],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     Path("images/005.png").write_bytes(b"nothing of the kind")
     options = ["--mode", "sample", "--metrics", "psnr"]
     assert main([*COMMAND, *options, "--out", "whole"]) == 1
-    errors = capsys.readouterr().err
-    assert "skipped images/005.png: not an image" in errors
-    unit, done = evaluate.Evaluator.unit, list[object]()
+    assert any(line.startswith("skipped images/005.png: not an image") for line in caplog.messages)
+    unit, done = Evaluator.unit, list[object]()
 
     def ended(*args: Any) -> Any:
         if done:
@@ -183,7 +185,7 @@ def test_killed_and_resumed_it_ends_as_if_it_had_not_been(
         return unit(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate.Evaluator, "unit", ended)
+        patch.setattr(Evaluator, "unit", ended)
         assert main([*COMMAND, *options]) == 130
     assert sorted(path.name for path in Path("out").iterdir()) == [FOLDER]
     assert main([*COMMAND, *options]) == 2
@@ -203,7 +205,7 @@ def test_killed_and_resumed_it_ends_as_if_it_had_not_been(
 def test_two_ranks_give_what_one_gives(models: list[AutoEncoderKL]) -> None:
     assert main([*COMMAND, "--device", "cpu", "--metrics", "psnr", "ssim"]) == 0
     arguments = [*COMMAND, "--device", "cpu", "--metrics", "psnr", "ssim", "--out", "ranks"]
-    command = (*TORCHRUN, "--nproc-per-node", "2", "-m", "kl_vae.cli", *arguments)
+    command = (*TORCHRUN, "--nproc-per-node", "2", "-m", "kl_vae", *arguments)
     code, errors = run_to_its_end(*command)
     assert code == 0, errors
     assert bytes_of("ranks") == bytes_of("out")
@@ -300,33 +302,33 @@ def test_images_none_of_which_can_be_used_are_a_mistake(
     assert main([*COMMAND, "--include", "bad.png"]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert "error: none of the 1 images can be used (images/bad.png: not an image" in last
-    assert last.endswith("; give others to --images")
+    assert last.endswith("; give other images")
     assert list(Path("out").iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (["--checkpoint", "a.pt", "./a.pt"], "two checkpoints are called a; give --names, one for"),
+        (["--checkpoint", "a.pt", "./a.pt"], "two checkpoints are called a; give names, one for"),
         (["--checkpoint", "none.pt"], "no such checkpoint: none.pt"),
-        (["--names", "a"], "--names: 1 for 2 checkpoints; give one for each"),
-        (["--names", "a", " "], "--names: ' ' cannot head a column; give printable letters"),
-        (["--config"] + ["-"] * 3, "--config: 3 for 2 checkpoints; give one for all, or one each"),
+        (["--names", "a"], "names: 1 for 2 checkpoints; give one for each"),
+        (["--names", "a", " "], "names: ' ' cannot head a column; give printable letters"),
+        (["--config"] + ["-"] * 3, "configs: 3 for 2 checkpoints; give one for all, or one each"),
         (["--config", "none.yaml"], "none.yaml"),
         (["--images", "none"], "no such folder: none; give an existing folder of images"),
-        (["--whole", "--crop", "8"], "crop=8: whole images have none; give --crop or --whole"),
+        (["--whole", "--crop", "8"], "crop=8: whole images have none; give crop or whole"),
         (["--resize", "8"], "resize=8: smaller than the crop of 16; set resize to 16 or more"),
         (["--out", "images/out"], "the output folder images/out is in the image folder images"),
         (["--device", "tpu"], "device 'tpu': choose one of"),
         (
             ["--metrics", "rfid", "--fid-weights", "none.pth"],
-            "--fid-weights none.pth: no such file; give weights-inception-2015-12-05-6726825d.pth "
+            "fid_weights=none.pth: no such file; give weights-inception-2015-12-05-6726825d.pth "
             "from https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/",
         ),
         (
             ["--metrics", "lpips", "--lpips-features", "none.pth"],
             "features=none.pth: no such file; give an existing one, or none to download (here as "
-            "--lpips-features FILE --lpips-heads FILE; or leave lpips out of --metrics)",
+            "lpips_features and lpips_heads)",
         ),
     ],
 )
@@ -356,7 +358,7 @@ def test_models_that_cannot_be_compared(
     assert text in capsys.readouterr().err
     command = [*COMMAND, "--checkpoint", "a.pt", "large.pt"]
     assert main(command) == 2
-    text = "resolution=16 of a and 32 of large: give --crop for all of them, or --whole"
+    text = "resolution=16 of a and 32 of large: give crop for all of them, or whole"
     assert text in capsys.readouterr().err
     assert not Path("out").exists()
     assert main([*command, "--crop", "16", "--include", "000.png"]) == 0

@@ -28,7 +28,7 @@ def test_a_pipeline_on_the_hub_is_a_checkpoint_online_and_offline(
     commit = hub.commit("org/pipeline", {**files, "unet/diffusion_pytorch_model.bin": b"large"})
 
     def convert(name: str, out: str, **environment: str) -> None:
-        command = [sys.executable, "-m", "kl_vae.cli", "convert", name, out, "--to", "compvis"]
+        command = [sys.executable, "-m", "kl_vae", "convert", name, out, "--to", "compvis"]
         done = subprocess.run(
             command,
             cwd=tmp_path,

@@ -35,6 +35,9 @@ def test_the_wheel_holds_every_module_every_config_and_py_typed(wheel: Path) -> 
     assert modules <= names
     configs = {f"kl_vae/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
     assert len(configs) >= 7 and configs <= names
+    web = [path for path in (ROOT / "kl_vae" / "visual").rglob("web/**/*") if path.is_file()]
+    pages = {path.relative_to(ROOT).as_posix() for path in web}
+    assert "kl_vae/visual/web/gallery/page.html" in pages and pages <= names
     assert "kl_vae/py.typed" in names
     assert not [name for name in names if name.startswith(("tests", "configs", "scripts"))]
 

@@ -256,7 +256,7 @@ def test_text_may_be_cut_short_by_its_reader(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run", "finished")
     reader, writer = os.pipe()
     os.close(reader)  # as `head` does
-    command = [sys.executable, "-m", "kl_vae.cli", "report", str(run), "--text"]
+    command = [sys.executable, "-m", "kl_vae", "report", str(run), "--text"]
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=120)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, b"")

@@ -40,7 +40,7 @@ def model(tmp_path) -> list[str]:
 
 def test_samples_as_a_user_types_it(tmp_path, model):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "kl_vae.cli", "sample", *model, "--out", str(out)]
+    command = [sys.executable, "-m", "kl_vae", "sample", *model, "--out", str(out)]
     done = subprocess.run([*command, "--number", "3"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"3 images in {out} (grid.png shows 3 of them)"
@@ -169,7 +169,7 @@ def test_two_ranks_draw_what_one_does(tmp_path, model, make_images):
     command = ["sample", *model, "--from", "posterior", "--images", str(folder), "--number", "2"]
     command += ["--device", "cpu", "--num-workers", "0", "--out"]
     assert main([*command, f"{tmp_path}/one"]) == 1
-    start = [*TORCHRUN, "--nproc-per-node=2", "-m", "kl_vae.cli", *command, f"{tmp_path}/two"]
+    start = [*TORCHRUN, "--nproc-per-node=2", "-m", "kl_vae", *command, f"{tmp_path}/two"]
     done = subprocess.run(start, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr  # as one process, since an image was skipped
     assert done.stdout.splitlines()[-1].startswith("8 images in ")

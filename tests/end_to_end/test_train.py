@@ -88,7 +88,7 @@ def test_a_resumed_run_equals_one_never_stopped_bit_for_bit(project: Path) -> No
 
 
 def test_a_terminal_shows_a_bar_with_loss_psnr_speed_and_time_left(project: Path) -> None:
-    command = [sys.executable, "-m", "kl_vae.cli", "train", "tiny.yaml", "--run-dir", "run"]
+    command = [sys.executable, "-m", "kl_vae", "train", "tiny.yaml", "--run-dir", "run"]
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
     process = subprocess.Popen(command, stderr=end)
@@ -107,7 +107,7 @@ def test_a_terminal_shows_a_bar_with_loss_psnr_speed_and_time_left(project: Path
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(project: Path) -> None:
-    command = [sys.executable, "-m", "kl_vae.cli", "train", "tiny.yaml", "--run-dir", "run"]
+    command = [sys.executable, "-m", "kl_vae", "train", "tiny.yaml", "--run-dir", "run"]
     command += ["data.num_workers=2", "training.max_steps=60", "training.validate_every_steps=60"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60

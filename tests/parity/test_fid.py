@@ -165,7 +165,7 @@ def test_weights_come_from_the_cache_or_it_is_said_where_they_belong(
     text = str(caught.value)
     assert text.startswith("rfid: cannot download the weights of its network (")
     assert f"; put {cached.name} (from http://127.0.0.1:9/weights.pth) into" in text
-    assert text.endswith(f" into {cached.parent}, or give it as --fid-weights")
+    assert text.endswith(f" into {cached.parent}, or give it as fid_weights")
     cached.write_bytes(b"")
     assert find_inception(None) == cached
 

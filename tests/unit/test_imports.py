@@ -23,7 +23,8 @@ FLOORS = (
     ("visual",),
     ("training", "inference"),
     ("__init__",),
-    ("cli", "__main__"),
+    ("cli",),
+    ("__main__",),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
@@ -129,7 +130,7 @@ def test_importing_the_modules_adds_a_tenth_to_importing_torch_at_most() -> None
 
 def test_help_does_not_wait_for_torch() -> None:
     # each line of -X importtime ends in `| name of an imported module`
-    done = python("-X", "importtime", "-m", "kl_vae.cli", "--help")
+    done = python("-X", "importtime", "-m", "kl_vae", "--help")
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "usage: kl-vae" in done.stdout
     assert "kl_vae.cli.main" in imported
@@ -138,6 +139,13 @@ def test_help_does_not_wait_for_torch() -> None:
 
 def test_training_and_inference_do_not_wait_for_torchvision() -> None:
     """It takes as long to import as torch; LPIPS and the named data sets alone need it."""
-    script = "import sys, kl_vae.training.loop, kl_vae.inference.reconstruction.reconstruct; "
+    script = "import sys, kl_vae.training.loop, kl_vae.inference.coding; "
     script += "print('torch' in sys.modules, 'torchvision' in sys.modules)"
     assert python("-c", script).stdout == "True False\n"
+
+
+def test_the_command_without_arguments_prints_help_and_knows_its_version() -> None:
+    helped = python("-m", "kl_vae").stdout
+    assert helped == python("-m", "kl_vae", "--help").stdout
+    assert "--version" in helped
+    assert python("-m", "kl_vae", "--version").stdout == f"kl-vae {kl_vae.__version__}\n"

@@ -1,4 +1,4 @@
-"""Whole, in exact strips, or in blended tiles: which, and what each gives.
+"""Whole, in exact strips, or in blended tiles: which, by the memory that each takes.
 
 B batch, C channels, H and W the image's height and width, h = H/f, w = W/f, z latent channels.
 """
@@ -13,10 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kl_vae.ddconfig import check_context, check_images, check_latents
+from kl_vae.ddconfig import DDConfig, check_context, check_images, check_latents
 from kl_vae.distribution import DiagonalGaussianDistribution
 from kl_vae.inference.tiling.blend import check_tiles, decode_blended, encode_blended
-from kl_vae.inference.tiling.estimate import Work
 from kl_vae.inference.tiling.exact import check_exact, decode_exact, encode_exact
 from kl_vae.model import AutoEncoderKL
 from kl_vae.runtime.memory import free_memory, is_out_of_memory
@@ -31,6 +30,12 @@ WHOLE_FRACTION = 0.6
 EXACT_FRACTION = 0.8
 # B H W beyond which `auto` takes strips anyway
 WHOLE_PIXELS = 2048 * 2048
+
+# measured on the CPU, torch 2.15, kl-f8: what is held beside the maps counted here are kernels'
+# reordered inputs, and strips between what the allocator could not give back
+WHOLE_FACTOR = 4.5
+EXACT_FACTOR = 1.4
+FIXED_BYTES = 256 * 2**20
 
 # the reason, once it has been given: a folder may hold many such images
 warned_of_blending: list[str] = []
@@ -132,6 +137,65 @@ def decode_tiled(
     )
 
 
+@dataclass(frozen=True)
+class Work:
+    """The memory that one call of encoder or decoder takes.
+
+    The highest resolutions decide: a feature map of c channels takes 4 B c H W bytes in float32 at
+    full resolution, and a quarter of that one level below.
+
+    Attributes:
+        config: the architecture.
+        decoding: decoder, else encoder.
+        batch: B.
+        height: H of the images, in pixels.
+        width: W of the images, in pixels.
+        itemsize: bytes of a number of the maps that are kept.
+        scores: whether attention writes down the score of each pair of positions.
+    """
+
+    config: DDConfig
+    decoding: bool
+    batch: int
+    height: int
+    width: int
+    itemsize: int = 4
+    scores: bool = False
+
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes that the whole image takes beside weights, input and output."""
+        largest = max(max(channels) * positions for channels, positions in self._levels())
+        scores = 0
+        if self.scores and self.config.attention == "vanilla":
+            levels = len(self.config.ch_mult)
+            attended = [x for x in range(levels) if self.config.has_attention(x)] + [levels - 1]
+            scores = 2 * self.batch * self._positions(min(attended)) ** 2
+        # norms are float32 in any precision
+        return int(WHOLE_FACTOR * 4 * self.batch * largest + 4 * scores) + FIXED_BYTES
+
+    @property
+    def exact_bytes(self) -> int:
+        """Bytes that the same takes in strips: the input of a residual block, or two maps of it."""
+        largest = max(max(into, 2 * out) * positions for (into, out), positions in self._levels())
+        return int(EXACT_FACTOR * self.itemsize * self.batch * largest) + FIXED_BYTES
+
+    def _levels(self) -> list[tuple[tuple[int, int], int]]:
+        """Channels into and out of the blocks of each level, and its positions in one image."""
+        channels = self.config.channels
+        before = (self.config.ch, *channels[:-1])
+        after = (*channels[1:], channels[-1])
+        return [
+            ((incoming, outgoing), self._positions(level))
+            for level, (incoming, outgoing) in enumerate(
+                zip(after if self.decoding else before, channels, strict=True)
+            )
+        ]
+
+    def _positions(self, level: int) -> int:
+        return (self.height >> level) * (self.width >> level)
+
+
 def choose(work: Work, free: int | None, can_be_exact: bool) -> list[Mode]:
     """The modes to try in order.
 
@@ -179,10 +243,10 @@ def _candidates(
     return modes
 
 
-def _run(ways: dict[str, Callable[[], Tensor]], modes: list[Mode]) -> Tensor:
+def _run(variants: dict[str, Callable[[], Tensor]], modes: list[Mode]) -> Tensor:
     for mode, following in zip(modes[:-1], modes[1:], strict=True):
         try:
-            return ways[mode]()
+            return variants[mode]()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -191,7 +255,7 @@ def _run(ways: dict[str, Callable[[], Tensor]], modes: list[Mode]) -> Tensor:
             torch.cuda.empty_cache()
         if following == "blend":
             _warn_of_blending("the memory did not suffice for the exact result")
-    return ways[modes[-1]]()
+    return variants[modes[-1]]()
 
 
 def _warn_of_blending(reason: str) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from kl_vae.inference import batches
-from kl_vae.inference.batches import batches_of_a_size
+from kl_vae.inference.batches import batches_of_a_size, padded_size
 
 
 def numbered(*sizes: tuple[int, int]) -> list[tuple[int, Tensor]]:
@@ -15,7 +17,7 @@ def numbered(*sizes: tuple[int, int]) -> list[tuple[int, Tensor]]:
 
 
 def indices(images: list[tuple[int, Tensor]], batch_size: int) -> list[list[int]]:
-    found = batches_of_a_size(images, factor=8, batch_size=batch_size)
+    found = batches_of_a_size(images, partial(padded_size, factor=8), batch_size)
     return [[index for index, _ in batch] for batch in found]
 
 
@@ -36,3 +38,16 @@ def test_not_too_many_pixels_wait(monkeypatch) -> None:
     monkeypatch.setattr(batches, "WAITING_PIXELS", 5 * 16 * 16)
     images = numbered((16, 16), (16, 32), (16, 48), (16, 32), (16, 16))
     assert indices(images, 8) == [[2], [1, 3], [0, 4]]
+
+
+def test_neighbours_of_one_size_keep_the_order() -> None:
+    images = numbered((8, 8), (8, 8), (8, 8), (9, 8), (8, 8), (1024, 1024), (1024, 1024))
+
+    def of(batch_size: int) -> list[list[int]]:
+        found = batches_of_a_size(
+            images, lambda image: (image.shape[1], image.shape[2]), batch_size, consecutive=True
+        )
+        return [[index for index, _ in batch] for batch in found]
+
+    assert of(2) == [[0, 1], [2], [3], [4], [5], [6]]
+    assert of(8) == [[0, 1, 2], [3], [4], [5, 6]]

@@ -15,6 +15,7 @@ from torch import Tensor
 from kl_vae import AutoEncoderKL
 from kl_vae.data import FolderSource, ImageDataset, LatentDataset, list_images, to_float
 from kl_vae.inference import encode as inference_encode
+from kl_vae.inference import progress
 from kl_vae.inference.encode import (
     EncodeConfig,
     EncodingResult,
@@ -411,7 +412,7 @@ def test_without_a_terminal_progress_is_logged(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(inference_encode, "LOG_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
     with caplog.at_level(logging.INFO):
         encode(model, images, tmp_path / "out")
     said = [message for message in caplog.messages if message.endswith(" of 7 images")]

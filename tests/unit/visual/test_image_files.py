@@ -17,8 +17,10 @@ from kl_vae.visual.image_files import (
     as_pictures,
     as_saved,
     image_suffix,
+    load_image,
     save_image,
     save_thumbnail,
+    write_image,
 )
 
 
@@ -53,7 +55,7 @@ def test_formats_that_lose_nothing(
     picture_format = PictureFormat(name, quality)
     path = tmp_path / f"a{picture_format.suffix(channels)}"
     image = smooth(channels)
-    save_image(path, image, picture_format)
+    write_image(path, image, picture_format)
     assert torch.equal(read_image(path, channels), image)
 
 
@@ -64,7 +66,7 @@ def test_lossy_formats(tmp_path: Path, name: str, kind: str) -> None:
     for quality in (None, 20):
         picture_format = PictureFormat(name, quality)
         path = tmp_path / f"a{picture_format.suffix(3)}"
-        save_image(path, image, picture_format)
+        write_image(path, image, picture_format)
         with Image.open(path) as picture:
             assert picture.format == kind
         difference = (read_image(path, 3).float() - image.float()).abs().mean()
@@ -75,7 +77,7 @@ def test_lossy_formats(tmp_path: Path, name: str, kind: str) -> None:
 
 
 def test_arrays_are_floats_in_the_unit_interval(tmp_path: Path) -> None:
-    save_image(tmp_path / "b.npy", as_saved(torch.rand(5, 12, 13) * 3 - 1.5))
+    write_image(tmp_path / "b.npy", as_saved(torch.rand(5, 12, 13) * 3 - 1.5))
     saved = np.load(tmp_path / "b.npy")
     assert (saved.dtype, saved.shape) == (np.float32, (12, 13, 5))
     assert saved.min() == 0
@@ -113,3 +115,70 @@ def test_what_a_format_does_not_hold() -> None:
     with pytest.raises(ValueError, match=message):
         PictureFormat("webp").check_size(5, 20000)
     PictureFormat("png").check_size(5, 2000000)
+
+
+def test_an_image_of_any_kind_is_loaded_alike(tmp_path: Path) -> None:
+    pixels = smooth(3)
+    array = pixels.permute(1, 2, 0).numpy()
+    Image.fromarray(array).save(tmp_path / "a.png")
+    expected = pixels[None] / 127.5 - 1
+    sources = [tmp_path / "a.png", f"{tmp_path}/a.png", Image.fromarray(array), array, pixels]
+    for source in sources:
+        image = load_image(source)
+        assert image.dtype == torch.float32 and image.is_contiguous()
+        torch.testing.assert_close(image, expected, rtol=0, atol=1e-6)
+    floats = load_image((array / 255.0).astype(np.float64))
+    torch.testing.assert_close(floats, expected, rtol=0, atol=1e-6)
+    grey = load_image(array[:, :, 0], channels=1)
+    torch.testing.assert_close(grey, expected[:, :1], rtol=0, atol=1e-6)
+    assert load_image(tmp_path / "a.png", channels=4).shape == (1, 4, 20, 24)
+
+
+def test_an_image_file_is_turned_upright(tmp_path: Path) -> None:
+    image = Image.new("RGB", (6, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.jpg", exif=exif)
+    assert load_image(tmp_path / "a.jpg").shape == (1, 3, 6, 4)
+    with Image.open(tmp_path / "a.jpg") as opened:
+        assert load_image(opened).shape == (1, 3, 6, 4)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (torch.zeros(3, 4, 4), "a tensor of torch.float32 has no known range; give uint8"),
+        (torch.zeros(4, 4, 4, dtype=torch.uint8), r"shape \[4, 4, 4\]: give \[3, H, W\]"),
+        (np.zeros((4, 4), np.uint8), r"an array of shape \[4, 4\]: give \[H, W, 3\]"),
+        (np.zeros((4, 4, 3), np.uint16), "an array of uint16: give uint8, or floats"),
+        (np.full((4, 4, 3), -1.0), "values from -1 to -1: give floats in"),
+        (np.full((4, 4, 3), np.nan), "values from nan to nan: give floats in"),
+    ],
+)
+def test_images_of_no_known_range_are_refused(source: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_image(source)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "jpg", "jpeg", "npy"])
+def test_a_saved_image_is_loaded_again(tmp_path: Path, suffix: str) -> None:
+    image = smooth(3)[None] / 127.5 - 1
+    path = tmp_path / "new" / f"a.{suffix}"
+    save_image(image * 1.0, path, quality=100 if suffix == "webp" else None)
+    atol = 0.2 if suffix.startswith("jp") else 1e-6
+    torch.testing.assert_close(load_image(path), image, rtol=0, atol=atol)
+    save_image(image[0] * 9, path)
+    assert load_image(path).abs().max() <= 1
+
+
+def test_images_that_no_file_holds_are_refused(tmp_path: Path) -> None:
+    for image, name, message in [
+        (torch.zeros(3, 4, 4), "a.gif", "give one of .png"),
+        (torch.zeros(5, 4, 4), "a.png", "write .npy"),
+        (torch.zeros(2, 3, 4, 4), "a.png", "give one image"),
+        (torch.zeros(3, 4, 4, dtype=torch.uint8), "a.png", "give one image"),
+        (torch.zeros(4, 4, 4), "a.jpg", "transparency"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            save_image(image, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from kl_vae import AutoEncoderKL
 from kl_vae.accel.accelerate import accelerate
 from kl_vae.attention import ATTENTION, VanillaAttention
-from kl_vae.inference.tiling import Tiling, decode_tiled, encode_tiled, layers
+from kl_vae.inference.tiling import Tiling, decode_tiled, encode_tiled, exact
 from kl_vae.inference.tiling.exact import check_exact, decode_exact, encode_exact
-from kl_vae.inference.tiling.moments import Moments
-from kl_vae.inference.tiling.strips import regroup, split
+from kl_vae.inference.tiling.strips import Moments, regroup, split
 
 MODELS: dict[str, dict[str, Any]] = {
     "kl-f8": dict(ch_mult=[1, 2, 4, 4]),
@@ -126,9 +125,9 @@ def test_a_model_in_double_precision_and_norms_without_weights() -> None:
 def test_attention_of_many_positions_takes_its_queries_in_chunks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(layers, "SCORE_BYTES", 4 * 133 * 10)
+    monkeypatch.setattr(exact, "SCORE_BYTES", 4 * 133 * 10)
     assert [
-        x.shape[2] for x in layers.chunks(torch.zeros(1, 1, 25, 2), torch.zeros(1, 1, 133, 2))
+        x.shape[2] for x in exact.chunks(torch.zeros(1, 1, 25, 2), torch.zeros(1, 1, 133, 2))
     ] == [10, 10, 5]
     assert_exact(build(), 1, 19, 7)
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from kl_vae import AutoEncoderKL
 from kl_vae.inference.tiling import Tiling, check_tiling, decode_tiled, encode_tiled, modes
-from kl_vae.inference.tiling.estimate import Work
-from kl_vae.inference.tiling.modes import choose
+from kl_vae.inference.tiling.modes import Work, choose
 
 GIB = 2**30
 

@@ -1,4 +1,7 @@
-"""One HTML file on many pictures, which needs no network."""
+"""A page to look at reconstructions beside their images: one HTML file, which works offline.
+
+It holds the metrics of all images as JSON; the parts in web/gallery/ are what shows them.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ class GalleryPicture:
         thumbnail: a small picture of the image.
         width: of original and reconstruction, in pixels.
         height: of both.
-        metrics: figures by name, such as psnr, ssim and lpips; None or NaN: it has none.
+        metrics: values by name, such as psnr, ssim and lpips; None or NaN: it has none.
     """
 
     name: str
@@ -70,13 +73,14 @@ def write_gallery(path: Path, pictures: Sequence[GalleryPicture], about: Mapping
                 )
     title = " · ".join(["Reconstructions", *list(about.values())[:1]])
     data = _page_data(pictures, about)
-    replace_file(path, render_page("kl_vae.visual.gallery", SCRIPTS, title, data))
+    page = render_page("kl_vae.visual", SCRIPTS, title, data, folder="web/gallery")
+    replace_file(path, page)
 
 
 def _page_data(pictures: Sequence[GalleryPicture], about: Mapping[str, str]) -> dict[str, object]:
-    """The page's data: a row of each picture, its figures in the order of `metrics`."""
+    """Return the page's data: a row of each picture, its metrics in the order of `metrics`."""
     names = {name: None for picture in pictures for name in picture.metrics}  # each once, in order
-    columns = {name: [_figure(picture.metrics.get(name)) for picture in pictures] for name in names}
+    columns = {name: [_value(picture.metrics.get(name)) for picture in pictures] for name in names}
     columns = {name: column for name, column in columns.items() if set(column) != {None}}
     rows = [
         [
@@ -93,8 +97,8 @@ def _page_data(pictures: Sequence[GalleryPicture], about: Mapping[str, str]) -> 
     return {"about": dict(about), "metrics": list(columns), "pictures": rows}
 
 
-def _figure(value: float | None) -> float | str | None:
-    """A figure in JSON, which has no infinity and no NaN; JavaScript's Number() reads the text."""
+def _value(value: float | None) -> float | str | None:
+    """Return a metric for JSON, without infinity and NaN; JavaScript's Number() reads the text."""
     if value is None or math.isnan(value):
         return None
     if math.isinf(value):
@@ -103,5 +107,5 @@ def _figure(value: float | None) -> float | str | None:
 
 
 def _url(path: str) -> str:
-    """A relative URL of a file, whatever bytes its name has."""
+    """Return a relative URL of a file, whatever bytes its name has."""
     return quote(os.fsencode(path))

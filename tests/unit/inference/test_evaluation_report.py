@@ -11,12 +11,19 @@ import torch
 
 from kl_vae import AutoEncoderKL
 from kl_vae.data import FolderSource
-from kl_vae.inference.evaluation.config import EvaluateConfig
-from kl_vae.inference.evaluation.evaluator import Evaluator
-from kl_vae.inference.evaluation.images import read_features, write_features, write_per_image
-from kl_vae.inference.evaluation.records import FIGURES
-from kl_vae.inference.evaluation.results import DEFINITIONS, Mean, evaluate_records
-from kl_vae.inference.evaluation.table import as_markdown, as_text, rows_of
+from kl_vae.inference.evaluate import EvaluateConfig, Evaluator
+from kl_vae.inference.evaluation_report import (
+    DEFINITIONS,
+    IMAGE_METRICS,
+    Mean,
+    as_markdown,
+    as_text,
+    evaluate_records,
+    read_features,
+    rows_of,
+    write_features,
+    write_per_image,
+)
 
 SUMS = {"images": 1, "values": 4, "mean": [0.0, 1.0], "squares": [4.0, 4.0]}
 
@@ -40,11 +47,11 @@ def test_a_mean_and_its_standard_error() -> None:
 def test_records_are_summed_up() -> None:
     records = [record([0.01, 0.0], [1.0, 3.0]), record([0.001], [None], 2)]
     (found,) = evaluate_records(lambda: records, None, ["a"])
-    assert found.figures["psnr"].mean == pytest.approx(25.0)
-    assert (found.figures["psnr"].number, found.figures["psnr"].left_out) == (2, 1)
+    assert found.metrics["psnr"].mean == pytest.approx(25.0)
+    assert (found.metrics["psnr"].number, found.metrics["psnr"].left_out) == (2, 1)
     assert found.psnr_of_mean_mse == pytest.approx(-10 * math.log10(0.011 / 3))
-    assert found.figures["kl_nats"].mean == 2.0
-    assert found.figures["kl_bits_per_pixel"].mean == pytest.approx(2.0 / math.log(2) / 32)
+    assert found.metrics["kl_nats"].mean == 2.0
+    assert found.metrics["kl_bits_per_pixel"].mean == pytest.approx(2.0 / math.log(2) / 32)
     assert found.latents.mean == (0.0, 1.0)
     assert found.latents.std == pytest.approx((1.0, 1.0))
     assert found.variances == pytest.approx([0.01025, 0.00975])
@@ -52,8 +59,10 @@ def test_records_are_summed_up() -> None:
     assert found.rfid is None
 
 
-def test_every_figure_is_defined() -> None:
-    assert {*FIGURES, "rfid", "psnr_of_mean_mse", "latents", "active_channels"} <= set(DEFINITIONS)
+def test_every_metric_is_defined() -> None:
+    assert {*IMAGE_METRICS, "rfid", "psnr_of_mean_mse", "latents", "active_channels"} <= set(
+        DEFINITIONS
+    )
 
 
 def test_tables() -> None:
@@ -112,5 +121,5 @@ def test_images_without_colours(tiny_model: AutoEncoderKL, metric: str) -> None:
         Evaluator([tiny_model], ["a"], source, config, 8)
     assert str(caught.value) == (
         f"{metric}: images of 5 channels have no colours for its network to see; leave it out of "
-        "--metrics"
+        "metrics"
     )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,13 +19,19 @@ from torch import Tensor
 
 from kl_vae import AutoEncoderKL
 from kl_vae.data import FolderSource, read_image, to_float
+from kl_vae.inference import reconstruct as inference_reconstruct
+from kl_vae.inference.coding import reconstruct_image
 from kl_vae.inference.images import load_images
-from kl_vae.inference.reconstruction.background import Background
-from kl_vae.inference.reconstruction.config import ReconstructConfig
-from kl_vae.inference.reconstruction.figures import measure
-from kl_vae.inference.reconstruction.output_files import OutputFiles
-from kl_vae.inference.reconstruction.reconstruct import reconstruct
-from kl_vae.inference.reconstruction.reconstructor import Reconstructor, unit_size
+from kl_vae.inference.reconstruct import (
+    Background,
+    ReconstructConfig,
+    Reconstructor,
+    measure,
+    reconstruct,
+    unit_size,
+)
+from kl_vae.inference.reconstruction_report import ImageMetrics, OutputFiles
+from kl_vae.metrics.similarity import psnr, ssim
 from kl_vae.runtime.randomness import generator_for
 from kl_vae.visual.image_files import PNG, PictureFormat, as_saved
 
@@ -40,6 +49,17 @@ def source(tmp_path: Path, make_images: Callable[..., Path]) -> FolderSource:
     return FolderSource(tmp_path / "images", paths, channels=3)
 
 
+class Said(logging.Handler):
+    """Collects log lines."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 def do(
     model: AutoEncoderKL,
     source: FolderSource,
@@ -53,13 +73,13 @@ def do(
     """Do one unit; return its record and what it said."""
     config = config or ReconstructConfig()
     files = OutputFiles.of(out, source, picture_format, gallery)
-    said: list[str] = []
+    said = Said()
     images = load_images(source, unit or range(len(source)), resize=config.resize, crop=config.crop)
     with Background(1) as background:
-        record = Reconstructor(
-            model, source, files, config, perceptual, background, said.append
-        ).do(images)
-    return json.loads(json.dumps(record, allow_nan=False)), said
+        logging.getLogger("kl_vae").addHandler(said)
+        record = Reconstructor(model, source, files, config, perceptual, background).do(images)
+        logging.getLogger("kl_vae").removeHandler(said)
+    return json.loads(json.dumps(record, allow_nan=False)), said.lines
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -80,7 +100,7 @@ def test_a_unit_is_recorded_in_the_order_of_its_images(
         picture = read_image(out / f"{source.key(index)}", 3)
         original = read_image(out / "gallery" / "originals" / source.key(index), 3)
         assert torch.equal(original, source.read(index))
-        expected = as_saved(reconstruct(model, to_float(original)))
+        expected = as_saved(reconstruct_image(model, to_float(original)))
         assert (picture.int() - expected.int()).abs().max() <= 1  # of another batch
         assert figures == asdict(measure(index, original, picture))
         with Image.open(
@@ -102,7 +122,7 @@ def test_noise_depends_on_seed_and_name_alone(
         return read_image(tmp_path / "out" / "2" / "000.png", 3).int()
 
     expected = as_saved(
-        reconstruct(
+        reconstruct_image(
             model,
             to_float(source.read(2)),
             generator=generator_for("reconstruct", 5, "2/000.png"),
@@ -186,3 +206,135 @@ def test_a_file_that_cannot_be_written_is_an_error(
 def test_the_size_of_units() -> None:
     sizes = [unit_size(number) for number in (1, 500, 1000, 4096, 10**6)]
     assert sizes == [8, 8, 15, 64, 64]
+
+
+def pair(channels: int = 3, height: int = 12, width: int = 15) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (2, channels, height, width), generator=generator).byte()
+
+
+def test_metrics_of_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = pair()
+    expected = ImageMetrics(
+        7,
+        15,
+        12,
+        psnr=psnr(x[None], y[None], (0, 255)).item(),
+        ssim=ssim(x[None], y[None], (0, 255)).item(),
+    )
+    assert measure(7, x, y) == expected
+    monkeypatch.setattr(inference_reconstruct, "MEASURED_ON_DEVICE", 0)
+    assert measure(7, x, y) == expected
+
+
+def test_metrics_of_floats() -> None:
+    x, y = pair(5) / 255
+    assert measure(0, x, y).psnr == psnr(x[None], y[None], (0, 1)).item()
+
+
+def test_an_exact_and_tiny_image() -> None:
+    x = pair(height=10)[0]
+    assert measure(0, x, x) == ImageMetrics(0, 15, 10, psnr=None, ssim=None)
+    assert measure(0, x, x, redone_in_fp32=True).redone_in_fp32
+
+
+def test_lpips_is_of_values_from_minus_one_to_one() -> None:
+    x, y = pair()
+
+    def mean(x: Tensor, y: Tensor) -> Tensor:
+        assert x.shape == y.shape == (1, 3, 12, 15)
+        assert -1 <= x.min() < -0.9 and 0.9 < x.max() <= 1
+        return (x - y).abs().mean((1, 2, 3))
+
+    expected = (x.float() - y.float()).abs().mean().item() / 127.5
+    assert measure(0, x, y, mean).lpips == pytest.approx(expected)
+    assert measure(0, x, y, lambda x, y: torch.tensor([math.nan])).lpips is None
+    assert measure(0, x, y, lambda x, y: torch.empty(2**50)).lpips is None
+    with pytest.raises(RuntimeError, match="another"):
+        measure(0, x, y, _fail)
+
+
+def _fail(x: Tensor, y: Tensor) -> Tensor:
+    raise RuntimeError("another")
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_all_is_done_when_it_is_finished(threads: int) -> None:
+    done: list[int] = []
+    with Background(threads) as background:
+        for i in range(20):
+            background.do(lambda i=i: done.append(i))
+        background.finish()
+        assert sorted(done) == list(range(20))
+
+
+def test_an_error_reaches_the_one_who_waits() -> None:
+    def fail() -> None:
+        raise ValueError("no room")
+
+    with pytest.raises(ValueError, match="no room"), Background(1) as background:
+        background.do(fail)
+        background.finish()
+    with pytest.raises(ValueError, match="no room"), Background(1) as background:
+        for _ in range(4):
+            background.do(fail)
+    with pytest.raises(ValueError, match="no room"), Background(0) as background:
+        background.do(fail)
+
+
+def test_no_more_waits_than_twice_the_threads() -> None:
+    gate = threading.Event()
+    with Background(1) as background:
+        for _ in range(2):
+            background.do(gate.wait)
+        threading.Timer(0.1, gate.set).start()
+        before = time.monotonic()
+        background.do(gate.wait)
+        assert time.monotonic() - before > 0.05
+        background.finish()
+
+
+def test_what_was_not_begun_is_left_after_an_error() -> None:
+    gate, done = threading.Event(), list[int]()
+    with pytest.raises(KeyboardInterrupt), Background(1) as background:
+        background.do(gate.wait)
+        background.do(lambda: done.append(1))
+        threading.Timer(0.1, gate.set).start()
+        raise KeyboardInterrupt
+    assert done == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("resize", 0, "resize=0: give at least 1"),
+        ("crop", -1, "crop=-1: give at least 1"),
+        ("max_pixels", 0, "max_pixels=0: give at least 1"),
+        ("batch_size", 0, "batch_size=0: give at least 1"),
+        ("mode", "mean", "mode='mean': give one of mode, sample"),
+        ("precision", "fp8", "precision='fp8': give one of fp32, bf16, fp16"),
+    ],
+)
+def test_impossible_values(key: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ReconstructConfig(**{key: value})
+
+
+def test_a_model_is_given_in_place_of_a_checkpoint(
+    model: AutoEncoderKL, source: FolderSource, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    found = reconstruct(model, source.root, out, num_workers=0, resize=16, grid_size=2)
+    assert (found.folder, found.count, found.shown) == (out, 6, 2)
+    assert found.paths == tuple(str(source.root / f"{i}/000.png") for i in range(6))
+    assert found.outputs == tuple(f"{i}/000.png" for i in range(6))
+    assert found.skipped == ((f"{source.root}/3bad.png", "the file is empty"),)
+    assert found.page == out / "index.html" and found.page.exists()
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["checkpoint"] == "a model in memory"
+    assert (summary["mean_psnr_db"], summary["mean_ssim"]) == (
+        found.mean("psnr"),
+        found.mean("ssim"),
+    )
+    with pytest.raises(ValueError, match="lpips_heads: say of which lpips"):
+        reconstruct(model, source.root, tmp_path / "other", lpips_heads="heads.pth")

@@ -1,1 +1,0 @@
-"""Measure autoencoders on a data set."""

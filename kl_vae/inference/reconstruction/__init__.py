@@ -1,1 +1,0 @@
-"""Reconstruct a data set: pictures, figures, a gallery."""

@@ -1,0 +1,371 @@
+"""The files of a reconstruction: where each image's go, and what all are summed up in.
+
+metrics.csv has one line per image: `path, output, width, height, psnr, ssim`, and `lpips` where it
+was measured. `output` is relative to the output folder; size and metrics are those of the image
+after resize and crop. psnr is `inf` where the reconstruction is exact; ssim is empty where a side
+is below 11 pixels, lpips where the image is too small or too large for it. These are left out of
+the means and counted. summary.json has the means, what was skipped and definitions; comparison.png
+shows the first images; index.html, the gallery, shows all.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kl_vae.data import MAX_PIXELS, ImageError, Source, read_image
+from kl_vae.inference.images import load_images
+from kl_vae.runtime.files import display_name, remove_temporaries
+from kl_vae.runtime.outputs import check_outputs, make_folder, plan_outputs, replace_file
+from kl_vae.visual.gallery import GalleryPicture, write_gallery
+from kl_vae.visual.grid import comparison_row, image_grid, save_png
+from kl_vae.visual.image_files import PNG, PictureFormat, as_pictures, as_saved
+
+logger = logging.getLogger(__name__)
+
+METRICS, SUMMARY, COMPARISON, PAGE = "metrics.csv", "summary.json", "comparison.png", "index.html"
+RESERVED = (METRICS, SUMMARY, COMPARISON, PAGE)
+
+_ORIGINALS = "gallery/originals"
+_THUMBNAILS = "gallery/thumbnails"
+_RECONSTRUCTIONS = "gallery/reconstructions"
+
+COLUMNS = ("path", "output", "width", "height", "psnr", "ssim")
+
+DEFINITIONS = {
+    "psnr": "10 log10(R^2 / MSE) in dB, the MSE over all pixels and channels; inf for an exact "
+    "reconstruction, which mean_psnr_db leaves out (number_exact)",
+    "ssim": "Wang et al. 2004: Gaussian window 11 x 11, sigma 1.5, K1 0.01, K2 0.03, windows "
+    "inside the image, mean over channels; none where a side is below 11 pixels, which mean_ssim "
+    "leaves out (number_without_ssim)",
+    "lpips": "Zhang et al. 2018, v0.1, of the network named above; none where an image is too "
+    "small or too large for it, which mean_lpips leaves out (number_without_lpips)",
+    "compared": "the reconstruction in 8 bits, before a lossy format, with the image after resize "
+    "and crop in 8 bits, R = 255; for .npy both float32 in [0, 1], R = 1",
+    "comparison": "rows of image, reconstruction, absolute difference times 4",
+}
+
+
+@dataclass(frozen=True)
+class OutputFiles:
+    """Where each image's files go: POSIX paths, relative to the folder `out`.
+
+    Attributes:
+        out: the output folder.
+        pictures: the reconstruction of each image.
+        picture_format: of these, where they are pictures.
+        gallery: whether there are files for index.html.
+    """
+
+    out: Path
+    pictures: tuple[str, ...]
+    picture_format: PictureFormat = PNG
+    gallery: bool = True
+
+    @classmethod
+    def of(
+        cls, out: Path, source: Source, picture_format: PictureFormat, gallery: bool
+    ) -> OutputFiles:
+        """Plan the files of all images; see `plan_outputs`.
+
+        Raises:
+            ValueError: the format does not hold such images, or an image folder has a reserved
+                name.
+        """
+        suffix = picture_format.suffix(source.channels)
+        keys = [source.key(i) for i in range(len(source))]
+        folders = (_ORIGINALS, _THUMBNAILS, _RECONSTRUCTIONS) if gallery else ()
+        pictures = plan_outputs(keys, suffix, [*RESERVED, *folders])
+        return cls(out, tuple(pictures), picture_format, gallery)
+
+    def original(self, index: int) -> str:
+        """The picture of the image as the model saw it, in the gallery."""
+        return self._in_gallery(_ORIGINALS, index, ".png")
+
+    def thumbnail(self, index: int) -> str:
+        """The image's small picture in the gallery."""
+        return self._in_gallery(_THUMBNAILS, index, ".jpg")
+
+    def shown(self, index: int) -> str:
+        """The reconstruction as a picture for the gallery; that of an array is one more file."""
+        picture = self.pictures[index]
+        apart = picture.endswith(".npy")
+        return self._in_gallery(_RECONSTRUCTIONS, index, ".png") if apart else picture
+
+    def prepare(self, source: Source) -> None:
+        """Check that no foreign file will be replaced, and create the output folder.
+
+        Raises:
+            ValueError: it would be (see `check_outputs`), or the folder cannot be created.
+        """
+        check_outputs(self.out, [*self._all(), *RESERVED], source.files, earlier=METRICS)
+        make_folder(self.out)
+
+    def remove_temporaries(self) -> None:
+        """Remove what a killed command left beside the pictures; no rank may be writing."""
+        for folder in {"", *(os.path.dirname(path) for path in self._all())}:
+            remove_temporaries(self.out / folder)
+
+    def _all(self) -> Iterator[str]:
+        for index, picture in enumerate(self.pictures):
+            yield picture
+            if self.gallery:
+                yield self.original(index)
+                yield self.thumbnail(index)
+                if self.shown(index) != picture:
+                    yield self.shown(index)
+
+    def _in_gallery(self, folder: str, index: int, suffix: str) -> str:
+        return f"{folder}/{os.path.splitext(self.pictures[index])[0]}{suffix}"
+
+
+@dataclass(frozen=True)
+class ImageMetrics:
+    """Metrics of one image after resize and crop and its reconstruction, both as they are saved.
+
+    Attributes:
+        index: of the image in the source.
+        width: in pixels.
+        height: in pixels.
+        psnr: in dB; None: both are the same.
+        ssim: None where a side is below 11.
+        lpips: None where it was not asked for, or the image is too small or too large for it.
+        redone_in_fp32: the precision asked for gave NaN or infinity.
+    """
+
+    index: int
+    width: int
+    height: int
+    psnr: float | None
+    ssim: float | None
+    lpips: float | None = None
+    redone_in_fp32: bool = False
+
+
+@dataclass(frozen=True)
+class ReconstructionResult:
+    """What `reconstruct` wrote, over all ranks.
+
+    Attributes:
+        folder: the output folder.
+        images: the metrics of each image that was reconstructed, in the order of the source.
+        paths: the name of each of these images.
+        outputs: the file of each reconstruction, relative to `folder`.
+        skipped: path and reason of each image that could not be used; a warning names each.
+        shown: number of images in comparison.png.
+        page: the gallery; None: there is none.
+    """
+
+    folder: Path
+    images: tuple[ImageMetrics, ...]
+    paths: tuple[str, ...]
+    outputs: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+    shown: int
+    page: Path | None
+
+    @property
+    def count(self) -> int:
+        """Number of images that were reconstructed."""
+        return len(self.images)
+
+    def mean(self, metric: str) -> float | None:
+        """Return the mean of psnr, ssim or lpips over the images that have it; None: none has."""
+        return mean_of(self.images, metric)
+
+
+def mean_of(images: Sequence[ImageMetrics], metric: str) -> float | None:
+    """Return the mean of psnr, ssim or lpips over the images that have it; None: no image has."""
+    values = [value for image in images if (value := getattr(image, metric)) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def begin_report(files: OutputFiles) -> None:
+    """Remove what an earlier command summed up, and mark the folder as one of this command.
+
+    metrics.csv, with no line yet, says that the pictures beside it may be replaced.
+
+    Raises:
+        ValueError: the folder cannot be written to.
+    """
+    for name in (SUMMARY, COMPARISON, PAGE):
+        try:
+            (files.out / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"cannot replace {display_name(files.out / name)} ({error.strerror}); "
+                "give another output folder"
+            ) from error
+    _write_lines(files, [COLUMNS])
+    files.remove_temporaries()
+
+
+def write_report(
+    source: Source,
+    files: OutputFiles,
+    to_rgb: Callable[[Tensor], Tensor],
+    about: Mapping[str, Any],
+    records: Iterable[Mapping[str, Any]],
+    rows: int,
+) -> ReconstructionResult:
+    """Write metrics.csv, summary.json, comparison.png and the gallery.
+
+    Args:
+        source: of the images.
+        files: where the reconstructions are.
+        to_rgb: the model's.
+        about: what the results were made with, as summary.json begins: `checkpoint`, `lpips` (none,
+            or its network) and the fields of a `ReconstructConfig`.
+        records: of all units, as `Reconstructor.do` gives them.
+        rows: images in comparison.png, at most; they are read once more.
+
+    Raises:
+        ValueError: a file cannot be written.
+    """
+    images: list[ImageMetrics] = []
+    skipped: list[tuple[str, str]] = []
+    for record in records:
+        images += [ImageMetrics(**metrics) for metrics in record["images"]]
+        skipped += [(source.name(index), reason) for index, reason in record["skipped"]]
+    with_lpips = about["lpips"] != "none"
+    _write_lines(files, _lines(source, files, images, with_lpips))
+    summary = {**about, **_summary(source, images, skipped, with_lpips)}
+    text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
+    replace_file(files.out / SUMMARY, f"{text}\n".encode())
+    cells = list(_comparison(source, files, [x.index for x in images[:rows]], about, to_rgb))
+    if cells:
+        save_png(files.out / COMPARISON, image_grid(cells, columns=3))
+    page = files.out / PAGE if files.gallery and images else None
+    if page is not None:
+        shown_about = {
+            **{key: str(about[key]) for key in ("checkpoint", "precision", "mode")},
+            "images": str(len(images)),
+            "mean PSNR": f"{rounded(mean_of(images, 'psnr'), 2)} dB",
+            "mean SSIM": rounded(mean_of(images, "ssim"), 3),
+        }
+        write_gallery(page, _gallery(source, files, images, with_lpips), shown_about)
+    return ReconstructionResult(
+        folder=files.out,
+        images=tuple(images),
+        paths=tuple(source.name(x.index) for x in images),
+        outputs=tuple(files.pictures[x.index] for x in images),
+        skipped=tuple(skipped),
+        shown=len(cells) // 3,
+        page=page,
+    )
+
+
+def rounded(value: float | None, digits: int) -> str:
+    """Return a mean as text; none where no image has the metric."""
+    return "none" if value is None else f"{value:.{digits}f}"
+
+
+def _write_lines(files: OutputFiles, lines: Iterable[Sequence[str]]) -> None:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    replace_file(files.out / METRICS, text.getvalue().encode())
+
+
+def _lines(
+    source: Source, files: OutputFiles, images: Sequence[ImageMetrics], with_lpips: bool
+) -> Iterator[Sequence[str]]:
+    yield (*COLUMNS, "lpips") if with_lpips else COLUMNS
+    for x in images:
+        line = [
+            source.name(x.index),
+            display_name(files.pictures[x.index]),
+            str(x.width),
+            str(x.height),
+            "inf" if x.psnr is None else f"{x.psnr:.4f}",
+            "" if x.ssim is None else f"{x.ssim:.6f}",
+        ]
+        if with_lpips:
+            line.append("" if x.lpips is None else f"{x.lpips:.6f}")
+        yield line
+
+
+def _summary(
+    source: Source,
+    images: Sequence[ImageMetrics],
+    skipped: Sequence[tuple[str, str]],
+    with_lpips: bool,
+) -> dict[str, Any]:
+    def without(metric: str) -> int:
+        return sum(getattr(image, metric) is None for image in images)
+
+    summary = {
+        "number": len(images),
+        "mean_psnr_db": mean_of(images, "psnr"),
+        "mean_ssim": mean_of(images, "ssim"),
+        "number_exact": without("psnr"),
+        "number_without_ssim": without("ssim"),
+    }
+    if with_lpips:
+        summary["mean_lpips"] = mean_of(images, "lpips")
+        summary["number_without_lpips"] = without("lpips")
+    return {
+        **summary,
+        "redone_in_fp32": [source.name(x.index) for x in images if x.redone_in_fp32],
+        "number_skipped": len(skipped),
+        "skipped": [{"path": path, "reason": reason} for path, reason in skipped],
+        "definitions": {k: v for k, v in DEFINITIONS.items() if k != "lpips" or with_lpips},
+    }
+
+
+def _comparison(
+    source: Source,
+    files: OutputFiles,
+    indices: Sequence[int],
+    about: Mapping[str, Any],
+    to_rgb: Callable[[Tensor], Tensor],
+) -> Iterator[Tensor]:
+    """Yield image, reconstruction and difference of each image, uint8 [3, H, W].
+
+    Both are read again. An image whose files have changed is left out with a warning.
+    """
+    for loaded in load_images(source, indices, resize=about["resize"], crop=about["crop"]):
+        name = source.name(loaded.index)
+        try:
+            if loaded.image is None:
+                raise ImageError(f"{name}: {loaded.reason}")
+            image = as_saved(loaded.image)
+            path = files.out / files.pictures[loaded.index]
+            # images can be made larger than what is read otherwise
+            most = max(MAX_PIXELS, image[0].numel())
+            written = read_image(path, image.shape[0], max_pixels=most)
+            if written.shape != image.shape:
+                raise ImageError(f"{name}: has another size than before")
+        except ImageError as error:
+            logger.warning("left out of the comparison: %s", error)
+            continue
+        yield from comparison_row(*as_pictures(image, written, to_rgb))
+
+
+def _gallery(
+    source: Source, files: OutputFiles, images: Sequence[ImageMetrics], with_lpips: bool
+) -> list[GalleryPicture]:
+    return [
+        GalleryPicture(
+            name=source.name(x.index),
+            original=files.original(x.index),
+            reconstruction=files.shown(x.index),
+            thumbnail=files.thumbnail(x.index),
+            width=x.width,
+            height=x.height,
+            metrics={
+                "psnr": float("inf") if x.psnr is None else x.psnr,
+                "ssim": x.ssim,
+                **({"lpips": x.lpips} if with_lpips else {}),
+            },
+        )
+        for x in images
+    ]

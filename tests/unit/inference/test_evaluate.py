@@ -1,0 +1,52 @@
+"""Evaluation by Python, and what checkpoints are called side by side."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kl_vae import AutoEncoderKL
+from kl_vae.inference.evaluate import evaluate, short_names
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "names"),
+    [
+        (["runs/a"], ["a"]),
+        (["model.pt"], ["model"]),
+        (["runs/a", "runs/b/"], ["a", "b"]),
+        (["a/checkpoints/last.pt", "b/checkpoints/last.pt"], ["a", "b"]),
+        (["a/step_1.pt", "a/step_2.pt"], ["step_1", "step_2"]),
+        (["a/x.pt", "a/x.ckpt"], ["x.pt", "x.ckpt"]),
+        (["runs/a", "runs/a/checkpoints/last.pt"], ["a", "a/checkpoints/last.pt"]),
+        (["hf://org/sd", "hf://org/sdxl/vae"], ["sd", "sdxl/vae"]),
+        (["runs/v1.5", "runs/v2.5"], ["v1.5", "v2.5"]),
+        (["a/1/x", "b/1/x", "b/2/x"], ["a/1", "b/1", "b/2"]),
+    ],
+)
+def test_names_are_what_differs(checkpoints: list[str], names: list[str]) -> None:
+    assert short_names(checkpoints) == names
+
+
+def test_models_are_measured_in_memory(
+    model: AutoEncoderKL,
+    tmp_path: Path,
+    make_images: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = make_images(tmp_path / "images", 3, (24, 20))
+    (folder / "bad.png").touch()
+    before = sorted(tmp_path.rglob("*"))
+    found = evaluate([model, model], folder, names=["a", "b"], crop=16, num_workers=0)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (found.count, found.folder, found.lpips_net) == (3, None, None)
+    assert found.skipped == ((f"{folder}/bad.png", "the file is empty"),)
+    assert f"skipped {folder}/bad.png: the file is empty" in caplog.messages
+    a, b = found.models
+    assert (a.name, b.name) == ("a", "b")
+    assert a.metrics == b.metrics and set(a.metrics) >= {"psnr", "ssim", "kl_nats"}
+    assert found.table().splitlines()[0].split() == ["a", "b"]
+    with pytest.raises(ValueError, match="metrics: 'mse': give some of psnr, ssim"):
+        evaluate(model, folder, metrics=["mse"])
+    with pytest.raises(ValueError, match="two checkpoints are called model; give names"):
+        evaluate([model, model], folder)
