@@ -12,8 +12,11 @@ DatasetName = Literal["folder", "cifar10", "fashion-mnist"]
 class SourceConfig:
     """A folder of images, or tar shards, and which of their images.
 
-    `root` is as in `kl_vae.data.open_root`; `include` and `exclude` are patterns as in
-    `kl_vae.data.select`.
+    Attributes:
+        root: a folder, tar shards (`shards/train-{0000..0127}.tar`), or `package:NAME/FOLDER` in an
+            installed package; see `kl_vae.data.open_root`.
+        include: patterns over relative paths or file names; empty: all images.
+        exclude: patterns of images to leave out.
     """
 
     root: str | None = None
@@ -25,9 +28,11 @@ class SourceConfig:
 class ValidationConfig:
     """Where validation images come from.
 
-    Of a folder or shards of their own, where `root` is set; else of the training ones:
-    the files that `include` names, which training then leaves out, or, where it
-    is empty, a `fraction` of the files, chosen by their names' hashes.
+    Attributes:
+        root: a folder or shards of their own; null: part of the training images.
+        fraction: of the training images, chosen by a hash of their paths; 0: no validation.
+        include: patterns of the training images to hold out, in place of a fraction.
+        exclude: patterns of images to leave out.
     """
 
     root: str | None = None
@@ -50,14 +55,22 @@ class ValidationConfig:
 class DataConfig:
     """The images of a run and how they are cropped.
 
-    A named data set is kept in `train.root`, brings its own validation images,
-    and takes no patterns. `resize` is the length of the short side before
-    cropping (None: as it is), `crop` that of a crop's sides (None: the model's
-    resolution), both in pixels. `recolor` blends half of the training crops with
-    a permutation of their channels: to a small set of images it adds the colours
-    that they lack. `draft` decodes training images that are JPEGs at a half, a quarter or an
-    eighth of their size, where that is twice `resize` or more.
-    Of a run's files at most `max_bad_fraction` may be unusable.
+    Attributes:
+        name: folder, or a data set that torchvision downloads into `train.root` (cifar10,
+            fashion-mnist), which has its own validation images and takes no patterns.
+        train: the training images.
+        validation: the validation images.
+        resize: short side in pixels before cropping; null: as it is.
+        crop: side of the crop in pixels, at random in training, else the middle; null: the model's
+            resolution.
+        flip: mirror half of the training crops.
+        recolor: blend half of the training crops with a permutation of their channels, which adds
+            colours that a small set lacks.
+        draft: decode training JPEGs of four times `resize` or more at a half, a quarter or an
+            eighth of their size.
+        num_workers: processes per rank that decode; at most its cores.
+        max_pixels: larger images are refused before they are decoded.
+        max_bad_fraction: of all files that may be unusable; with more the run ends, saved.
     """
 
     name: DatasetName = "folder"

@@ -51,7 +51,39 @@ class RegularizationWeights:
 
 @dataclass(frozen=True)
 class AdversarialConfig:
-    """The arguments of `LPIPSWithDiscriminator`, in the published order."""
+    """The arguments of `LPIPSWithDiscriminator`, in the published order.
+
+    Attributes:
+        disc_start: optimisation steps before the discriminator is run at all.
+        logvar_init: s at the start.
+        kl_weight: weight of the KL (nats per image) against the summed error.
+        pixelloss_weight: weight of the pixel error.
+        disc_num_layers: strided layers of the discriminator after its first.
+        disc_in_channels: channels of what it sees: of the image, and of cond where it is given.
+        disc_factor: factor of both adversarial losses; 0: no discriminator.
+        disc_weight: factor of the adaptive weight, or the weight itself where it is fixed.
+        perceptual_weight: weight of LPIPS; 0: its network is not loaded.
+        use_actnorm: the same as disc_norm "act".
+        disc_conditional: D sees `cond` beside the image; only for those who call the loss.
+        disc_loss: hinge, vanilla or non_saturating.
+        disc_ndf: channels of the discriminator's first layer.
+        disc_norm: batch (as published), act, group (the same for every batch size) or none.
+        disc_weighting: adaptive from gradients that are averaged over the ranks ("global") or from
+            each rank's own ("rank"), or "fixed".
+        disc_warmup_steps: steps that D learns before it counts.
+        perceptual_start: optimisation steps before LPIPS is run in training.
+        lecam_weight: of the LeCam regularisation of D (Tseng et al. 2021); 0: none.
+        lecam_decay: of its moving averages of the logits.
+        reconstruction: `l1` (as published) or `mse`.
+        reduction: `sum` over an image's values (as published), or the whole total divided by N
+            (`mean`), which gives gradients of the same size at every resolution.
+        learn_logvar: train s with the autoencoder.
+        perceptual: vgg, alex or squeeze; or in Python a module (x, x_rec) -> [B, 1, 1, 1].
+        perceptual_linear: with the learned heads of LPIPS v0.1; else plain sums over features.
+        perceptual_features: a local file of the network's weights; None: torchvision's cache.
+        perceptual_heads: a local file of the heads; None: downloaded once.
+        regularization_weights: {kl_loss: W}, another published spelling of kl_weight.
+    """
 
     disc_start: int
     logvar_init: float = 0.0
@@ -119,36 +151,7 @@ class LPIPSWithDiscriminator(nn.Module):
 
     of the last layer's w.
 
-    Args:
-        disc_start: optimisation steps before the discriminator is run at all.
-        logvar_init: s at the start.
-        kl_weight: weight of the KL (nats per image) against the summed error.
-        pixelloss_weight: weight of the pixel error.
-        disc_num_layers: strided layers of the discriminator after its first.
-        disc_in_channels: channels of what it sees: of the image, and of cond where it is given.
-        disc_factor: factor of both adversarial losses; 0: no discriminator.
-        disc_weight: factor of the adaptive weight, or the weight itself where it is fixed.
-        perceptual_weight: weight of LPIPS; 0: its network is not loaded.
-        use_actnorm: the same as disc_norm "act".
-        disc_conditional: D sees `cond` beside the image; only for those who call the loss.
-        disc_loss: hinge, vanilla or non_saturating.
-        disc_ndf: channels of the discriminator's first layer.
-        disc_norm: batch (as published), act, group (the same for every batch size) or none.
-        disc_weighting: adaptive from gradients that are averaged over the ranks ("global") or from
-            each rank's own ("rank"), or "fixed".
-        disc_warmup_steps: steps that D learns before it counts.
-        perceptual_start: optimisation steps before LPIPS is run in training.
-        lecam_weight: of the LeCam regularisation of D (Tseng et al. 2021); 0: none.
-        lecam_decay: of its moving averages of the logits.
-        reconstruction: `l1` (as published) or `mse`.
-        reduction: `sum` over an image's values (as published), or the whole total divided by N
-            (`mean`), which gives gradients of the same size at every resolution.
-        learn_logvar: train s with the autoencoder.
-        perceptual: vgg, alex or squeeze; or in Python a module (x, x_rec) -> [B, 1, 1, 1].
-        perceptual_linear: with the learned heads of LPIPS v0.1; else plain sums over features.
-        perceptual_features: a local file of the network's weights; None: torchvision's cache.
-        perceptual_heads: a local file of the heads; None: downloaded once.
-        regularization_weights: {kl_loss: W}, another published spelling of kl_weight.
+    `AdversarialConfig` describes the arguments.
 
     Raises:
         ValueError: an impossible value, or weights that cannot be found; the text names the fix.

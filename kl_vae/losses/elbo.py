@@ -18,7 +18,16 @@ from kl_vae.runtime.schema import from_arguments
 
 @dataclass(frozen=True)
 class ELBOConfig:
-    """The arguments of `ELBO`."""
+    """The arguments of `ELBO`.
+
+    Attributes:
+        reconstruction: `mse` or `l1`.
+        kl_weight: weight of the KL (nats per image) against the summed reconstruction error.
+        kl_warmup_steps: optimisation steps over which the KL's weight rises linearly from 0.
+        learn_logvar: train s (one scalar) with the autoencoder.
+        logvar_init: s at the start.
+        reduction: `mean` or `sum`, over an image's values.
+    """
 
     reconstruction: Literal["mse", "l1"] = "mse"
     kl_weight: float = 1e-6
@@ -46,13 +55,7 @@ class ELBO(nn.Module):
     means what it means there; it makes the gradient's size the same at every resolution, so that
     one clipping bound fits all. `reduction="sum"` gives the published sum.
 
-    Args:
-        reconstruction: `mse` or `l1`.
-        kl_weight: weight of the KL (nats per image) against the summed reconstruction error.
-        kl_warmup_steps: optimisation steps over which the KL's weight rises linearly from 0.
-        learn_logvar: train s (one scalar) with the autoencoder.
-        logvar_init: s at the start.
-        reduction: `mean` or `sum`, over an image's values.
+    `ELBOConfig` describes the arguments.
 
     Raises:
         ValueError: an impossible value; the text names the key, the value and the fix.

@@ -19,7 +19,21 @@ from kl_vae.runtime.schema import from_mapping
 
 @dataclass(frozen=True, kw_only=True)
 class ModelParams:
-    """The arguments of AutoEncoderKL, which describes each key."""
+    """The arguments of `AutoEncoderKL`.
+
+    Attributes:
+        ddconfig: the architecture.
+        embed_dim: channels of the latents; null: `z_channels`, without quant convolutions (SD3,
+            FLUX).
+        lossconfig: `{target: NAME, params: {...}}`; null: MSE + 0.5 KL, which collapses.
+        ckpt_path: a checkpoint whose weights training starts from.
+        ignore_keys: beginnings of the checkpoint's keys that are not loaded.
+        colorize_nlabels: null, or `in_channels`: images of more than three channels are projected
+            to three where they are shown.
+        monitor: the validation metric that selects the best checkpoint, such as val/psnr: the
+            highest of psnr and ssim, else the lowest.
+        latents: how `normalize_latents` scales.
+    """
 
     ddconfig: DDConfig
     embed_dim: int | None

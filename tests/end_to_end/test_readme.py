@@ -6,10 +6,9 @@ import argparse
 import dataclasses
 import importlib
 import re
+import runpy
 import shlex
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from PIL import Image
@@ -101,15 +100,17 @@ def _parse_and_stop(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     raise _ParsedError
 
 
-def hooks() -> ModuleType:
-    """The functions that generate the reference pages."""
-    return SourceFileLoader("hooks", str(CHECKOUT / "docs" / "hooks.py")).load_module()
+def generate(page: str) -> str:
+    """A reference page as the site shows it."""
+    hooks = runpy.run_path(str(CHECKOUT / "docs" / "hooks.py"))
+    generated: str = hooks["on_page_markdown"]((CHECKOUT / page).read_text())
+    return generated
 
 
 @pytest.mark.parametrize("page", ["docs/config.md", "docs/losses.md"])
 def test_every_key_of_the_config_is_in_the_reference(page: str) -> None:
     text = (CHECKOUT / page).read_text()
-    generated = hooks().on_page_markdown(text)
+    generated = generate(page)
     assert "<!--" not in generated
     for path, module, name in re.findall(r"<!-- config: (\S*) (\S+):(\S+) -->", text):
         for field in dataclasses.fields(getattr(importlib.import_module(module), name)):
@@ -130,5 +131,5 @@ def test_the_reference_has_every_command() -> None:
 
     text = (CHECKOUT / "docs" / "commands.md").read_text()
     assert re.findall(r"<!-- command: (\S+) -->", text) == list(NAMES)
-    generated = hooks().on_page_markdown(text)
+    generated = generate("docs/commands.md")
     assert all(f"usage: kl-vae {name}" in generated for name in NAMES)
