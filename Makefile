@@ -1,13 +1,14 @@
 # make quickstart: train, reconstruct, and say where the pictures are, on a fresh machine.
 # make test: what to run before a commit, in under six minutes on two cores.
-# make lint, make test-all: as CI runs them; test-all adds the tests marked slow.
+# make docs: the documentation site, in site/.
+# make lint, make docs, make test-all: as CI runs them; test-all adds the tests marked slow.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 
-.PHONY: quickstart test test-all lint format clean
+.PHONY: quickstart test test-all lint docs format clean
 
 # one stamp for each set of extras, so that a target installs what it needs and no more
 $(VENV)/installed-%: pyproject.toml
@@ -32,6 +33,9 @@ lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/installed-lint
 	$(BIN)/ruff check --fix .
