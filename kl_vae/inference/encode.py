@@ -189,16 +189,16 @@ def encode_dataset(
     if isinstance(checkpoint, AutoEncoderKL):
         device = str(next(checkpoint.parameters()).device)
     roots = [images] if isinstance(images, (str, Path)) else images
-    with connect(device, timeout_seconds=86_400, mends=COMMAND) as ranks:
+    with connect(device, timeout_seconds=86_400, hints=COMMAND) as ranks:
         if statistics is not None:
-            ranks.on_first(lambda: _check_new(Path(statistics), resume))
+            ranks.on_rank_zero(lambda: _check_new(Path(statistics), resume))
         model = load_model_on(ranks, checkpoint, config, ema, fast, compile)
         crop = model.config.resolution if crop is None else crop
         resize = crop if resize is None else resize
         check_size(crop, model.downsampling_factor, "crop")
         check_crop_fits(resize, crop)
         # listed once, so that all ranks share out the same images
-        source, _ = ranks.on_first(
+        source, _ = ranks.on_rank_zero(
             lambda: open_sources(
                 list(map(str, roots)), model.config.in_channels, include, exclude, max_pixels
             )
@@ -219,7 +219,7 @@ def encode_dataset(
             )
         if statistics is None:
             return result
-        return ranks.on_first(lambda: _export(model, Path(statistics), result))
+        return ranks.on_rank_zero(lambda: _export(model, Path(statistics), result))
 
 
 def _check_new(path: Path, resume: bool) -> None:
@@ -311,8 +311,8 @@ def encode_folder(
             "kl-vae encode --statistics FILE and give that FILE as the checkpoint, or store raw "
             "latents"
         )
-    labels = ranks.on_first(lambda: class_labels(dataset.source) if config.labels else None)
-    settings = ranks.on_first(lambda: latent_settings(model, dataset, config, labels))
+    labels = ranks.on_rank_zero(lambda: class_labels(dataset.source) if config.labels else None)
+    settings = ranks.on_rank_zero(lambda: latent_settings(model, dataset, config, labels))
     folder = LatentFolder(out, settings, dataset.source, labels, ranks, resume=resume)
     units = [folder.units[unit] for unit in folder.todo]
     shards = encode_units(model, dataset, units, config, ranks)

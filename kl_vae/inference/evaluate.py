@@ -39,7 +39,7 @@ from kl_vae.inference.evaluation_report import (
 )
 from kl_vae.inference.images import LoadedImage, loaded_units
 from kl_vae.inference.load import checkpoint_name, load_model_on, model_fingerprint
-from kl_vae.inference.progress import Ledger, units_of
+from kl_vae.inference.progress import Progress, units_of
 from kl_vae.inference.reconstruct import MEASURED_ON_DEVICE, unit_size
 from kl_vae.inference.sources import open_sources
 from kl_vae.inference.tiling import Tiling
@@ -188,14 +188,14 @@ def evaluate(
         if isinstance(checkpoint, AutoEncoderKL):
             device = str(next(checkpoint.parameters()).device)
     # ranks wait for the slowest
-    with connect(device, timeout_seconds=86_400, mends=COMMAND) as ranks, ExitStack() as stack:
+    with connect(device, timeout_seconds=86_400, hints=COMMAND) as ranks, ExitStack() as stack:
         # weights that are missing are noticed first
         lpips = inception = None
         if "lpips" in metrics:
             lpips = load_lpips(lpips_net, lpips_features, lpips_heads, ranks.device)
         if "rfid" in metrics:
             # first on one rank: the others find what it downloaded, or download it on their machine
-            ranks.on_first(lambda: find_inception(fid_weights))
+            ranks.on_rank_zero(lambda: find_inception(fid_weights))
             inception = load_inception(find_inception(fid_weights), ranks.device)
         models = [
             load_model_on(ranks, checkpoint, config, ema, fast, compile)
@@ -215,7 +215,7 @@ def evaluate(
             _ = source.fingerprint  # goes to the other ranks with it
             return source
 
-        source = ranks.on_first(open_images)  # once, so that the ranks share out the same list
+        source = ranks.on_rank_zero(open_images)  # once, so that the ranks share out the same list
         evaluator = Evaluator(models, names, source, settings, batch_size, lpips, inception)
         networks: dict[str, Any] = {}
         if lpips is not None:
@@ -236,26 +236,28 @@ def evaluate(
             **networks,
         }
         units = units_of(len(source), unit_size(len(source)))
-        ledger = Ledger(folder or _temporary_folder(ranks, stack), identity, resume, ranks)
-        _measure(evaluator, settings, source, units, ledger, ranks, num_workers)
+        progress = Progress(folder or _temporary_folder(ranks, stack), identity, resume, ranks)
+        _measure(evaluator, settings, source, units, progress, ranks, num_workers)
         ranks.gather(None)  # all units are done
 
         def finish() -> EvaluationResult:
-            skipped = skipped_images(ledger.read(len(units)), source)
+            skipped = skipped_images(progress.read(len(units)), source)
             count = len(source) - len(skipped)
             if not count:
-                ledger.close()
+                progress.close()
                 raise ValueError(
                     f"none of the {len(skipped)} images can be used ({skipped[0]['path']}: "
                     f"{skipped[0]['reason']}); give other images"
                 )
 
             def features(position: int) -> Iterator[Tensor]:
-                paths = (ledger.path(unit, ".npy") for unit in range(len(units)))
+                paths = (progress.path(unit, ".npy") for unit in range(len(units)))
                 return read_features(paths, position)
 
             evaluations = evaluate_records(
-                lambda: ledger.read(len(units)), None if inception is None else features, names
+                lambda: progress.read(len(units)),
+                None if inception is None else features,
+                names,
             )
             result = EvaluationResult(
                 models=tuple(evaluations),
@@ -287,21 +289,23 @@ def evaluate(
                     folder,
                     evaluations,
                     rows,
-                    ledger.read(len(units)),
+                    progress.read(len(units)),
                     source,
                     about=about,
                     about_models=about_models,
                 )
-            ledger.close()
+            progress.close()
             return result
 
-        return ranks.on_first(finish)
+        return ranks.on_rank_zero(finish)
 
 
 def _temporary_folder(ranks: Ranks, stack: ExitStack) -> Path:
     """Make a folder for the records of ranks of one machine; it goes with `stack`."""
     return Path(
-        ranks.on_first(lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="kl_vae-")))
+        ranks.on_rank_zero(
+            lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="kl_vae-"))
+        )
     )
 
 
@@ -319,7 +323,7 @@ def _measure(
     config: EvaluateConfig,
     source: JoinedSource,
     units: list[range],
-    ledger: Ledger,
+    progress: Progress,
     ranks: Ranks,
     num_workers: int,
 ) -> None:
@@ -327,7 +331,7 @@ def _measure(
     loading = loaded_units(
         source,
         units,
-        ledger,
+        progress,
         ranks,
         resize=config.resize,
         crop=config.crop,
@@ -339,8 +343,8 @@ def _measure(
             for index, reason in record["skipped"]:
                 logger.warning("skipped %s: %s", source.name(index), reason)
             if features is not None:
-                write_features(ledger.path(unit, ".npy"), features)
-            ledger.write(unit, record)
+                write_features(progress.path(unit, ".npy"), features)
+            progress.write(unit, record)
 
 
 def _heading(roots: Sequence[str], config: EvaluateConfig, count: int, skipped: int) -> str:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kl_vae.data import Source, center_crop, resize_short_side, to_float
 from kl_vae.data.loader import START_METHOD, start_worker, workers_that_fit
-from kl_vae.inference.progress import Ledger, show_progress
+from kl_vae.inference.progress import Progress, show_progress
 from kl_vae.runtime.distributed import Ranks
 from kl_vae.runtime.memory import is_out_of_memory
 
@@ -80,7 +80,7 @@ def _loaded(
 def loaded_units(
     source: Source,
     units: Sequence[range],
-    ledger: Ledger,
+    progress: Progress,
     ranks: Ranks,
     *,
     resize: int | None,
@@ -92,13 +92,13 @@ def loaded_units(
     Args:
         source: of the images.
         units: the indices of the images of each unit.
-        ledger: knows which units are done.
+        progress: knows which units are done.
         ranks: they share the units.
         resize: as in `load_images`.
         crop: as in `load_images`.
         num_workers: as in `load_images`.
     """
-    own = ledger.share(len(units))
+    own = progress.share(len(units))
     indices = [index for unit in own for index in units[unit]]
     images = load_images(source, indices, resize=resize, crop=crop, num_workers=num_workers)
     with closing(images), show_progress(len(indices), ranks) as update:

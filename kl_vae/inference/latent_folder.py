@@ -30,7 +30,7 @@ from kl_vae.data.latent_format import (
     read_index,
 )
 from kl_vae.data.paths import name_bytes
-from kl_vae.inference.progress import FOLDER, Ledger, differences, units_of
+from kl_vae.inference.progress import FOLDER, Progress, differences, units_of
 from kl_vae.metrics.moments import RunningMoments, latent_normalization
 from kl_vae.runtime.distributed import Ranks
 from kl_vae.runtime.files import display_name, remove_temporaries, write_atomically
@@ -134,9 +134,9 @@ class LatentFolder:
         self.units = units_of(settings.images, settings.shard_size)
         self._out, self._settings, self._ranks = out, settings, ranks
         self._source, self._labels = source, labels
-        self._earlier = ranks.on_first(lambda: _open(out, settings, resume))
-        self._ledger = Ledger(out, dataclasses.asdict(settings), resume, ranks)
-        known = ranks.on_first(lambda: [self._find(unit) for unit in range(len(self.units))])
+        self._earlier = ranks.on_rank_zero(lambda: _open(out, settings, resume))
+        self._ledger = Progress(out, dataclasses.asdict(settings), resume, ranks)
+        known = ranks.on_rank_zero(lambda: [self._find(unit) for unit in range(len(self.units))])
         if any(known):
             logger.info("verifying the shards that are there")
         missing = []  # each rank reads a part of the files
@@ -189,7 +189,7 @@ class LatentFolder:
             ValueError: no image could be used, or the index cannot be written.
         """
         self._ranks.gather(None)  # all shards are written
-        return self._ranks.on_first(lambda: self._write_index(checkpoint))
+        return self._ranks.on_rank_zero(lambda: self._write_index(checkpoint))
 
     def _find(self, unit: int) -> ShardEntry | None:
         """Return the entry of a shard that was written, now or in a complete folder."""

@@ -33,7 +33,7 @@ def load_model_on(
         return checkpoint.eval()
     model = load_model(str(checkpoint), config, ranks.device, ema, fast, compile)
     found = model_fingerprint(model)
-    if ranks.on_first(lambda: found) != found:
+    if ranks.on_rank_zero(lambda: found) != found:
         raise ValueError(
             f"{checkpoint}: rank {ranks.rank} has read other weights than rank 0, since its run "
             "goes on; give one file of its checkpoints"

@@ -48,7 +48,7 @@ def show_progress(total: int, ranks: Ranks) -> Iterator[Callable[[int], None]]:
     images that were done since its last call.
     """
     title = f"rank 0 of {ranks.world_size}" if ranks.world_size > 1 else None
-    hidden = None if ranks.is_first else True  # None: hidden where stderr is no terminal
+    hidden = None if ranks.is_rank_zero else True  # None: hidden where stderr is no terminal
     bar = tqdm(total=total, unit="image", desc=title, disable=hidden)
     done, said = 0, time.monotonic()
 
@@ -56,7 +56,7 @@ def show_progress(total: int, ranks: Ranks) -> Iterator[Callable[[int], None]]:
         nonlocal done, said
         done += number
         bar.update(number)
-        if bar.disable and ranks.is_first and time.monotonic() - said >= LOG_SECONDS:
+        if bar.disable and ranks.is_rank_zero and time.monotonic() - said >= LOG_SECONDS:
             said = time.monotonic()
             logger.info("%s%d of %d images", f"{title}: " if title else "", done, total)
 
@@ -64,7 +64,7 @@ def show_progress(total: int, ranks: Ranks) -> Iterator[Callable[[int], None]]:
         yield update
 
 
-class Ledger:
+class Progress:
     """The records of the units that are done, each a file in `OUT/.unfinished` until all are.
 
     Args:
@@ -81,11 +81,11 @@ class Ledger:
     def __init__(self, out: Path, identity: Mapping[str, Any], resume: bool, ranks: Ranks) -> None:
         self._folder = out / FOLDER
         self._ranks = ranks
-        ranks.on_first(lambda: self._begin(identity, resume))
+        ranks.on_rank_zero(lambda: self._begin(identity, resume))
 
     def share(self, number: int) -> list[int]:
         """This rank's part of the units 0 to `number` - 1 that are not done yet."""
-        missing = self._ranks.on_first(
+        missing = self._ranks.on_rank_zero(
             lambda: [unit for unit in range(number) if not self._record(unit).exists()]
         )
         return missing[self._ranks.rank :: self._ranks.world_size]

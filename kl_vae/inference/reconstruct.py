@@ -24,7 +24,7 @@ from kl_vae.inference.batches import Numbered, batches_of_a_size, latent_noise, 
 from kl_vae.inference.coding import Reconstruction, reconstruct_batch
 from kl_vae.inference.images import LoadedImage, loaded_units
 from kl_vae.inference.load import checkpoint_name, load_model_on, model_fingerprint
-from kl_vae.inference.progress import Ledger, units_of
+from kl_vae.inference.progress import Progress, units_of
 from kl_vae.inference.reconstruction_report import (
     ImageMetrics,
     OutputFiles,
@@ -182,7 +182,7 @@ def reconstruct(
     if isinstance(checkpoint, AutoEncoderKL):
         device = str(next(checkpoint.parameters()).device)
     # ranks wait for the slowest
-    with connect(device, timeout_seconds=86_400, mends=COMMAND) as ranks:
+    with connect(device, timeout_seconds=86_400, hints=COMMAND) as ranks:
         model = load_model_on(ranks, checkpoint, config, ema, fast, compile)
         check_tiling(model, settings.tiling)
         perceptual = None
@@ -201,7 +201,7 @@ def reconstruct(
             _ = source.fingerprint  # goes to the other ranks with it
             return source
 
-        source = ranks.on_first(open_images)  # once, so that the ranks share out the same list
+        source = ranks.on_rank_zero(open_images)  # once, so that the ranks share out the same list
         files = OutputFiles.of(folder, source, picture_format, gallery)
         units = units_of(len(source), unit_size(len(source)))
         about = {
@@ -221,11 +221,11 @@ def reconstruct(
             "source": source.fingerprint,
             "gallery": gallery,
         }
-        ranks.on_first(lambda: files.prepare(source))
-        ledger = Ledger(folder, identity, resume, ranks)
-        ranks.on_first(lambda: begin_report(files))
+        ranks.on_rank_zero(lambda: files.prepare(source))
+        progress = Progress(folder, identity, resume, ranks)
+        ranks.on_rank_zero(lambda: begin_report(files))
         loading = loaded_units(
-            source, units, ledger, ranks, resize=resize, crop=crop, num_workers=num_workers
+            source, units, progress, ranks, resize=resize, crop=crop, num_workers=num_workers
         )
         with (
             Background(num_workers) as background,
@@ -233,16 +233,16 @@ def reconstruct(
         ):
             reconstructor = Reconstructor(model, source, files, settings, perceptual, background)
             for unit, unit_images in loaded:
-                ledger.write(unit, reconstructor.do(unit_images))
+                progress.write(unit, reconstructor.do(unit_images))
         ranks.gather(None)  # all units are done
 
         def finish() -> ReconstructionResult:
-            records = ledger.read(len(units))
+            records = progress.read(len(units))
             result = write_report(source, files, model.to_rgb, about, records, grid_size)
-            ledger.close()
+            progress.close()
             return result
 
-        return ranks.on_first(finish)
+        return ranks.on_rank_zero(finish)
 
 
 def unit_size(number: int) -> int:

@@ -11,7 +11,7 @@ from kl_vae.data import MAX_PIXELS, JoinedSource, resolve_root
 from kl_vae.inference.encode import check_size
 from kl_vae.inference.latent_folder import nothing_usable
 from kl_vae.inference.load import load_model_on, model_fingerprint
-from kl_vae.inference.progress import FOLDER, Ledger, show_progress
+from kl_vae.inference.progress import FOLDER, Progress, show_progress
 from kl_vae.inference.sampled_images import (
     GRID,
     Canvas,
@@ -126,8 +126,8 @@ def sample(
     folder = resolve_root(str(out))
     if isinstance(checkpoint, AutoEncoderKL):
         device = str(next(checkpoint.parameters()).device)
-    with connect(device, timeout_seconds=86_400, mends=COMMAND) as ranks:
-        ranks.on_first(lambda: check_output_folder(folder))
+    with connect(device, timeout_seconds=86_400, hints=COMMAND) as ranks:
+        ranks.on_rank_zero(lambda: check_output_folder(folder))
         model = load_model_on(ranks, checkpoint, config, ema, fast, compile)
         size = model.config.resolution if size is None else size
         check_size(size, model.downsampling_factor)
@@ -135,7 +135,7 @@ def sample(
         def open_images(roots: Sequence[str]) -> tuple[JoinedSource, list[Path]]:
             channels = model.config.in_channels
             # listed once for all ranks
-            return ranks.on_first(
+            return ranks.on_rank_zero(
                 lambda: open_sources(roots, channels, include, exclude, max_pixels)
             )
 
@@ -151,7 +151,7 @@ def sample(
         else:
             opened = [open_images(roots)]
             work = PosteriorImages(canvas, opened[0][0], number, seed, num_workers)
-        ranks.on_first(lambda: _check_outputs(work, folder, opened))
+        ranks.on_rank_zero(lambda: _check_outputs(work, folder, opened))
         identity = {
             "from": origin,
             "seed": seed,
@@ -166,7 +166,7 @@ def sample(
             "size": size,
             **work.identity,
         }
-        return _draw(work, folder, Ledger(folder, identity, resume, ranks), ranks)
+        return _draw(work, folder, Progress(folder, identity, resume, ranks), ranks)
 
 
 def _check_outputs(
@@ -180,25 +180,25 @@ def _check_outputs(
     check_outputs(out, [*work.others, *files, GRID], inputs, earlier)
 
 
-def _draw(work: SampledImages, out: Path, ledger: Ledger, ranks: Ranks) -> SamplingResult:
+def _draw(work: SampledImages, out: Path, progress: Progress, ranks: Ranks) -> SamplingResult:
     """Draw this rank's units, wait for the other ranks, and finish on rank 0."""
-    ranks.on_first(lambda: remove_temporaries(out))  # of a killed command
-    own = ledger.share(len(work.units))
+    ranks.on_rank_zero(lambda: remove_temporaries(out))  # of a killed command
+    own = progress.share(len(work.units))
     with show_progress(sum(len(work.units[unit]) for unit in own), ranks) as update:
         for unit, record in zip(own, work.draw(own), strict=True):
-            ledger.write(unit, record)
+            progress.write(unit, record)
             update(len(work.units[unit]))
     ranks.gather(None)  # all units are drawn
 
     def finish() -> SamplingResult:
         # null: of a unit of version 0.1 without a record
-        records = [record or {} for record in ledger.read(len(work.units))]
+        records = [record or {} for record in progress.read(len(work.units))]
         drawn = [unit for unit, record in enumerate(records) if "skipped" not in record]
         if not drawn:
-            ledger.close()
+            progress.close()
             raise nothing_usable(len(records))
         shown = work.finish(records)
-        ledger.close()
+        progress.close()
         return SamplingResult(
             folder=out,
             files=tuple(file for unit in drawn for file in work.units[unit]),
@@ -209,7 +209,7 @@ def _draw(work: SampledImages, out: Path, ledger: Ledger, ranks: Ranks) -> Sampl
             ),
         )
 
-    return ranks.on_first(finish)
+    return ranks.on_rank_zero(finish)
 
 
 def _summarize(images: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:

@@ -61,7 +61,7 @@ class Ranks:
     monitor: RankMonitor | None = None  # if there are several
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this process writes the files."""
         return self.rank == 0
 
@@ -97,7 +97,7 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
-    def on_first(self, work: Callable[[], Result]) -> Result:
+    def on_rank_zero(self, work: Callable[[], Result]) -> Result:
         """Call `work` on rank 0 and return its result on all; an error there is raised on all.
 
         Raises:
@@ -107,7 +107,7 @@ class Ranks:
             return work()
         outcome: list[Any] = [None, None, False]  # result, error, whether it is a ValueError
         failure: Exception | None = None
-        if self.is_first:
+        if self.is_rank_zero:
             try:
                 outcome[0] = work()
             except Exception as error:  # any: the others wait for the outcome
@@ -124,7 +124,7 @@ class Ranks:
 
 @contextmanager
 def connect(
-    device_name: str, timeout_seconds: int = 600, mends: Hints = TRAINING
+    device_name: str, timeout_seconds: int = 600, hints: Hints = TRAINING
 ) -> Iterator[Ranks]:
     """Join the processes that torchrun started, or be the only one.
 
@@ -134,7 +134,7 @@ def connect(
     Args:
         device_name: see `choose_device`.
         timeout_seconds: for the ranks to meet, and of any collective operation.
-        mends: what the errors tell the user to change.
+        hints: what the errors tell the user to change.
 
     Raises:
         ValueError: the device does not exist.
@@ -144,13 +144,13 @@ def connect(
     device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    ranks = Ranks(0, 1, device) if world_size == 1 else _join(device, timeout_seconds, mends)
+    ranks = Ranks(0, 1, device) if world_size == 1 else _join(device, timeout_seconds, hints)
     leave = world_size > 1
     try:
         yield ranks
     except Exception as error:
         leave &= device.type != "cuda"  # nccl would wait for ranks that may be gone
-        explained = explain(error, ranks.monitor, mends)
+        explained = explain(error, ranks.monitor, hints)
         if explained is error:
             raise
         raise explained from error

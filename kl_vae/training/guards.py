@@ -132,7 +132,7 @@ def _log_skipped_step(
     reports = ranks.gather((any(broken), [name for micro in suspects for name in micro.names]))
     causes = [rank for rank, (has_broken_loss, _) in enumerate(reports) if has_broken_loss]
     what = f"the loss on rank {', '.join(map(str, causes))}" if causes else "the gradient"
-    if ranks.is_first:
+    if ranks.is_rank_zero:
         logger.warning(
             "step %d is skipped: %s is not finite (%d so far, %d in a row); its images:",
             *(step, what, skips.total, skips.in_a_row),
@@ -156,14 +156,14 @@ class BadImages:
         self._ranks = ranks
         self._number = number
         self._max_fraction = max_fraction
-        self._names = set(ranks.on_first(self._read))
+        self._names = set(ranks.on_rank_zero(self._read))
 
     def note(self, found: Sequence[BadImage]) -> None:
         """Add what this rank found; every rank calls this at the same time."""
         everything = [image for images in self._ranks.gather(list(found)) for image in images]
         new = {image.name: image for image in everything if image.name not in self._names}
         self._names |= new.keys()
-        if self._ranks.is_first:
+        if self._ranks.is_rank_zero:
             self._write(list(new.values()))
 
     @property

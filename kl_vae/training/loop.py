@@ -101,7 +101,7 @@ def _train(config: RunConfig, run: RunDirectory, ranks: Ranks, stop: StopRequest
 
     state.model.train()
     batches = iter(setup.train_loader)
-    run_logger = RunLogger(run.path, state, setup.total_steps) if ranks.is_first else None
+    run_logger = RunLogger(run.path, state, setup.total_steps) if ranks.is_rank_zero else None
     _write_status(run, ranks, setup, "running")
     latest: Metrics = {}
     stopping = False
@@ -140,7 +140,7 @@ def _train(config: RunConfig, run: RunDirectory, ranks: Ranks, stop: StopRequest
 
             if saving:  # before the validation, which a signal may cut short
                 save = partial(run.save, state, training.keep_checkpoints, final=ending)
-                ranks.on_first(save)
+                ranks.on_rank_zero(save)
                 _write_status(run, ranks, setup, "running")
     except Exception as error:
         explained = explain(error, ranks.monitor)
@@ -184,7 +184,7 @@ def _validate(
     # a save may have failed, and a step without a checkpoint cannot be the best one
     saved = checkpoint_path(run.path, state.step).is_file()
     state.note_validation(monitored if saved else None)
-    ranks.on_first(lambda: run.write_best(state, training.keep_checkpoints))
+    ranks.on_rank_zero(lambda: run.write_best(state, training.keep_checkpoints))
     return metrics
 
 
@@ -218,5 +218,5 @@ def _end(
 def _write_status(
     run: RunDirectory, ranks: Ranks, setup: Setup, status: str, reason: str | None = None
 ) -> None:
-    if ranks.is_first:
+    if ranks.is_rank_zero:
         run.write_status(status, setup.state.step, setup.total_steps, reason)

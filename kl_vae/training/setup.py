@@ -92,14 +92,14 @@ def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks) -> Setup:
         ValueError: a mistake of the user; nothing has been written then.
     """
     training, plain = config.training, dataclasses.asdict(config)
-    ranks.on_first(lambda: run.check(plain))
+    ranks.on_rank_zero(lambda: run.check(plain))
     if training.compile:
         check_compiler(ranks.device)
     train_set, val_set = build_data(config, ranks)
     steps_per_epoch = len(train_set) // training.global_batch_size
     total_steps = training.max_steps or (training.epochs or 0) * steps_per_epoch
 
-    found = ranks.on_first(lambda: newest_checkpoint(run.path))
+    found = ranks.on_rank_zero(lambda: newest_checkpoint(run.path))
     path, content = found or (None, {})
     before = content.get("batches")
     accumulate, batches = divide_batch(training, ranks.world_size, before)
@@ -122,8 +122,8 @@ def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks) -> Setup:
         restore_validation(state, run, ranks, same_images)
         del found, content  # as large as the state itself
 
-    ranks.on_first(run.lock)
-    ranks.on_first(lambda: run.prepare(plain, path, state))
+    ranks.on_rank_zero(run.lock)
+    ranks.on_rank_zero(lambda: run.prepare(plain, path, state))
     if training.compile:
         compile_parts(model, dynamic=training.equivariance > 0)
     number = len(train_set) + len(val_set or ())
@@ -158,7 +158,7 @@ def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks) -> Setup:
         steps_per_epoch=steps_per_epoch,
         validate_every_steps=training.validate_every_steps or steps_per_epoch,
     )
-    if ranks.is_first:
+    if ranks.is_rank_zero:
         describe(setup, ranks, run, train_set)
     return setup
 
@@ -175,7 +175,7 @@ def build_data(config: RunConfig, ranks: Ranks) -> tuple[ImageDataset, ImageData
         return build_datasets(config.data, ddconfig.in_channels, ddconfig.resolution, training.seed)
 
     if config.data.name != "folder":
-        ranks.on_first(lambda: build() and None)  # downloads, once
+        ranks.on_rank_zero(lambda: build() and None)  # downloads, once
     train_set, val_set = build()
     f = ddconfig.downsampling_factor
     if train_set.crop % f:
@@ -188,7 +188,7 @@ def build_data(config: RunConfig, ranks: Ranks) -> tuple[ImageDataset, ImageData
             f"{len(train_set)} training images; lower it, or add images"
         )
     fingerprint = train_set.fingerprint
-    if ranks.on_first(lambda: fingerprint) != fingerprint:
+    if ranks.on_rank_zero(lambda: fingerprint) != fingerprint:
         raise ValueError(
             f"rank {ranks.rank} sees other images in data.train.root than rank 0; "
             "give all machines the same folder"
@@ -199,7 +199,7 @@ def build_data(config: RunConfig, ranks: Ranks) -> tuple[ImageDataset, ImageData
             if dataset is not None:
                 dataset.check_sizes()
 
-    ranks.on_first(check_sizes)
+    ranks.on_rank_zero(check_sizes)
     return train_set, val_set
 
 
@@ -374,7 +374,7 @@ def restore_validation(
         lines = (x for x in read_metrics(run.path) if x["step"] == state.step and "val/psnr" in x)
         return next(lines, None)
 
-    metrics = ranks.on_first(find)
+    metrics = ranks.on_rank_zero(find)
     if metrics is not None and state.validated_step < state.step:
         value = metrics.get(state.model.monitor or "") if same_images else None
         state.note_validation(None if value is None else float(value))

@@ -26,5 +26,5 @@ with connect("cpu") as ranks:
         loader = batch_loader(dataset, batches, num_workers=0, pin_memory=False, timeout_seconds=60)
         bad_images = BadImages(None, ranks, number, max_fraction=0.0)
         figures[number] = validate(model, loader, 0, config, ranks, bad_images)
-    if ranks.is_first:
+    if ranks.is_rank_zero:
         Path(sys.argv[1]).write_text(json.dumps(figures))

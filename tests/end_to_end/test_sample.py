@@ -14,7 +14,7 @@ from PIL import Image
 
 from kl_vae import AutoEncoderKL
 from kl_vae.cli.main import main
-from kl_vae.inference.progress import Ledger
+from kl_vae.inference.progress import Progress
 from tests.processes import TORCHRUN
 
 
@@ -143,15 +143,15 @@ def test_what_was_killed_is_resumed_and_ends_alike(tmp_path, model, make_images,
     assert main([*command, "--out", f"{tmp_path}/whole"]) == 0
     done = []
 
-    def write(ledger: Ledger, unit: int, record: Any) -> None:
+    def write(progress: Progress, unit: int, record: Any) -> None:
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(unit)
-        recorded(ledger, unit, record)
+        recorded(progress, unit, record)
 
-    recorded = Ledger.write
+    recorded = Progress.write
     with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "write", write)
+        patch.setattr(Progress, "write", write)
         assert main([*command, *out]) == 130
     drawn = sorted((tmp_path / "out").glob("image_0000[01]_sample_*.png"))
     before = [path.stat().st_mtime_ns for path in drawn]

@@ -23,7 +23,7 @@ from kl_vae.inference.encode import (
     encode_folder,
     measure_latents,
 )
-from kl_vae.inference.progress import FOLDER, Ledger
+from kl_vae.inference.progress import FOLDER, Progress
 from kl_vae.latents import LatentNormalization
 from kl_vae.runtime.distributed import Ranks
 from kl_vae.runtime.randomness import generator_for
@@ -225,11 +225,11 @@ def test_a_shard_that_is_damaged_before_the_end_is_done_again(
     before = content(out)
 
     # verifying what is complete was killed, after which a shard was cut short
-    def killed(_: Ledger) -> None:
+    def killed(_: Progress) -> None:
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(Ledger, "close", killed)
+        patch.setattr(Progress, "close", killed)
         encode(model, images, out, resume=True)
     assert (out / FOLDER).exists()
     (out / SHARDS[1]).write_bytes(before[SHARDS[1]][:50])

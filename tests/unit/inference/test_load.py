@@ -27,7 +27,7 @@ def test_ranks_that_have_read_other_weights_do_not_go_on(
     write_checkpoint(path, content)
 
     class Second(Ranks):
-        def on_first(self, work: Callable[[], Any]) -> Any:
+        def on_rank_zero(self, work: Callable[[], Any]) -> Any:
             return "what rank 0 has read"
 
     with pytest.raises(ValueError) as caught:

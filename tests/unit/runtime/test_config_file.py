@@ -181,16 +181,16 @@ def test_of_a_compvis_file_the_model_is_read_and_the_rest_named_with_its_mend(
     params = config["model"].pop("params")
     assert config == {"model": {}, "data": {"train": {"root": "images"}}}
     assert AutoEncoderKL(**params).latent_channels == 4
-    beginnings_and_mends = [
+    beginnings_and_fixes = [
         ("model.base_learning_rate=4.5e-06 is not used", "write optimizer.learning_rate=RATE"),
         ("model.params.image_key is not used", "data.train.root names the images"),
         ("data.target=main.DataModuleFromConfig is not used", "write data.train.root=FOLDER"),
         ("lightning is not used", "write training.precision, training.accumulate_batches"),
     ]
-    assert len(caplog.messages) == len(beginnings_and_mends)
-    for message, (start, mend) in zip(caplog.messages, beginnings_and_mends, strict=True):
+    assert len(caplog.messages) == len(beginnings_and_fixes)
+    for message, (start, fix) in zip(caplog.messages, beginnings_and_fixes, strict=True):
         assert message.startswith(start)
-        assert mend in message
+        assert fix in message
 
 
 def test_our_own_files_give_no_warning(file: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -26,7 +26,7 @@ def test_ranks_that_do_not_come_are_not_waited_for_longer_than_the_time_out(
 
 def test_alone_nobody_is_asked() -> None:
     with connect("cpu") as ranks:
-        assert (ranks.rank, ranks.world_size, ranks.is_first) == (0, 1, True)
+        assert (ranks.rank, ranks.world_size, ranks.is_rank_zero) == (0, 1, True)
         assert ranks.any_of(True, False) == [True, False]
         assert ranks.gather("a") == ["a"]
-        assert ranks.on_first(lambda: 5) == 5
+        assert ranks.on_rank_zero(lambda: 5) == 5
