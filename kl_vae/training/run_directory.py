@@ -48,7 +48,6 @@ HARMLESS = (
     "data.validation.root",
     "data.num_workers",
     "data.max_bad_fraction",
-    "data.listing_cache",
     "training.accumulate_batches",
     "training.activation_checkpointing",
     "training.epochs",
@@ -97,6 +96,7 @@ class RunDirectory:
                 raise ValueError(f"{run}: not empty, and holds no run; choose another --run-dir")
             return False
         before = _flatten(parse_file(run / CONFIG))
+        before.pop("data.listing_cache", None)  # of version 0.1, without effect on the data
         now = _flatten(parse_yaml(dump_config(config), "this config"))
         changed = {
             key: f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"

@@ -88,6 +88,7 @@ def test_accumulation_learns_the_same_with_a_fixed_weight() -> None:
         assert_same_steps(one, rank)
 
 
+@pytest.mark.slow
 def test_an_overflow_on_one_rank_is_skipped_on_both_and_leaves_no_nan() -> None:
     ranks = steps("fp16", ranks=2, precision="fp16", broken_rank=1)
     assert largest_difference(ranks[0]["model"], ranks[1]["model"]) == 0.0

@@ -38,6 +38,7 @@ LatentFolder.write = write_two
 """
 
 
+@pytest.mark.slow
 def test_killed_on_two_ranks_and_taken_up_on_one_and_on_two(
     tmp_path: Path,
     tiny_ddconfig: dict[str, Any],

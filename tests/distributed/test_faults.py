@@ -144,6 +144,7 @@ def restarted() -> None:
         assert steps == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_on_one_rank(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error; and a loss that is not finite, and later parameters that differ."""
     arguments = [*faulty_loss(project), "training.save_every_steps=1"]

@@ -30,6 +30,7 @@ def tensors(path: Path) -> list[Tensor]:
     return [torch.as_tensor(value) for value in (*content["parameters"], *values)]
 
 
+@pytest.mark.slow
 def test_all_ranks_hold_what_one_process_would_and_their_number_may_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,7 @@ def tree(folder: str) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
+@pytest.mark.slow
 def test_two_ranks_killed_and_resumed_write_what_one_does(project: Path) -> None:
     arguments = ["--checkpoint", "model.pt", "--images", "images", "--mode", "sample"]
     arguments += ["--device", "cpu", "--num-workers", "1", "--out"]

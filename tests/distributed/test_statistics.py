@@ -18,6 +18,7 @@ from tests.processes import SCRIPT, TORCHRUN
 ENCODE = str(Path(SCRIPT).with_name("encode.py"))
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_what_one_does(
     tmp_path: Path,
     tiny_ddconfig: dict[str, Any],

@@ -40,6 +40,7 @@ def figures(run: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_ranks_and_accumulation_do_not_change_what_is_learned(project: Path) -> None:
     """20 steps at the same global batch: one process, two, and one that accumulates."""
     arguments = ["tiny.yaml", "training.max_steps=20", "training.validate_every_steps=20"]
@@ -105,6 +106,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(project: Path) -> None:
     assert largest_difference(weights("whole", 9), weights("parts", 9)) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_mistake_ends_all_ranks_with_its_one_line(project: Path) -> None:
     done = torchrun(str(SCRIPTS / "train.py"), "tiny.yaml", "--run-dir", "images")
     assert done.returncode != 0

@@ -220,6 +220,7 @@ def folder_of_both(tmp_path: Path) -> tuple[list[str], Path, BadFiles]:
     return command, tmp_path, files
 
 
+@pytest.mark.slow
 def test_training_reports_every_bad_file_and_takes_every_other(
     folder_of_both: tuple[list[str], Path, BadFiles],
 ) -> None:
@@ -243,6 +244,7 @@ def test_training_reports_every_bad_file_and_takes_every_other(
     assert all(isinstance(line.get("train/psnr", 0.0), float) for line in steps)
 
 
+@pytest.mark.slow
 def test_training_ends_where_too_many_files_are_bad(
     folder_of_both: tuple[list[str], Path, BadFiles],
 ) -> None:

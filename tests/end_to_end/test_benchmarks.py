@@ -55,6 +55,7 @@ def named(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {row["variant"]: row for row in rows}
 
 
+@pytest.mark.slow
 def test_encode_and_decode(run: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     rows = run("encode_decode", "--sizes", "16", "32", "--batch-sizes", "2")
     variants = {"diffusers", "diffusers, channels_last", "ours, plain modules", "ours"}
@@ -83,6 +84,7 @@ def test_a_plain_step(run: Callable[..., Any]) -> None:
     assert all(row["difference"] < 1e-4 for row in rows.values())
 
 
+@pytest.mark.slow
 def test_a_gan_step(run: Callable[..., Any]) -> None:
     rows = named(run("step", "--loss", "gan", "--size", "32"))
     published, ours = rows["published"], rows["ours"]
@@ -107,6 +109,7 @@ def test_tiling(run: Callable[..., Any], project: Path) -> None:
     assert (project / "plot.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_what_tiles_change(
     script: Callable[[str], ModuleType], project: Path, tiny_ddconfig: dict[str, Any]
 ) -> None:
@@ -138,6 +141,7 @@ def test_the_published_architecture_takes_what_is_known_of_it(
     assert round(counts.total() / 1e9) == 273
 
 
+@pytest.mark.slow
 def test_loading(run: Callable[..., Any]) -> None:
     rows = run("loading")
     assert len(rows) == 4 and rows[0]["ratio"] == 1.0
@@ -184,6 +188,7 @@ def test_recipes(run: Callable[..., Any], project: Path) -> None:
 # ---- the common helpers ----
 
 
+@pytest.mark.slow
 def test_calls_are_interleaved_after_one_untimed_call(
     script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,6 +226,7 @@ def prepare(work: str) -> Callable[[], object]:
     return call
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_call(script: Callable[[str], ModuleType]) -> None:
     cost_of = script("common").cost_of
     cost = cost_of(partial(prepare, "allocate"), CPU)

@@ -31,6 +31,7 @@ def train(*arguments: str) -> int:
     return main(["train", "tiny.yaml", *arguments])
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_compiled_run_learns_the_same_and_goes_on_bit_for_bit(project: Path) -> None:
     arguments = [*SMALL, *GAN, "training.max_steps=4", "training.validate_every_steps=2"]
@@ -55,6 +56,7 @@ def test_a_compiled_run_learns_the_same_and_goes_on_bit_for_bit(project: Path) -
     AutoEncoderKL.from_checkpoint("whole")
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiled_ranks_learn_what_one_does_uncompiled(project: Path) -> None:
     arguments = [*SMALL, "training.max_steps=3", "training.ema_decay=0.5"]
@@ -70,6 +72,7 @@ def test_compiled_ranks_learn_what_one_does_uncompiled(project: Path) -> None:
         assert all(torch.allclose(two[k], one[k], atol=1e-5) for k in one)
 
 
+@pytest.mark.slow
 def test_without_a_compiler_a_run_ends_with_what_to_install(project: Path) -> None:
     environment = {**os.environ, "CXX": "no-such-compiler"}
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(project / "cache")

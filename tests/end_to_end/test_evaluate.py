@@ -202,6 +202,7 @@ def test_killed_and_resumed_it_ends_as_if_it_had_not_been(
     assert lines("other")[0]["psnr"] != lines()[0]["psnr"]
 
 
+@pytest.mark.slow
 def test_two_ranks_give_what_one_gives(models: list[AutoEncoderKL]) -> None:
     assert main([*COMMAND, "--device", "cpu", "--metrics", "psnr", "ssim"]) == 0
     arguments = [*COMMAND, "--device", "cpu", "--metrics", "psnr", "ssim", "--out", "ranks"]

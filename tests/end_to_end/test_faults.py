@@ -133,6 +133,7 @@ def test_a_full_disk(project: Path, caplog: Any) -> None:
         assert without_speed(metrics(run)) == without_speed(metrics("whole"))
 
 
+@pytest.mark.slow
 def test_signals_during_validation(project: Path, make_images: Callable[..., Path]) -> None:
     """The run ends before the validation does, and the same command does that anew."""
     make_images(project / "images", 40)  # two batches and more for validation
@@ -181,6 +182,7 @@ def test_a_second_sigterm_ends_at_once(project: Path) -> None:
     assert not Path("runs/tiny/checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_data_worker_that_is_killed_or_hangs(
     project: Path, make_images: Callable[..., Path]
 ) -> None:
@@ -223,6 +225,7 @@ def test_a_data_worker_that_is_killed_or_hangs(
         assert_failed("hanging", hanging, 0, message)
 
 
+@pytest.mark.slow
 def test_numbers_that_are_not_finite(project: Path) -> None:
     """Steps are left out, but not for ever; parameters are not saved."""
     assert TrainingConfig(max_steps=1).max_skipped_steps == 10
@@ -283,6 +286,7 @@ def images_of_step(step: int) -> str:
     return ", ".join(train_set.source.name(index) for _, index, _ in keys)
 
 
+@pytest.mark.slow
 def test_another_process_in_the_run_and_an_end_without_a_message(
     project: Path, caplog: Any
 ) -> None:

@@ -17,6 +17,7 @@ pytest.importorskip("huggingface_hub")
 pytest.importorskip("safetensors")
 
 
+@pytest.mark.slow
 def test_a_pipeline_on_the_hub_is_a_checkpoint_online_and_offline(
     tiny_ddconfig: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -324,6 +324,7 @@ def test_a_run_in_fp16_takes_up_its_scalers_and_what_they_left_out(runs: Runs) -
     assert 0 < halved[0] < halved[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damaged", "before"),
     [

@@ -119,6 +119,7 @@ def test_the_average_can_be_monitored(project: Path) -> None:
     assert best["monitor"] == "val_ema/psnr" and best["value"] == max(figures)
 
 
+@pytest.mark.slow
 def test_a_second_stage_trains_the_decoder_alone_at_a_larger_size(
     project: Path, caplog: Any
 ) -> None:
@@ -135,6 +136,7 @@ def test_a_second_stage_trains_the_decoder_alone_at_a_larger_size(
     assert f"f = 2: 32 x 32 -> latents 4 x 16 x 16; {count:,} of them trained" in caplog.text
 
 
+@pytest.mark.slow
 def test_equivariant_latents_turn_with_the_image(project: Path) -> None:
     arguments = ["training.equivariance=1.0", "training.equivariance_min_scale=0.5"]
     assert train("--run-dir", "run", *arguments) == 0

@@ -163,6 +163,7 @@ def test_what_was_killed_is_resumed_and_ends_alike(tmp_path, model, make_images,
     assert written(tmp_path / "out") == written(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_ranks_draw_what_one_does(tmp_path, model, make_images):
     folder = make_images(tmp_path / "images", 2)
     (folder / "00.png").write_bytes(b"nothing of the kind")

@@ -67,6 +67,7 @@ def test_a_run_leaves_all_that_the_design_names(project: Path, caplog: Any) -> N
         assert text in header
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(project: Path) -> None:
     assert train("--run-dir", "run", "training.max_steps=40", "optimizer.learning_rate=0.002") == 0
     losses = [line["train/rec_loss"] for line in metrics("run") if "train/rec_loss" in line]

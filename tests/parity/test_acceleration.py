@@ -13,6 +13,7 @@ diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of packages that diffusers looks for
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_the_published_architecture_in_every_mode() -> None:
     """To 1e-3 of images in [-1, 1] with Winograd's convolutions, and to 1e-4 without."""

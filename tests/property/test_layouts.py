@@ -88,6 +88,7 @@ def test_the_tensors_show_the_architecture(model: AutoEncoderKL) -> None:
     assert shapes == {key: x.shape for key, x in model.state_dict().items()}
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(expressible_models())
 def test_to_diffusers_and_back_bit_for_bit(model: AutoEncoderKL) -> None:

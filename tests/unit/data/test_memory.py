@@ -74,6 +74,7 @@ def write(folder: Path, files: dict[str, bytes]) -> list[Path]:
     return [folder / name for name in files]
 
 
+@pytest.mark.slow
 def test_small_files_take_little(tmp_path: Path, memory: Memory) -> None:
     comments = b"\xff\xfe\0\2" * 250_000
     image = Image.new("RGB", (8, 8))
@@ -95,6 +96,7 @@ def test_small_files_take_little(tmp_path: Path, memory: Memory) -> None:
         assert taken[name] < 100 * MB + 50 * len(content), name
 
 
+@pytest.mark.slow
 def test_bytes_a_pixel(tmp_path: Path, memory: Memory) -> None:
     width, height = 1600, 1250
     pixels = width * height
@@ -120,6 +122,7 @@ def test_bytes_a_pixel(tmp_path: Path, memory: Memory) -> None:
         assert taken < 24 * pixels + 10 * MB, (name, taken / pixels)
 
 
+@pytest.mark.slow
 def test_arrays_take_their_size_and_4_bytes_a_value(tmp_path: Path, memory: Memory) -> None:
     arrays = {f"{i}.npy": np.zeros((1000, 1500, 3), dtype) for i, dtype in enumerate(DTYPES)}
     for name, array in arrays.items():

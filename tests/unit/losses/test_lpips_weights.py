@@ -324,6 +324,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("there", [True, False])
 def test_one_process_downloads_and_the_others_wait(
     there: bool,

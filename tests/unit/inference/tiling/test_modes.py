@@ -184,6 +184,7 @@ print(json.dumps({"whole": peak("whole"), "exact": min(peak("exact"), peak("exac
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read as Linux gives them")
 def test_strips_take_about_two_maps() -> None:
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, timeout=200)
