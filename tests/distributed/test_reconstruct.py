@@ -11,36 +11,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from kl_vae import AutoEncoderKL
 from kl_vae.checkpoints.checkpoint import write_checkpoint
 from kl_vae.cli.main import main
 from tests.processes import SCRIPT, TORCHRUN, Running, descendants
+from tests.tiny import tiny_ddconfig, tiny_model
 
 RECONSTRUCT = str(Path(SCRIPT).with_name("reconstruct.py"))
 NUMBER, SIZES, BAD = 1000, 50, 7
-DDCONFIG = dict(
-    ch=32,
-    ch_mult=[1, 1],
-    num_res_blocks=1,
-    attn_resolutions=[],
-    in_channels=3,
-    out_ch=3,
-    resolution=16,
-    z_channels=2,
-    attn_type="none",
-)
+DDCONFIG = tiny_ddconfig(attn_type="none")
 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a checkpoint, 1000 pictures of 50 sizes, and a bad one."""
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
     params = {"ddconfig": DDCONFIG, "embed_dim": 2}
-    model = AutoEncoderKL(DDCONFIG, embed_dim=2)
+    model = tiny_model(attn_type="none")
     content = {"model": model.state_dict(), "config": {"model": {"params": params}}, "step": 1}
     write_checkpoint(Path("model.pt"), content)
     rng = np.random.default_rng(0)

@@ -13,18 +13,17 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from PIL import Image
 
 import kl_vae.data
-from kl_vae import AutoEncoderKL
 from kl_vae.checkpoints.checkpoint import read_checkpoint
 from kl_vae.cli.main import main
 from kl_vae.data import read_image
 from kl_vae.inference.reconstruct import ReconstructConfig
 from kl_vae.runtime.files import display_name
 from tests.bad_files import MAX_PIXELS, BadFiles, picture, valid_images, write_bad_files
+from tests.tiny import save_tiny_model, tiny_ddconfig
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="other systems refuse names that are not UTF-8"
@@ -33,27 +32,13 @@ pytestmark = pytest.mark.skipif(
 MB = 2**20
 STEMS = {name.rpartition(".")[0] for name in valid_images()}  # of the files that are damaged
 FORMS = ("NFC", "NFD")
-DDCONFIG = dict(
-    ch=32,
-    ch_mult=[1, 1],
-    num_res_blocks=1,
-    attn_resolutions=[],
-    in_channels=3,
-    out_ch=3,
-    resolution=16,
-    z_channels=2,
-    attn_type="none",  # of 1 x 50000 pixels attention takes all the memory there is
-)
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> list[str]:
     """The arguments that name random weights, f = 2, and their config."""
-    torch.manual_seed(0)
-    torch.save(AutoEncoderKL(DDCONFIG, embed_dim=2).state_dict(), tmp_path / "model.pt")
-    config = {"model": {"params": {"ddconfig": DDCONFIG, "embed_dim": 2}}}
-    (tmp_path / "model.yaml").write_text(yaml.safe_dump(config))
-    return ["--checkpoint", f"{tmp_path}/model.pt", "--config", f"{tmp_path}/model.yaml"]
+    # of 1 x 50000 pixels attention takes all the memory there is
+    return save_tiny_model(tmp_path, attn_type="none")
 
 
 def run(command: list[str], seconds: float) -> tuple[int, str, int]:
@@ -204,7 +189,7 @@ def folder_of_both(tmp_path: Path) -> tuple[list[str], Path, BadFiles]:
         picture().save(tmp_path / "images" / f"good_{number}.png")
     images = len(files.bad) + len(files.good) + 200
     config = {
-        "model": {"params": {"ddconfig": DDCONFIG, "embed_dim": 2}},
+        "model": {"params": {"ddconfig": tiny_ddconfig(attn_type="none"), "embed_dim": 2}},
         "data": {
             "train": {"root": str(tmp_path / "images"), "include": ["*", "*.npy"]},
             "validation": {"fraction": 0.2},

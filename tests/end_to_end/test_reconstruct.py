@@ -19,27 +19,9 @@ from kl_vae import AutoEncoderKL
 from kl_vae.cli.main import main
 from kl_vae.data import FolderSource, read_image, to_float
 from kl_vae.losses.lpips import LPIPS
+from tests.tiny import save_tiny_model
 
 RECONSTRUCT = ["reconstruct", "--num-workers", "0"]
-
-
-def save_model(folder: Path, channels: int = 3) -> list[str]:
-    """Save random weights and their config; return the arguments that name them."""
-    torch.manual_seed(0)
-    ddconfig = dict(
-        ch=32,
-        ch_mult=[1, 1],
-        num_res_blocks=1,
-        attn_resolutions=[],
-        in_channels=channels,
-        out_ch=channels,
-        resolution=16,
-        z_channels=2,
-    )
-    torch.save(AutoEncoderKL(ddconfig, embed_dim=2).state_dict(), folder / "model.pt")
-    config = {"model": {"params": {"ddconfig": ddconfig, "embed_dim": 2}}}
-    (folder / "model.yaml").write_text(yaml.safe_dump(config))
-    return ["--checkpoint", str(folder / "model.pt"), "--config", str(folder / "model.yaml")]
 
 
 def save_images(folder: Path, **sizes: tuple[int, int]) -> None:
@@ -64,7 +46,7 @@ def read_rows(out: Path) -> list[dict[str, str]]:
 
 @pytest.fixture
 def model(tmp_path) -> list[str]:
-    return save_model(tmp_path)
+    return save_tiny_model(tmp_path)
 
 
 @pytest.fixture
@@ -158,7 +140,12 @@ def test_folders_and_files_with_resize_crop_and_patterns(tmp_path, model, images
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
 def test_grey_and_transparent_models(tmp_path, images, channels, mode):
     out = tmp_path / "out"
-    command = [*RECONSTRUCT, *save_model(tmp_path, channels), "--out", str(out)]
+    command = [
+        *RECONSTRUCT,
+        *save_tiny_model(tmp_path, in_channels=channels, out_ch=channels),
+        "--out",
+        str(out),
+    ]
     assert main([*command, "--images", str(images / "a.png")]) == 0
     with Image.open(out / "a.png") as picture:
         assert (picture.mode, picture.size) == (mode, (12, 13))
@@ -168,7 +155,7 @@ def test_arrays_of_many_channels(tmp_path):
     (tmp_path / "arrays").mkdir()
     np.save(tmp_path / "arrays" / "a.npy", np.random.default_rng(0).random((12, 14, 6)))
     out = tmp_path / "out"
-    command = [*RECONSTRUCT, *save_model(tmp_path, 6), "--out", str(out)]
+    command = [*RECONSTRUCT, *save_tiny_model(tmp_path, in_channels=6, out_ch=6), "--out", str(out)]
     assert main([*command, "--images", str(tmp_path / "arrays")]) == 0
     assert tree(out) == [
         "a.npy",
@@ -292,7 +279,12 @@ def test_formats_and_no_gallery(tmp_path, model, images):
 def test_what_a_model_of_other_channels_cannot(tmp_path, capsys, channels, options, message):
     (tmp_path / "arrays").mkdir()
     np.save(tmp_path / "arrays" / "a.npy", np.zeros((12, 14, channels)))
-    command = [*RECONSTRUCT, *save_model(tmp_path, channels), "--out", str(tmp_path / "out")]
+    command = [
+        *RECONSTRUCT,
+        *save_tiny_model(tmp_path, in_channels=channels, out_ch=channels),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     command += ["--images", str(tmp_path / "arrays" / "a.npy")]
     assert main([*command, *options]) == 2
     assert message in capsys.readouterr().err

@@ -8,34 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import yaml
 from PIL import Image
 
-from kl_vae import AutoEncoderKL
 from kl_vae.cli.main import main
 from kl_vae.inference.progress import Progress
 from tests.processes import TORCHRUN
+from tests.tiny import save_tiny_model
 
 
 @pytest.fixture
 def model(tmp_path) -> list[str]:
-    """Save random weights and their config, f = 2; return the arguments that name them."""
-    torch.manual_seed(0)
-    ddconfig = dict(
-        ch=32,
-        ch_mult=[1, 1],
-        num_res_blocks=1,
-        attn_resolutions=[],
-        in_channels=3,
-        out_ch=3,
-        resolution=16,
-        z_channels=2,
-    )
-    torch.save(AutoEncoderKL(ddconfig, embed_dim=None).state_dict(), tmp_path / "model.pt")
-    config = {"model": {"params": {"ddconfig": ddconfig, "embed_dim": None}}}
-    (tmp_path / "model.yaml").write_text(yaml.safe_dump(config))
-    return ["--checkpoint", f"{tmp_path}/model.pt", "--config", f"{tmp_path}/model.yaml"]
+    """The arguments that name random weights, f = 2, and their config."""
+    return save_tiny_model(tmp_path, embed_dim=None)
 
 
 def test_samples_as_a_user_types_it(tmp_path, model):
