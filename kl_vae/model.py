@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kl_vae.accel.accelerate import set_activation_checkpointing
+from kl_vae.checkpoints.export import write_compvis, write_diffusers
 from kl_vae.checkpoints.presets import find_preset
 from kl_vae.checkpoints.pretrained import complete_params, has_published_parts, match
 from kl_vae.checkpoints.reading import Weights, read_weights
-from kl_vae.checkpoints.writing import write_compvis, write_diffusers
 from kl_vae.ddconfig import DDConfig, check_autoencoder, check_context, check_images, check_latents
 from kl_vae.decoder import Decoder
 from kl_vae.distribution import DiagonalGaussianDistribution

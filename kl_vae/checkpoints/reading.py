@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from kl_vae.checkpoints.checkpoint import check_digest, is_checkpoint
 from kl_vae.checkpoints.diffusers import (
     CONFIG,
     EPS,
@@ -26,7 +25,7 @@ from kl_vae.checkpoints.diffusers import (
     with_quant_convolutions,
 )
 from kl_vae.checkpoints.hub import SUFFIXES, fetch, is_hub_name
-from kl_vae.checkpoints.run_directory import is_run, read_chosen
+from kl_vae.checkpoints.run_files import check_digest, is_checkpoint, is_run, read_chosen
 from kl_vae.checkpoints.safetensors_file import is_safetensors, read_safetensors
 from kl_vae.checkpoints.torch_file import check_within_file
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from kl_vae.checkpoints.writing import export_checkpoint, write_export
+from kl_vae.checkpoints.export import export_checkpoint, write_export
 from kl_vae.inference.load import read_model
 from kl_vae.model import AutoEncoderKL
 from kl_vae.runtime.config_file import load_model_params

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from kl_vae.checkpoints.export import write_export
 from kl_vae.checkpoints.safetensors_file import safetensors_bytes
-from kl_vae.checkpoints.writing import write_export
 from kl_vae.data import MAX_PIXELS, Batch, ImageDataset, Key, batch_loader, resolve_root
 from kl_vae.data.config import check_crop_fits
 from kl_vae.data.latent_format import DTYPES, LatentIndex, LatentSettings

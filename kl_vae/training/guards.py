@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kl_vae.checkpoints.run_directory import BAD_IMAGES
+from kl_vae.checkpoints.run_files import BAD_IMAGES
 from kl_vae.data import STOP_SIGNALS, BadImage
 from kl_vae.runtime.distributed import Ranks
 from kl_vae.runtime.errors import RunError

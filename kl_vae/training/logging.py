@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from kl_vae.checkpoints.run_directory import METRICS, SAMPLES, TENSORBOARD, read_metrics
+from kl_vae.checkpoints.run_files import METRICS, SAMPLES, TENSORBOARD, read_metrics
 from kl_vae.runtime.files import write_text_atomically
 from kl_vae.training.state import TrainingState
 from kl_vae.visual.grid import save_png

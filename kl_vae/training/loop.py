@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kl_vae.accel.compilation import uncompiled
-from kl_vae.checkpoints.run_directory import checkpoint_path
+from kl_vae.checkpoints.run_files import checkpoint_path
 from kl_vae.runtime.device import deterministic
 from kl_vae.runtime.distributed import Ranks, check_agreement, connect, explain
 from kl_vae.training.config import RunConfig

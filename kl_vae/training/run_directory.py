@@ -1,6 +1,6 @@
 """Write a run's directory: the lock, the config, the status, and the checkpoints that are kept.
 
-`kl_vae.checkpoints.run_directory` has its layout and reads it.
+`kl_vae.checkpoints.run_files` has its layout and reads it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from kl_vae.checkpoints.checkpoint import complete_checkpoint, remove_checkpoint, write_checkpoint
-from kl_vae.checkpoints.run_directory import (
+from kl_vae.checkpoints.run_files import (
     BEST,
     CONFIG,
     FOLDER,
@@ -24,8 +23,11 @@ from kl_vae.checkpoints.run_directory import (
     STATUS,
     best_checkpoint,
     checkpoint_path,
+    complete_checkpoint,
     list_checkpoints,
     read_status,
+    remove_checkpoint,
+    write_checkpoint,
 )
 from kl_vae.runtime.config_file import dump_config, parse_file, parse_yaml
 from kl_vae.runtime.errors import RunError

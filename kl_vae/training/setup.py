@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from kl_vae.accel.accelerate import accelerate
 from kl_vae.accel.compilation import check_compiler, compile_parts
-from kl_vae.checkpoints.run_directory import newest_checkpoint, read_metrics
+from kl_vae.checkpoints.run_files import newest_checkpoint, read_metrics
 from kl_vae.data import (
     ImageDataset,
     Sample,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kl_vae import AutoEncoderKL
-from kl_vae.checkpoints.checkpoint import write_checkpoint
+from kl_vae.checkpoints.run_files import write_checkpoint
 from kl_vae.cli.main import main
 from kl_vae.inference.progress import FOLDER
 from tests.processes import SCRIPT, TORCHRUN, Running

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kl_vae.checkpoints.checkpoint import write_checkpoint
+from kl_vae.checkpoints.run_files import write_checkpoint
 from kl_vae.cli.main import main
 from tests.processes import SCRIPT, TORCHRUN, Running, descendants
 from tests.tiny import tiny_ddconfig, tiny_model

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kl_vae import AutoEncoderKL
-from kl_vae.checkpoints.checkpoint import write_checkpoint
+from kl_vae.checkpoints.run_files import write_checkpoint
 from kl_vae.cli.main import main
 from tests.processes import SCRIPT, TORCHRUN
 

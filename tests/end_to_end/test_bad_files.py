@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 
 import kl_vae.data
-from kl_vae.checkpoints.checkpoint import read_checkpoint
+from kl_vae.checkpoints.run_files import read_checkpoint
 from kl_vae.cli.main import main
 from kl_vae.data import read_image
 from kl_vae.inference.reconstruct import ReconstructConfig

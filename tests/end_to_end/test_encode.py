@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from kl_vae import AutoEncoderKL
-from kl_vae.checkpoints.checkpoint import write_checkpoint
+from kl_vae.checkpoints.run_files import write_checkpoint
 from kl_vae.cli.main import main
 from kl_vae.data import center_crop, read_image, resize_short_side, to_float
 from kl_vae.inference import encode

@@ -18,7 +18,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from kl_vae import AutoEncoderKL
 from kl_vae.accel.accelerate import accelerate_as
-from kl_vae.checkpoints.checkpoint import write_checkpoint
+from kl_vae.checkpoints.run_files import write_checkpoint
 from kl_vae.cli.main import main
 from kl_vae.data import to_float
 from kl_vae.inference.evaluate import Evaluator

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from kl_vae.checkpoints.checkpoint import read_checkpoint
-from kl_vae.checkpoints.run_directory import checkpoint_path
+from kl_vae.checkpoints.run_files import checkpoint_path, read_checkpoint
 from kl_vae.cli.main import main
 from kl_vae.data import StepSampler
 from kl_vae.runtime.distributed import Ranks

@@ -21,8 +21,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from kl_vae.checkpoints.checkpoint import read_checkpoint
-from kl_vae.checkpoints.run_directory import checkpoint_path, list_checkpoints, newest_checkpoint
+from kl_vae.checkpoints.run_files import (
+    checkpoint_path,
+    list_checkpoints,
+    newest_checkpoint,
+    read_checkpoint,
+)
 from tests.end_to_end.killed_runs import RECORDED, Attempt, stages
 from tests.processes import assert_same, metrics, status, without_speed
 

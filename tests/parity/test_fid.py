@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kl_vae import AutoEncoderKL
-from kl_vae.checkpoints.checkpoint import write_checkpoint
+from kl_vae.checkpoints.run_files import write_checkpoint
 from kl_vae.cli.main import main
 from kl_vae.data import read_image
 from kl_vae.metrics.fid import (

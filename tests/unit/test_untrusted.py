@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kl_vae
-from kl_vae.checkpoints.checkpoint import write_checkpoint
+from kl_vae.checkpoints.run_files import write_checkpoint
 from kl_vae.cli.main import main
 
 SOURCES = sorted(Path(kl_vae.__file__).parent.rglob("*.py"))

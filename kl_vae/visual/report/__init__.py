@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kl_vae.checkpoints.run_directory import METRICS
+from kl_vae.checkpoints.run_files import METRICS
 from kl_vae.visual.report.metrics import MetricsFile
 from kl_vae.visual.report.page import REPORT, check_output, write_page
 from kl_vae.visual.report.run import RunReading, check_run_directory, read_run

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from kl_vae import __version__
-from kl_vae.checkpoints.run_directory import SAMPLES
+from kl_vae.checkpoints.run_files import SAMPLES
 from kl_vae.runtime.files import display_name
 from kl_vae.runtime.outputs import replace_file
 from kl_vae.visual.report.metrics import MetricsFile, Series

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from kl_vae.checkpoints.run_directory import (
+from kl_vae.checkpoints.run_files import (
     BAD_IMAGES,
     BEST,
     CONFIG,

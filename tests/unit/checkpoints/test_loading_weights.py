@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from kl_vae import AutoEncoderKL
-from kl_vae.checkpoints.checkpoint import write_checkpoint
-from kl_vae.checkpoints.run_directory import BEST, checkpoint_path
+from kl_vae.checkpoints.run_files import BEST, checkpoint_path, write_checkpoint
 
 Config = dict[str, Any]
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from kl_vae import AutoEncoderKL
 from kl_vae.accel.convolution import WinogradConv2d
-from kl_vae.checkpoints.checkpoint import write_checkpoint
+from kl_vae.checkpoints.run_files import write_checkpoint
 from kl_vae.inference.load import load_model, load_model_on, model_fingerprint
 from kl_vae.runtime.distributed import Ranks
 

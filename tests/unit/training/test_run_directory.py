@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from kl_vae import AutoEncoderKL
-from kl_vae.checkpoints.checkpoint import read_checkpoint
-from kl_vae.checkpoints.run_directory import (
+from kl_vae.checkpoints.run_files import (
     best_checkpoint,
     checkpoint_path,
     list_checkpoints,
     newest_checkpoint,
+    read_checkpoint,
 )
 from kl_vae.optim.config import OptimizerConfig
 from kl_vae.runtime.errors import RunError

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kl_vae import AutoEncoderKL
-from kl_vae.checkpoints.checkpoint import read_checkpoint, write_checkpoint
+from kl_vae.checkpoints.run_files import read_checkpoint, write_checkpoint
 from kl_vae.optim.config import OptimizerConfig
 from kl_vae.training.state import Network, TrainingState
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from kl_vae import AutoEncoderKL
-from kl_vae.checkpoints.writing import DTYPES, write_compvis, write_diffusers
+from kl_vae.checkpoints.export import DTYPES, write_compvis, write_diffusers
 from tests.conftest import TINY_DDCONFIG
 from tests.processes import assert_same
 

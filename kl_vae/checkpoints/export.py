@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_vae.checkpoints.checkpoint import write_checkpoint
 from kl_vae.checkpoints.diffusers import (
     CONFIG,
     WEIGHTS,
@@ -22,6 +21,7 @@ from kl_vae.checkpoints.diffusers import (
 )
 from kl_vae.checkpoints.pretrained import complete_params
 from kl_vae.checkpoints.reading import METADATA, read_weights
+from kl_vae.checkpoints.run_files import write_checkpoint
 from kl_vae.checkpoints.safetensors_file import safetensors_bytes
 from kl_vae.runtime.files import write_atomically, write_folder_atomically
 

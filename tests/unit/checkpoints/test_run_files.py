@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from kl_vae.checkpoints.checkpoint import read_checkpoint, remove_checkpoint, write_checkpoint
-from kl_vae.checkpoints.run_directory import (
+from kl_vae.checkpoints.run_files import (
     BEST,
     best_checkpoint,
     checkpoint_path,
     list_checkpoints,
     newest_checkpoint,
+    read_checkpoint,
+    remove_checkpoint,
+    write_checkpoint,
 )
 
 
@@ -68,7 +70,7 @@ def test_a_file_that_cannot_be_read_is_named(run: Path, monkeypatch: pytest.Monk
     def fail(path: Path) -> str:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("kl_vae.checkpoints.checkpoint.sha256_of", fail)
+    monkeypatch.setattr("kl_vae.checkpoints.run_files.sha256_of", fail)
     with pytest.raises(ValueError, match=r"300.pt: cannot be read \(Input/output error\)"):
         read_checkpoint(checkpoint_path(run, 300))
 
