@@ -82,10 +82,6 @@ class Ranks:
             for key, part, value in zip(metrics, parts, values, strict=True)
         }
 
-    def any(self, flag: bool) -> bool:
-        """Return whether the flag is set on any rank."""
-        return self.any_of(flag)[0]
-
     def any_of(self, *flags: bool) -> list[bool]:
         """Return for each flag whether it is set on any rank."""
         return self.sum(torch.tensor(flags).int()).bool().tolist()

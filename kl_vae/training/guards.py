@@ -135,7 +135,10 @@ def _log_skipped_step(
     if ranks.is_rank_zero:
         logger.warning(
             "step %d is skipped: %s is not finite (%d so far, %d in a row); its images:",
-            *(step, what, skips.total, skips.in_a_row),
+            step,
+            what,
+            skips.total,
+            skips.in_a_row,
         )
         for rank in causes or range(len(reports)):
             logger.warning("  rank %d: %s", rank, ", ".join(reports[rank][1]))

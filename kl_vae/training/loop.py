@@ -202,7 +202,10 @@ def _end(
         _write_status(run, ranks, setup, "stopped", stopped_by)
         logger.info(
             "stopped by %s at step %d of %d, saved in %s; the same command resumes",
-            *(stopped_by, state.step, setup.total_steps, run.path),
+            stopped_by,
+            state.step,
+            setup.total_steps,
+            run.path,
         )
     return TrainingResult(
         run_dir=run.path,

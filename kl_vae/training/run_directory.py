@@ -166,7 +166,8 @@ class RunDirectory:
             logger.warning(
                 "the last part of this run ended without a message after step %s (%s): killed, or "
                 "its machine was lost",
-                *(status.get("step"), status.get("time")),
+                status.get("step"),
+                status.get("time"),
             )
         elif status.get("state") == "failed":
             logger.warning("the last part of this run failed: %s", status.get("reason"))
@@ -206,7 +207,10 @@ class RunDirectory:
                 ) from error
             logger.error(
                 "%s, failure %d of %d in a row; the run continues, and %s",
-                *(text, self._failed_saves, MAX_FAILED_SAVES, last),
+                text,
+                self._failed_saves,
+                MAX_FAILED_SAVES,
+                last,
             )
 
     def write_best(self, state: TrainingState, keep: int | None = None) -> None:

@@ -114,7 +114,8 @@ def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks) -> Setup:
         logger.info(
             "a step accumulates %d batches, before it was %d: the adaptive weight is computed per "
             "batch, so that numbers differ by more than rounding",
-            *(accumulate, before["accumulated"]),
+            accumulate,
+            before["accumulated"],
         )
     if found is not None:
         state.restore(content, source=str(path))

@@ -146,7 +146,9 @@ class TrainingState:
             if before != now:
                 logger.info(
                     "resuming with %s %s, before it was %s: the last bits of numbers may differ",
-                    *(key, now, before),
+                    key,
+                    now,
+                    before,
                 )
         if content["validation_fingerprint"] != self.validation_fingerprint:
             logger.info(
