@@ -173,13 +173,10 @@ class AutoEncoderKL(nn.Module):
         batch = image[None] if isinstance(image, Tensor) and image.ndim == 3 else image
         check_images(batch, self.config, any_size=True)
         height, width = batch.shape[2:]
-        f = self.downsampling_factor
-        # at least 2 f: the group norm of a single latent is a constant
-        bottom, right = (max(2, -(-side // f)) * f - side for side in (height, width))
         training = [module for module in self.modules() if module.training]
         self.eval()
         try:
-            padded = F.pad(batch, (0, right, 0, bottom), mode="replicate")
+            padded = pad(batch, self.downsampling_factor)
             out = self.decode(self.encode(padded, context).mode(), context)[..., :height, :width]
         finally:
             for module in training:
@@ -478,3 +475,18 @@ class AutoEncoderKL(nn.Module):
             low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
             return 2.0 * (x - low) / (high - low).clamp_min(1e-12) - 1.0
         return F.pad(x, (0, 0, 0, 0, 0, 1)) if channels == 2 else x[:, :3]
+
+
+def padded_size(images: Tensor, factor: int) -> tuple[int, int]:
+    """Return H and W of images [..., H, W] raised to multiples of `factor` (f), at least 2 f."""
+    # 2 f, since the group norm of a single latent is an error or a constant
+    height, width = (max(2, -(-side // factor)) * factor for side in images.shape[-2:])
+    return height, width
+
+
+def pad(images: Tensor, factor: int) -> Tensor:
+    """Repeat the edge of images [B, C, H, W] to the right and below, up to their `padded_size`."""
+    height, width = padded_size(images, factor)
+    # repeated, since reflection needs an image larger than what it adds
+    border = (0, width - images.shape[3], 0, height - images.shape[2])
+    return F.pad(images, border, mode="replicate")

@@ -1,4 +1,4 @@
-"""A tiny autoencoder, and its files as commands are given them."""
+"""A tiny autoencoder, its files as commands are given them, and one image through it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from kl_vae import AutoEncoderKL
+from kl_vae.inference.batches import latent_noise
+from kl_vae.inference.coding import reconstruct_batch
+from kl_vae.inference.tiling import Tiling
 
 
 def tiny_ddconfig(**changes: Any) -> dict[str, Any]:
@@ -38,3 +42,21 @@ def save_tiny_model(folder: Path, embed_dim: int | None = 2, **changes: Any) -> 
     params = {"ddconfig": tiny_ddconfig(**changes), "embed_dim": embed_dim}
     (folder / "model.yaml").write_text(yaml.safe_dump({"model": {"params": params}}))
     return ["--checkpoint", str(folder / "model.pt"), "--config", str(folder / "model.yaml")]
+
+
+DEFAULT_TILING = Tiling()
+
+
+def reconstruct_image(
+    model: AutoEncoderKL,
+    image: Tensor,
+    precision: str = "fp32",
+    generator: torch.Generator | None = None,
+    tiling: Tiling = DEFAULT_TILING,
+) -> Tensor:
+    """Reconstruct one image [C, H, W] in [-1, 1] as `kl_vae.reconstruct` does."""
+    noise = None if generator is None else [latent_noise(model, image, generator)]
+    (result,) = reconstruct_batch(model, [image], precision, noise, tiling)
+    if result.image is None:
+        raise ValueError(result.reason)
+    return result.image.cpu()

@@ -1,8 +1,20 @@
 """The arguments that several commands share."""
 
 import argparse
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 CHECKPOINT = "a run directory, a checkpoint of any layout, a folder of diffusers', or hf://ORG/NAME"
+
+
+def keywords(function: Callable[..., Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `function` that were given under its own names.
+
+    What was left out (None) keeps the function's default.
+    """
+    names = inspect.signature(function).parameters
+    return {key: value for key, value in vars(args).items() if key in names and value is not None}
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +37,8 @@ def add_no_ema_argument(parser: argparse.ArgumentParser) -> None:
     """Add the argument that leaves the moving average of the weights out."""
     parser.add_argument(
         "--no-ema",
-        action="store_true",
+        dest="ema",
+        action="store_false",
         help="the weights as trained last, where a checkpoint has their moving average as well",
     )
 
@@ -103,9 +116,8 @@ def add_image_arguments(
     parser.add_argument(
         "--max-pixels",
         type=positive,
-        default=178_956_970,  # kl_vae.data.MAX_PIXELS, without its imports
         metavar="N",
-        help="skip images with more pixels, before they are decoded (default: %(default)s)",
+        help="skip images with more pixels, before they are decoded (default: 178956970)",
     )
 
 

@@ -2,14 +2,14 @@
 
 import argparse
 
-from kl_vae.cli.arguments import CHECKPOINT, add_weights_arguments
+from kl_vae.cli.arguments import CHECKPOINT, add_weights_arguments, keywords
 
 HELP = "write weights for diffusers, or as one file with the original names"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument("source", metavar="IN", help=CHECKPOINT)
+    parser.add_argument("checkpoint", metavar="IN", help=CHECKPOINT)
     parser.add_argument(
         "out",
         metavar="OUT",
@@ -32,8 +32,6 @@ def run(args: argparse.Namespace) -> int:
     """Call `kl_vae.convert` and print what was written; return 0."""
     from kl_vae.inference.convert import convert
 
-    result = convert(
-        args.source, args.out, args.to, dtype=args.dtype, config=args.config, ema=not args.no_ema
-    )
+    result = convert(**keywords(convert, args))
     print(f"{result.parameters:,} parameters in {args.out} ({args.to}, {args.dtype})")
     return 0

@@ -10,6 +10,7 @@ from kl_vae.cli.arguments import (
     add_image_arguments,
     add_model_arguments,
     add_work_arguments,
+    keywords,
     positive,
 )
 
@@ -82,29 +83,7 @@ def run(args: argparse.Namespace) -> int:
     from kl_vae.inference.encode import encode_dataset
 
     _check_together(args)
-    of_folder = {key: getattr(args, key) for key in OF_FOLDER}
-    result = encode_dataset(
-        args.checkpoint,
-        args.images,
-        args.out,
-        statistics=args.statistics,
-        per_channel=args.per_channel,
-        resize=args.resize,
-        crop=args.crop,
-        include=args.include,
-        exclude=args.exclude,
-        max_pixels=args.max_pixels,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        config=args.config,
-        ema=not args.no_ema,
-        device=args.device,
-        precision=args.precision,
-        fast=args.fast,
-        compile=args.compile,
-        resume=args.resume,
-        **{key: value for key, value in of_folder.items() if value is not None},
-    )
+    result = encode_dataset(**keywords(encode_dataset, args))
     if os.environ.get("RANK", "0") != "0":
         return 0  # torchrun would end rank 0 while it prints
     if args.statistics is not None:

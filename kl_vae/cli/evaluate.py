@@ -13,6 +13,7 @@ from kl_vae.cli.arguments import (
     add_mode_argument,
     add_no_ema_argument,
     add_work_arguments,
+    keywords,
 )
 
 HELP = "measure one checkpoint or several side by side: PSNR, SSIM, MS-SSIM, LPIPS, rFID, KL"
@@ -55,7 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--checkpoint", required=True, nargs="+", metavar="RUN_OR_FILE", help=f"each {CHECKPOINT}"
+        "--checkpoint",
+        dest="checkpoints",
+        required=True,
+        nargs="+",
+        metavar="RUN_OR_FILE",
+        help=f"each {CHECKPOINT}",
     )
     parser.add_argument(
         "--names",
@@ -65,8 +71,9 @@ def _add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--config",
+        dest="configs",
         nargs="+",
-        default=[AS_IT_SAYS],
+        type=lambda text: None if text == AS_IT_SAYS else text,
         metavar="FILE",
         help="config file or shipped config's name, one for all checkpoints or one each, where "
         f"{AS_IT_SAYS} is as the checkpoint says or shows (default: {AS_IT_SAYS})",
@@ -86,34 +93,7 @@ def run(args: argparse.Namespace) -> int:
     from kl_vae.inference.evaluation_report import TABLE
     from kl_vae.runtime.files import display_name
 
-    result = evaluate(
-        args.checkpoint,
-        args.images,
-        args.out,
-        names=args.names,
-        metrics=args.metrics,
-        resize=args.resize,
-        crop=args.crop,
-        whole=args.whole,
-        include=args.include,
-        exclude=args.exclude,
-        max_pixels=args.max_pixels,
-        mode=args.mode,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        configs=[None if config == AS_IT_SAYS else config for config in args.config],
-        ema=not args.no_ema,
-        device=args.device,
-        precision=args.precision,
-        fast=args.fast,
-        compile=args.compile,
-        lpips_net=args.lpips_net,
-        lpips_features=args.lpips_features,
-        lpips_heads=args.lpips_heads,
-        fid_weights=args.fid_weights,
-        resume=args.resume,
-    )
+    result = evaluate(**keywords(evaluate, args))
     if os.environ.get("RANK", "0") != "0":
         return 0  # torchrun would end rank 0 while it prints
     assert result.folder is not None

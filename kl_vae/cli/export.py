@@ -2,7 +2,7 @@
 
 import argparse
 
-from kl_vae.cli.arguments import add_checkpoint_arguments
+from kl_vae.cli.arguments import add_checkpoint_arguments, keywords
 
 HELP = "write a checkpoint's weights and architecture alone, without optimisers and losses"
 
@@ -17,6 +17,6 @@ def run(args: argparse.Namespace) -> int:
     """Call `kl_vae.export` and print what was written; return 0."""
     from kl_vae.inference.convert import export
 
-    result = export(args.checkpoint, args.out, config=args.config, ema=not args.no_ema)
+    result = export(**keywords(export, args))
     print(f"{result.weights} in {result.path}")
     return 0

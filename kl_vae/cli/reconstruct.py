@@ -13,6 +13,7 @@ from kl_vae.cli.arguments import (
     add_picture_arguments,
     add_tiling_arguments,
     add_work_arguments,
+    keywords,
     positive,
 )
 
@@ -55,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--no-gallery",
-        action="store_true",
+        dest="gallery",
+        action="store_false",
         help="write no index.html, and none of its pictures in gallery/",
     )
 
@@ -71,37 +73,7 @@ def run(args: argparse.Namespace) -> int:
     from kl_vae.inference.reconstruction_report import COMPARISON, rounded
     from kl_vae.runtime.files import display_name
 
-    result = reconstruct(
-        args.checkpoint,
-        args.images,
-        args.out,
-        resize=args.resize,
-        crop=args.crop,
-        include=args.include,
-        exclude=args.exclude,
-        max_pixels=args.max_pixels,
-        mode=args.mode,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        config=args.config,
-        ema=not args.no_ema,
-        device=args.device,
-        precision=args.precision,
-        tiling=args.tiling,
-        tile=args.tile,
-        overlap=args.overlap,
-        fast=args.fast,
-        compile=args.compile,
-        format=args.format,
-        quality=args.quality,
-        lpips=args.lpips,
-        lpips_features=args.lpips_features,
-        lpips_heads=args.lpips_heads,
-        grid_size=args.grid_size,
-        gallery=not args.no_gallery,
-        resume=args.resume,
-    )
+    result = reconstruct(**keywords(reconstruct, args))
     if os.environ.get("RANK", "0") != "0":
         return 0  # torchrun would end rank 0 while it prints
     lpips = "" if args.lpips == "none" else f", LPIPS {rounded(result.mean('lpips'), 4)}"

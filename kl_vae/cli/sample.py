@@ -13,6 +13,7 @@ from kl_vae.cli.arguments import (
     add_picture_arguments,
     add_tiling_arguments,
     add_work_arguments,
+    keywords,
     positive,
 )
 
@@ -100,27 +101,7 @@ def run(args: argparse.Namespace) -> int:
     from kl_vae.runtime.files import display_name
 
     _check_together(args)
-    given = {key: getattr(args, key) for key in USES}
-    result = sample(
-        args.checkpoint,
-        args.out,
-        origin=args.origin,
-        size=args.size,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        config=args.config,
-        ema=not args.no_ema,
-        device=args.device,
-        precision=args.precision,
-        tiling=args.tiling,
-        tile=args.tile,
-        overlap=args.overlap,
-        fast=args.fast,
-        compile=args.compile,
-        resume=args.resume,
-        **{key: value for key, value in given.items() if value is not None},
-    )
+    result = sample(**keywords(sample, args))
     if os.environ.get("RANK", "0") != "0":
         return 0  # torchrun would end rank 0 while it prints
     if result.posterior_std:

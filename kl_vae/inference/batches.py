@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kl_vae.model import AutoEncoderKL
+from kl_vae.model import AutoEncoderKL, padded_size
 
 # pixels of an image up to which a batch has its full number of images; fewer of larger ones
 FULL_BATCH_PIXELS = 512 * 512
@@ -21,21 +20,6 @@ WAITING_PIXELS = 2**24
 
 Size = tuple[int, int]
 Numbered = tuple[int, Tensor]  # an image [C, H, W] by its index
-
-
-def padded_size(image: Tensor, factor: int) -> Size:
-    """Return height and width of [C, H, W] raised to multiples of `factor` (f), at least 2 f."""
-    # 2 f, since the group norm of a single latent is an error or a constant
-    height, width = (max(2, -(-side // factor)) * factor for side in image.shape[1:])
-    return height, width
-
-
-def pad(image: Tensor, factor: int) -> Tensor:
-    """Repeat the edge of [C, H, W] to the right and below, up to its `padded_size`."""
-    height, width = padded_size(image, factor)
-    # repeated, since reflection needs an image larger than what it adds
-    border = (0, width - image.shape[2], 0, height - image.shape[1])
-    return F.pad(image[None], border, mode="replicate")[0]
 
 
 def latent_noise(model: AutoEncoderKL, image: Tensor, generator: torch.Generator) -> Tensor:

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from kl_vae.data import normalized
 from kl_vae.distribution import DiagonalGaussianDistribution
-from kl_vae.inference.batches import latent_noise, pad
 from kl_vae.inference.tiling import Tiling, check_tiling, decode_tiled, encode_tiled
-from kl_vae.model import AutoEncoderKL
+from kl_vae.model import AutoEncoderKL, pad
 from kl_vae.runtime.device import autocast
 from kl_vae.runtime.memory import is_out_of_memory
 
@@ -107,37 +106,6 @@ class Reconstruction:
     redone_in_fp32: bool = False
 
 
-def reconstruct_image(
-    model: AutoEncoderKL,
-    image: Tensor,
-    precision: str = "fp32",
-    generator: torch.Generator | None = None,
-    tiling: Tiling = _AUTO,
-) -> Tensor:
-    """Reconstruct one image [C, H, W] in [-1, 1] of any size; the result is like it, on the CPU.
-
-    Its edge is repeated to the right and below up to a multiple of f, at least 2 f, and what that
-    adds is cut off again. Where half precision gives NaN or infinity it is redone in fp32.
-
-    Args:
-        model: in eval mode.
-        image: on any device.
-        precision: fp32, bf16 or fp16.
-        generator: decode a sample of the posterior, drawn with it; None: decode the mode.
-        tiling: how an image that is large for the memory is cut up.
-
-    Raises:
-        ValueError: the result is not finite, or the memory does not suffice.
-    """
-    noise = None if generator is None else [latent_noise(model, image, generator)]
-    (result,) = reconstruct_batch(model, [image], precision, noise, tiling)
-    if result.image is None:
-        raise ValueError(result.reason)
-    if result.redone_in_fp32:
-        logger.warning("NaN or infinity in %s: the image was redone in fp32", precision)
-    return result.image.cpu()
-
-
 @torch.inference_mode()
 def reconstruct_batch(
     model: AutoEncoderKL,
@@ -146,7 +114,10 @@ def reconstruct_batch(
     noise: Sequence[Tensor] | None,
     tiling: Tiling,
 ) -> list[Reconstruction]:
-    """Reconstruct images that have one `padded_size`; see `reconstruct_image`.
+    """Reconstruct images of any sizes that have one `padded_size`.
+
+    Their edges are repeated to the right and below, and what that adds is cut off again. What half
+    precision makes NaN or infinite is computed again in fp32.
 
     Where the memory does not suffice each is tried alone, then, even if it is to be done whole, in
     strips that change nothing.
@@ -162,7 +133,8 @@ def reconstruct_batch(
     may_blend = len(images) == 1  # rather one by one, which changes nothing
 
     def autoencode(part: slice) -> Tensor:
-        x = torch.stack([pad(x.to(device), model.downsampling_factor) for x in images[part]])
+        factor = model.downsampling_factor
+        x = torch.stack([pad(image.to(device)[None], factor)[0] for image in images[part]])
         posterior = encode_tiled(model, x, tiling, may_blend=may_blend)
         if noise is None:
             z = posterior.mode()

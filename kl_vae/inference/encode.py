@@ -35,15 +35,15 @@ from kl_vae.inference.latent_folder import (
     class_labels,
     nothing_usable,
 )
-from kl_vae.inference.load import checkpoint_name, load_model_on
+from kl_vae.inference.load import checkpoint_name, connect_ranks, load_model_on
 from kl_vae.inference.progress import show_progress, units_of
-from kl_vae.inference.sources import open_sources
+from kl_vae.inference.sources import as_roots, open_sources
 from kl_vae.inference.tiling import Tiling
 from kl_vae.latents import LatentNormalization
 from kl_vae.metrics.moments import RunningMoments, latent_moments, latent_normalization
 from kl_vae.model import AutoEncoderKL
 from kl_vae.runtime.device import PRECISIONS
-from kl_vae.runtime.distributed import COMMAND, Ranks, connect
+from kl_vae.runtime.distributed import Ranks
 from kl_vae.runtime.randomness import normal_noise
 
 logger = logging.getLogger(__name__)
@@ -186,10 +186,7 @@ def encode_dataset(
     )
     if out is None and statistics is None:
         raise ValueError("nothing to write: give out, statistics, or both")
-    if isinstance(checkpoint, AutoEncoderKL):
-        device = str(next(checkpoint.parameters()).device)
-    roots = [images] if isinstance(images, (str, Path)) else images
-    with connect(device, timeout_seconds=86_400, hints=COMMAND) as ranks:
+    with connect_ranks([checkpoint], device) as ranks:
         if statistics is not None:
             ranks.on_rank_zero(lambda: _check_new(Path(statistics), resume))
         model = load_model_on(ranks, checkpoint, config, ema, fast, compile)
@@ -198,10 +195,9 @@ def encode_dataset(
         check_size(crop, model.downsampling_factor, "crop")
         check_crop_fits(resize, crop)
         # listed once, so that all ranks share out the same images
+        channels = model.config.in_channels
         source, _ = ranks.on_rank_zero(
-            lambda: open_sources(
-                list(map(str, roots)), model.config.in_channels, include, exclude, max_pixels
-            )
+            lambda: open_sources(as_roots(images), channels, include, exclude, max_pixels)
         )
         dataset = ImageDataset(source, crop, resize, flip=False, seed=0, training=False)
         if out is None:

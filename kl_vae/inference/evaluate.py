@@ -21,7 +21,7 @@ from kl_vae import __version__
 from kl_vae.data import MAX_PIXELS, JoinedSource, Source, resolve_root, to_float
 from kl_vae.data.config import check_crop_fits
 from kl_vae.distribution import DiagonalGaussianDistribution
-from kl_vae.inference.batches import Numbered, batches_of_a_size, latent_noise, pad
+from kl_vae.inference.batches import Numbered, batches_of_a_size, latent_noise
 from kl_vae.inference.coding import decode_latents, encode_images
 from kl_vae.inference.evaluation_report import (
     FILES,
@@ -38,24 +38,28 @@ from kl_vae.inference.evaluation_report import (
     write_files,
 )
 from kl_vae.inference.images import LoadedImage, loaded_units
-from kl_vae.inference.load import checkpoint_name, load_model_on, model_fingerprint
+from kl_vae.inference.load import (
+    Checkpoint,
+    checkpoint_name,
+    connect_ranks,
+    load_model_on,
+    model_fingerprint,
+)
 from kl_vae.inference.progress import Progress, units_of
 from kl_vae.inference.reconstruct import MEASURED_ON_DEVICE, unit_size
-from kl_vae.inference.sources import open_sources
+from kl_vae.inference.sources import as_roots, open_sources
 from kl_vae.inference.tiling import Tiling
 from kl_vae.metrics.fid import find_inception, load_inception
 from kl_vae.metrics.perceptual import load_lpips
 from kl_vae.metrics.similarity import ms_ssim, mse, ssim
-from kl_vae.model import AutoEncoderKL
-from kl_vae.runtime.distributed import COMMAND, Ranks, connect
+from kl_vae.model import AutoEncoderKL, pad
+from kl_vae.runtime.distributed import Ranks
 from kl_vae.runtime.files import display_name
 from kl_vae.runtime.outputs import check_output_folder, check_outputs
 from kl_vae.runtime.randomness import generator_for
 from kl_vae.visual.image_files import as_saved
 
 logger = logging.getLogger(__name__)
-
-Checkpoint = str | Path | AutoEncoderKL
 
 METRICS = ("psnr", "ssim", "ms_ssim", "lpips", "rfid")
 IN_COLOUR = ("lpips", "rfid")  # of networks that were trained on RGB
@@ -180,15 +184,11 @@ def evaluate(
     given = [checkpoints] if isinstance(checkpoints, Checkpoint) else list(checkpoints)
     names = _column_names(given, names)
     configs = _one_each(configs, len(given))
-    roots = [str(x) for x in ([images] if isinstance(images, (str, Path)) else images)]
+    roots = as_roots(images)
     for metric in metrics:
         if metric not in METRICS:
             raise ValueError(f"metrics: {metric!r}: give some of {', '.join(METRICS)}")
-    for checkpoint in given:
-        if isinstance(checkpoint, AutoEncoderKL):
-            device = str(next(checkpoint.parameters()).device)
-    # ranks wait for the slowest
-    with connect(device, timeout_seconds=86_400, hints=COMMAND) as ranks, ExitStack() as stack:
+    with connect_ranks(given, device) as ranks, ExitStack() as stack:
         # weights that are missing are noticed first
         lpips = inception = None
         if "lpips" in metrics:
@@ -528,7 +528,7 @@ class Evaluator:
         config, source = self._config, self._source
         tiling = Tiling("auto" if config.crop is None else "whole")
         names = [f"{name}: {source.name(index)}" for index in indices]
-        padded = torch.stack([pad(image, model.downsampling_factor) for image in x])
+        padded = torch.stack([pad(image[None], model.downsampling_factor)[0] for image in x])
         posterior = encode_images(model, padded, config.precision, tiling, names)
         if config.mode == "sample":
             keys = [("reconstruct", config.seed, source.key(index)) for index in indices]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 
@@ -10,13 +12,30 @@ import torch
 
 from kl_vae.accel.accelerate import accelerate_as
 from kl_vae.model import AutoEncoderKL
-from kl_vae.runtime.distributed import Ranks, checksums
+from kl_vae.runtime.distributed import COMMAND, Ranks, checksums, connect
 from kl_vae.runtime.files import display_name
+
+Checkpoint = str | Path | AutoEncoderKL
+WAIT_SECONDS = 86_400  # for other ranks: the slowest may have far more to do than the others
+
+
+@contextmanager
+def connect_ranks(checkpoints: Sequence[Checkpoint], device: str) -> Iterator[Ranks]:
+    """Join the ranks of a command, as `connect`; a model in place of a checkpoint says the device.
+
+    Raises:
+        ValueError, RunError: as `connect`.
+    """
+    for checkpoint in checkpoints:
+        if isinstance(checkpoint, AutoEncoderKL):
+            device = str(checkpoint.device)
+    with connect(device, WAIT_SECONDS, COMMAND) as ranks:
+        yield ranks
 
 
 def load_model_on(
     ranks: Ranks,
-    checkpoint: str | Path | AutoEncoderKL,
+    checkpoint: Checkpoint,
     config: str | None,
     ema: bool = True,
     fast: str = "auto",
@@ -36,12 +55,12 @@ def load_model_on(
     if ranks.on_rank_zero(lambda: found) != found:
         raise ValueError(
             f"{checkpoint}: rank {ranks.rank} has read other weights than rank 0, since its run "
-            "goes on; give one file of its checkpoints"
+            "continues; give one file of its checkpoints"
         )
     return model
 
 
-def checkpoint_name(checkpoint: str | Path | AutoEncoderKL) -> str:
+def checkpoint_name(checkpoint: Checkpoint) -> str:
     """Return what a checkpoint, or a model in place of one, is called in results."""
     if isinstance(checkpoint, AutoEncoderKL):
         return "a model in memory"

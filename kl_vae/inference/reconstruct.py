@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from kl_vae.data import MAX_PIXELS, JoinedSource, Source, resolve_root, to_float
-from kl_vae.inference.batches import Numbered, batches_of_a_size, latent_noise, padded_size
+from kl_vae.inference.batches import Numbered, batches_of_a_size, latent_noise
 from kl_vae.inference.coding import Reconstruction, reconstruct_batch
 from kl_vae.inference.images import LoadedImage, loaded_units
-from kl_vae.inference.load import checkpoint_name, load_model_on, model_fingerprint
+from kl_vae.inference.load import checkpoint_name, connect_ranks, load_model_on, model_fingerprint
 from kl_vae.inference.progress import Progress, units_of
 from kl_vae.inference.reconstruction_report import (
     ImageMetrics,
@@ -32,13 +32,12 @@ from kl_vae.inference.reconstruction_report import (
     begin_report,
     write_report,
 )
-from kl_vae.inference.sources import open_sources
+from kl_vae.inference.sources import as_roots, open_sources
 from kl_vae.inference.tiling import Mode, Tiling, check_tiling
 from kl_vae.metrics.perceptual import load_lpips
 from kl_vae.metrics.similarity import psnr, ssim
-from kl_vae.model import AutoEncoderKL
+from kl_vae.model import AutoEncoderKL, padded_size
 from kl_vae.runtime.device import PRECISIONS
-from kl_vae.runtime.distributed import COMMAND, connect
 from kl_vae.runtime.files import display_name
 from kl_vae.runtime.memory import is_out_of_memory
 from kl_vae.runtime.outputs import check_output_folder
@@ -178,11 +177,8 @@ def reconstruct(
     if lpips == "none" and (lpips_features or lpips_heads):
         raise ValueError("lpips_features, lpips_heads: say of which lpips they are")
     folder = resolve_root(str(out))
-    roots = [str(x) for x in ([images] if isinstance(images, (str, Path)) else images)]
-    if isinstance(checkpoint, AutoEncoderKL):
-        device = str(next(checkpoint.parameters()).device)
-    # ranks wait for the slowest
-    with connect(device, timeout_seconds=86_400, hints=COMMAND) as ranks:
+    roots = as_roots(images)
+    with connect_ranks([checkpoint], device) as ranks:
         model = load_model_on(ranks, checkpoint, config, ema, fast, compile)
         check_tiling(model, settings.tiling)
         perceptual = None

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from kl_vae.data import MAX_PIXELS, JoinedSource, resolve_root
 from kl_vae.inference.encode import check_size
 from kl_vae.inference.latent_folder import nothing_usable
-from kl_vae.inference.load import load_model_on, model_fingerprint
+from kl_vae.inference.load import connect_ranks, load_model_on, model_fingerprint
 from kl_vae.inference.progress import FOLDER, Progress, show_progress
 from kl_vae.inference.sampled_images import (
     GRID,
@@ -20,10 +20,10 @@ from kl_vae.inference.sampled_images import (
     interpolated_images,
     prior_images,
 )
-from kl_vae.inference.sources import open_sources
+from kl_vae.inference.sources import as_roots, open_sources
 from kl_vae.inference.tiling import Tiling
 from kl_vae.model import AutoEncoderKL
-from kl_vae.runtime.distributed import COMMAND, Ranks, connect
+from kl_vae.runtime.distributed import Ranks
 from kl_vae.runtime.files import remove_temporaries
 from kl_vae.runtime.outputs import check_output_folder, check_outputs
 
@@ -118,15 +118,13 @@ def sample(
     """
     if origin not in get_args(Origin):
         raise ValueError(f"origin={origin!r}: give one of {', '.join(get_args(Origin))}")
-    roots = [str(x) for x in ([images] if isinstance(images, (str, Path)) else images)]
+    roots = as_roots(images)
     if bool(roots) != (origin != "prior"):
         problem = "prior has no use for them" if roots else f"{origin} begins with them"
         raise ValueError(f"images={roots}: {problem}; {'leave out' if roots else 'give'} images")
     cutting = Tiling(tiling, tile, overlap)
     folder = resolve_root(str(out))
-    if isinstance(checkpoint, AutoEncoderKL):
-        device = str(next(checkpoint.parameters()).device)
-    with connect(device, timeout_seconds=86_400, hints=COMMAND) as ranks:
+    with connect_ranks([checkpoint], device) as ranks:
         ranks.on_rank_zero(lambda: check_output_folder(folder))
         model = load_model_on(ranks, checkpoint, config, ema, fast, compile)
         size = model.config.resolution if size is None else size
@@ -172,7 +170,7 @@ def sample(
 def _check_outputs(
     work: SampledImages, out: Path, opened: Sequence[tuple[JoinedSource, list[Path]]]
 ) -> None:
-    """Check that nothing of somebody else's is overwritten."""
+    """Check that no input or other file is overwritten."""
     check_output_folder(out, [folder for _, folders in opened for folder in folders])
     inputs = [file for source, _ in opened for file in source.files]
     earlier = FOLDER if (out / FOLDER).exists() else GRID

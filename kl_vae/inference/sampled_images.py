@@ -23,7 +23,6 @@ from torch import Tensor
 from kl_vae.data import Source, read_image
 from kl_vae.distribution import DiagonalGaussianDistribution
 from kl_vae.inference.coding import decode_latents, encode_images
-from kl_vae.inference.encode import check_size
 from kl_vae.inference.images import load_images
 from kl_vae.inference.progress import units_of
 from kl_vae.inference.tiling import Tiling
@@ -186,29 +185,6 @@ def prior_latents(model: AutoEncoderKL, size: int, seed: int, index: int) -> Ten
     """Draw the latents [z, h, w] of image `index` from N(0, I)."""
     side = size // model.downsampling_factor
     return normal_noise((model.latent_channels, side, side), "sample", seed, index)
-
-
-def sample_prior(
-    model: AutoEncoderKL, number: int, size: int, seed: int = 0, batch_size: int = 8
-) -> Iterator[Tensor]:
-    """Yield `number` images [C, size, size] in [-1, 1] drawn from N(0, I), on the CPU.
-
-    The latents of image i depend on the seed and i alone, not on `number` or `batch_size`.
-
-    Args:
-        model: in eval mode.
-        number: how many images.
-        size: their side in pixels, a multiple of f.
-        seed: of the latents.
-        batch_size: images that are decoded at once.
-
-    Raises:
-        ValueError: `size` is not a multiple of f, or an image is not finite.
-    """
-    check_size(size, model.downsampling_factor)
-    for numbers in units_of(number, batch_size):
-        z = torch.stack([prior_latents(model, size, seed, i) for i in numbers])  # [B, z, h, w]
-        yield from decode_latents(model, z, tiling=Tiling("whole"))
 
 
 def interpolated_images(

@@ -1,4 +1,6 @@
-"""Which images a command was asked for."""
+"""The images that a command works on."""
+
+from __future__ import annotations
 
 import os
 from collections.abc import Sequence
@@ -18,6 +20,11 @@ from kl_vae.data import (
 )
 
 
+def as_roots(images: str | Path | Sequence[str | Path]) -> list[str]:
+    """Return the roots that `open_sources` takes, of one or several."""
+    return [str(root) for root in ([images] if isinstance(images, (str, Path)) else images)]
+
+
 def open_sources(
     roots: Sequence[str],
     channels: int,
@@ -29,7 +36,7 @@ def open_sources(
 
     Args:
         roots: folders of images or shards, shards or patterns of them, each as in
-            `kl_vae.data.open_root`, or image files; these are taken whatever the patterns say.
+            `kl_vae.data.open_root`, or image files; these are taken regardless of the patterns.
         channels: the model's in_channels.
         include: patterns of the images to take; none: all.
         exclude: patterns of the images to leave out.

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from kl_vae.inference import batches
-from kl_vae.inference.batches import batches_of_a_size, padded_size
+from kl_vae.inference.batches import batches_of_a_size
+from kl_vae.model import padded_size
 
 
 def numbered(*sizes: tuple[int, int]) -> list[tuple[int, Tensor]]:

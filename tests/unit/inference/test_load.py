@@ -33,7 +33,7 @@ def test_ranks_that_have_read_other_weights_do_not_go_on(
     with pytest.raises(ValueError) as caught:
         load_model_on(Second(1, 2, torch.device("cpu")), str(path), None)
     assert str(caught.value) == (
-        f"{path}: rank 1 has read other weights than rank 0, since its run goes on; give one file "
+        f"{path}: rank 1 has read other weights than rank 0, since its run continues; give one file "
         "of its checkpoints"
     )
     model = load_model_on(Ranks(0, 1, torch.device("cpu")), str(path), None)

@@ -20,7 +20,6 @@ from torch import Tensor
 from kl_vae import AutoEncoderKL
 from kl_vae.data import FolderSource, read_image, to_float
 from kl_vae.inference import reconstruct as inference_reconstruct
-from kl_vae.inference.coding import reconstruct_image
 from kl_vae.inference.images import load_images
 from kl_vae.inference.reconstruct import (
     Background,
@@ -34,6 +33,7 @@ from kl_vae.inference.reconstruction_report import ImageMetrics, OutputFiles
 from kl_vae.metrics.similarity import psnr, ssim
 from kl_vae.runtime.randomness import generator_for
 from kl_vae.visual.image_files import PNG, PictureFormat, as_saved
+from tests.tiny import reconstruct_image
 
 SIZES = [(24, 20), (9, 30), (24, 20), (22, 19), (13, 13), (21, 17)]
 

@@ -12,7 +12,9 @@ import torch
 import kl_vae
 from kl_vae import AutoEncoderKL
 from kl_vae.data import read_image, to_float
-from kl_vae.inference.sampled_images import lerp, sample_prior, slerp
+from kl_vae.inference.coding import decode_latents
+from kl_vae.inference.sampled_images import lerp, prior_latents, slerp
+from kl_vae.inference.tiling import Tiling
 from kl_vae.runtime.randomness import generator_for
 
 START = torch.tensor([2.0, 0.0, 0.0, 0.0]).view(1, 2, 2)
@@ -50,11 +52,20 @@ def test_a_path_over_three_images_begins_and_ends_each_row_with_one(
         assert (decoded[found] - expected[wanted]).abs().max() < 1.5 / 127.5
 
 
+def prior_images(
+    model: AutoEncoderKL, number: int, batch_size: int, seed: int = 0
+) -> list[torch.Tensor]:
+    """Images [3, 8, 8] as `kl_vae.sample` decodes them."""
+    z = torch.stack([prior_latents(model, 8, seed, i) for i in range(number)])
+    batches = z.split(batch_size)
+    return [x for batch in batches for x in decode_latents(model, batch, tiling=Tiling("whole"))]
+
+
 def test_an_image_of_the_prior_depends_on_seed_and_place_alone(model: AutoEncoderKL) -> None:
-    images = list(sample_prior(model, number=5, size=8, batch_size=2))
+    images = prior_images(model, number=5, batch_size=2)
     assert [image.shape for image in images] == [(3, 8, 8)] * 5
     for number, batch_size in [(5, 5), (3, 1)]:
-        others = list(sample_prior(model, number, size=8, batch_size=batch_size))
+        others = prior_images(model, number, batch_size)
         assert len(others) == number
         for image, other in zip(images, others, strict=False):
             torch.testing.assert_close(image, other)
@@ -62,19 +73,21 @@ def test_an_image_of_the_prior_depends_on_seed_and_place_alone(model: AutoEncode
     z = torch.randn(2, 2, 2, generator=generator_for("sample", 7, 0))
     with torch.no_grad():
         expected = model.decode(z[None])[0].clamp(-1, 1)
-    torch.testing.assert_close(next(sample_prior(model, 1, size=8, seed=7)), expected)
+    torch.testing.assert_close(prior_images(model, 1, 1, seed=7)[0], expected)
 
 
 @pytest.mark.parametrize(("size", "nearest"), [(9, 8), (1, 4), (15, 16), (0, 4)])
-def test_the_size_must_be_a_multiple_of_f(model: AutoEncoderKL, size: int, nearest: int) -> None:
+def test_the_size_must_be_a_multiple_of_f(
+    model: AutoEncoderKL, tmp_path: Path, size: int, nearest: int
+) -> None:
     with pytest.raises(ValueError, match=f"size={size}: must be a multiple of 4; give {nearest}"):
-        next(sample_prior(model, 1, size))
+        kl_vae.sample(model, tmp_path, number=1, size=size)
 
 
-def test_what_is_not_finite_is_an_error(model: AutoEncoderKL) -> None:
+def test_what_is_not_finite_is_an_error(model: AutoEncoderKL, tmp_path: Path) -> None:
     torch.nn.init.constant_(model.decoder.conv_out.bias, math.nan)
     with pytest.raises(ValueError, match="the decoded image in fp32 has NaN or infinity: "):
-        next(sample_prior(model, 1, 8))
+        kl_vae.sample(model, tmp_path, number=1, size=8)
 
 
 def test_channels_that_no_png_holds(model_of_five_channels: AutoEncoderKL, tmp_path: Path) -> None:
