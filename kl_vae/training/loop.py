@@ -60,7 +60,7 @@ def train(
 
     Under torchrun each process calls this. Nothing is written before everything has been checked.
     SIGINT, SIGTERM, SIGUSR1 and SIGHUP stop the run after the current step, saved.
-    docs/faults.md says what happens when something goes wrong.
+    docs/development/faults.md says what happens when something goes wrong.
 
     Args:
         config: of the run: a YAML file, the name of a shipped config such as `kl-f8`, a mapping

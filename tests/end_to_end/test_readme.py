@@ -1,4 +1,4 @@
-"""What the README shows is run."""
+"""The code and the commands of README and docs are run or parsed."""
 
 from __future__ import annotations
 
@@ -17,21 +17,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 README = CHECKOUT / "README.md"
 
 
-COMMANDS = {  # some of those that a page shows
-    "README.md": {"train", "report", "reconstruct", "encode", "convert"},
-    "docs/training.md": {"train", "report"},
-    "docs/fine_tuning.md": {"train", "evaluate"},
-    "docs/losses.md": {"train"},
-    "docs/reconstruct.md": {"reconstruct"},
-    "docs/checkpoints.md": {"encode", "convert"},
-    "docs/evaluate.md": {"evaluate"},
-    "docs/latents.md": {"encode"},
-    "docs/sample.md": {"sample"},
-}
-BENCHMARKS = [
-    *("README.md", "docs/training.md", "docs/losses.md", "docs/checkpoints.md"),
-    *("docs/large_images.md", "docs/performance.md"),
-]
+PAGES = [README, *sorted((CHECKOUT / "docs").rglob("*.md"))]
 
 
 def blocks(language: str, page: Path = README) -> list[str]:
@@ -54,33 +40,41 @@ def test_the_python_code_runs_in_its_order(
     assert "reconstruction" in names
 
 
-@pytest.mark.parametrize("page", list(COMMANDS))
-def test_the_commands_are_those_of_the_program(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each `kl-vae ...` line parses, and its config and overrides load."""
+def commands_of(page: Path) -> list[str]:
+    """The arguments of each `kl-vae` command, also under torchrun and as a script."""
+    text = "\n".join([*blocks("", page), *blocks("bash", page)])
+    lines = text.replace("\\\n", " ").splitlines()
+    found = [
+        re.match(r"(?:torchrun .*-m kl_vae|srun torchrun .*-m kl_vae|kl-vae) (.*)", line)
+        for line in lines
+    ]
+    return [match[1].split("#")[0] for match in found if match]
+
+
+def test_every_command_parses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arguments of each command parse, and configs and overrides load."""
     from kl_vae.cli import main as cli
     from kl_vae.training.config import RunConfig
 
     parsed = []
     monkeypatch.setattr(cli, "run_command", lambda name, args: parsed.append((name, args)) or 0)
-    text = "\n".join(blocks("", CHECKOUT / page)).replace("\\\n", " ")
-    commands = [line.split("#")[0] for line in text.splitlines() if line.startswith("kl-vae ")]
-    for command in commands:
-        assert cli.main(shlex.split(command)[1:]) == 0, command
-    assert {name for name, _ in parsed} >= COMMANDS[page]
+    for page in PAGES:
+        for command in commands_of(page):
+            assert cli.main(shlex.split(command)) == 0, (page.name, command)
+    assert {name for name, _ in parsed} == set(cli.COMMANDS)
     for name, args in parsed:
         if name == "train":
             RunConfig.load(args.config, args.overrides)
 
 
-@pytest.mark.parametrize("page", BENCHMARKS)
-def test_the_benchmarks_are_those_of_the_scripts(
-    page: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_benchmark_parses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each `python benchmarks/...` line, in a block or in the text, parses."""
-    text = (CHECKOUT / page).read_text().replace("\\\n", " ")
-    lines = re.findall(r"^python benchmarks/(\w+)\.py([^#\n]*)", text, re.MULTILINE)
-    lines += re.findall(r"`python benchmarks/(\w+)\.py([^`]*)`", text)
-    assert lines
+    lines = []
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        lines += re.findall(r"^python benchmarks/(\w+)\.py([^#\n]*)", text, re.MULTILINE)
+        lines += re.findall(r"`python benchmarks/(\w+)\.py([^`]*)`", text)
+    assert len(lines) > 10
     monkeypatch.syspath_prepend(str(CHECKOUT / "benchmarks"))
     common = importlib.import_module("common")
     for name, arguments in lines:

@@ -15,9 +15,10 @@ from kl_vae.accel.convolution import WinogradConv2d
 from kl_vae.checkpoints.run_files import write_checkpoint
 from kl_vae.inference.load import load_model, load_model_on, model_fingerprint
 from kl_vae.runtime.distributed import Ranks
+from tests.messages import is_about
 
 
-def test_ranks_that_have_read_other_weights_do_not_go_on(
+def test_ranks_with_different_weights_are_an_error(
     tiny_model: AutoEncoderKL, tiny_ddconfig: dict[str, Any], tmp_path: Path
 ) -> None:
     """As happens where a run saves between the moments at which two ranks read it."""
@@ -32,10 +33,7 @@ def test_ranks_that_have_read_other_weights_do_not_go_on(
 
     with pytest.raises(ValueError) as caught:
         load_model_on(Second(1, 2, torch.device("cpu")), str(path), None)
-    assert str(caught.value) == (
-        f"{path}: rank 1 has read other weights than rank 0, since its run continues; give one file "
-        "of its checkpoints"
-    )
+    assert is_about(str(caught.value), path, "rank 1", "rank 0")
     model = load_model_on(Ranks(0, 1, torch.device("cpu")), str(path), None)
     assert model_fingerprint(model) == model_fingerprint(tiny_model)
 
