@@ -1,1 +1,1 @@
-"""The command `kl-vae COMMAND`: one file a command, each with HELP, add_arguments and run."""
+"""The command `kl-vae COMMAND`: one module per command, each with HELP, add_arguments and run."""

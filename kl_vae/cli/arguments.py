@@ -5,13 +5,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-CHECKPOINT = "a run directory, a checkpoint of any layout, a folder of diffusers', or hf://ORG/NAME"
+CHECKPOINT = "a run directory, a checkpoint of any layout, a diffusers folder, or hf://ORG/NAME"
 
 
 def keywords(function: Callable[..., Any], args: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of `function` that were given under its own names.
 
-    What was left out (None) keeps the function's default.
+    Arguments that were not given (None) keep the function's default.
     """
     names = inspect.signature(function).parameters
     return {key: value for key, value in vars(args).items() if key in names and value is not None}
@@ -24,22 +24,22 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say how a checkpoint is read."""
+    """Add the arguments that control how a checkpoint is read."""
     add_no_ema_argument(parser)
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="config file or shipped config's name; without it, as the checkpoint says or shows",
+        help="config file or name of a shipped config (default: taken from the checkpoint)",
     )
 
 
 def add_no_ema_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the argument that leaves the moving average of the weights out."""
+    """Add the argument that selects the last weights over their moving average."""
     parser.add_argument(
         "--no-ema",
         dest="ema",
         action="store_false",
-        help="the weights as trained last, where a checkpoint has their moving average as well",
+        help="use the last weights instead of their moving average",
     )
 
 
@@ -50,7 +50,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say where and how a model computes."""
+    """Add the arguments for device, precision and acceleration."""
     parser.add_argument("--device", default="auto", help="auto (default), cuda, cuda:N, mps or cpu")
     parser.add_argument(
         "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32"
@@ -65,14 +65,14 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="torch.compile the model: minutes at first, for many images of one size on a GPU",
+        help="use torch.compile, which takes minutes at first: for many images of one size",
     )
 
 
 def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of commands that write pictures."""
+    """Add the arguments of commands that write images."""
     parser.add_argument(
-        "--out", required=True, metavar="FOLDER", help="where the pictures go; is created"
+        "--out", required=True, metavar="FOLDER", help="output folder, created if needed"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
 
@@ -82,7 +82,7 @@ def add_image_arguments(
     resize: str = "as they are",
     crop: str = "the whole image",
 ) -> None:
-    """Add the arguments that choose images; `resize` and `crop` say what is done without them."""
+    """Add the arguments that choose images; `resize` and `crop` are the texts of their defaults."""
     parser.add_argument(
         "--images",
         required=True,
@@ -95,65 +95,63 @@ def add_image_arguments(
         "--resize",
         type=positive,
         metavar="N",
-        help=f"resize images to this short side first (default: {resize})",
+        help=f"resize the short side to N first (default: {resize})",
     )
     parser.add_argument(
         "--crop",
         type=positive,
         metavar="N",
-        help=f"then cut this square out of the middle (default: {crop})",
+        help=f"then take the centre crop of N x N (default: {crop})",
     )
     parser.add_argument(
         "--include",
         nargs="+",
         default=(),
         metavar="PATTERN",
-        help="take these files of folders only",
+        help="patterns of files in folders to include (default: all)",
     )
     parser.add_argument(
-        "--exclude", nargs="+", default=(), metavar="PATTERN", help="leave these files out"
+        "--exclude", nargs="+", default=(), metavar="PATTERN", help="patterns of files to exclude"
     )
     parser.add_argument(
         "--max-pixels",
         type=positive,
         metavar="N",
-        help="skip images with more pixels, before they are decoded (default: 178956970)",
+        help="skip images with more than N pixels, before decoding (default: 178956970)",
     )
 
 
 def add_work_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
-    """Add the arguments of commands over many images; `verb` says what a process does with one."""
+    """Add the arguments of commands over many images; `verb` is what a process does to an image."""
     parser.add_argument(
         "--batch-size",
         type=positive,
         default=8,
         metavar="N",
-        help=f"images that a process {verb} at once (default: 8)",
+        help=f"batch size per process: images that it {verb} at once (default: 8)",
     )
     parser.add_argument(
         "--num-workers",
         type=not_negative,
         default=4,
         metavar="N",
-        help=f"processes that decode images, for each that {verb} them (default: 4)",
+        help=f"worker processes that read images, per process that {verb} them (default: 4)",
     )
-    parser.add_argument(
-        "--resume", action="store_true", help="continue where the same command was ended before"
-    )
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted command")
 
 
 def add_mode_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the argument that says what of the posterior is decoded."""
+    """Add the argument that selects the posterior's mode or a sample."""
     parser.add_argument(
         "--mode",
         choices=("mode", "sample"),
         default="mode",
-        help="decode the posterior's mode (default) or a sample of it",
+        help="decode the mode of the posterior (default) or a sample",
     )
 
 
 def add_lpips_files(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that name the files of LPIPS."""
+    """Add the arguments for local weight files of LPIPS."""
     for name, what in (("features", "network's weights"), ("heads", "linear heads")):
         parser.add_argument(
             f"--lpips-{name}",
@@ -163,28 +161,27 @@ def add_lpips_files(parser: argparse.ArgumentParser) -> None:
 
 
 def add_tiling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say what is done with images that are large for the memory."""
+    """Add the arguments for images that are large for the memory."""
     parser.add_argument(
         "--tiling",
         choices=("auto", "whole", "exact", "blend"),
         default="auto",
-        help="whole; exact: in strips, which changes nothing; blend: in tiles that overlap, which "
-        "takes least memory and changes colours slightly; auto (default): the first for which "
-        "there is memory",
+        help="whole; exact: in strips, with the same result; blend: in overlapping tiles, with the "
+        "least memory and slightly different colours; auto (default): the first that fits",
     )
     parser.add_argument(
         "--tile",
         type=positive,
         default=512,
         metavar="N",
-        help="side of the tiles of blend (default: 512)",
+        help="blend: side of a tile in pixels (default: 512)",
     )
     parser.add_argument(
         "--overlap",
         type=not_negative,
         default=128,
         metavar="N",
-        help="pixels that neighbours of them share at least (default: 128)",
+        help="blend: minimum overlap of neighbouring tiles in pixels (default: 128)",
     )
 
 

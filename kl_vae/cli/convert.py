@@ -4,7 +4,7 @@ import argparse
 
 from kl_vae.cli.arguments import CHECKPOINT, add_weights_arguments, keywords
 
-HELP = "write weights for diffusers, or as one file with the original names"
+HELP = "convert a checkpoint to a diffusers folder or to one file with the original names"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "out",
         metavar="OUT",
-        help="what to write: with --to compvis a .safetensors file, with --to diffusers a folder",
+        help="output: a .safetensors file with --to compvis, a folder with --to diffusers",
     )
     parser.add_argument(
         "--to",

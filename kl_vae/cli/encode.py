@@ -1,4 +1,4 @@
-"""Encode a data set into latents, measure them, or both; on one process or many, with torchrun."""
+"""Encode a data set into latents, measure their statistics, or both. Also runs under torchrun."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from kl_vae.cli.arguments import (
 if TYPE_CHECKING:
     from kl_vae.inference.encode import EncodingResult
 
-HELP = "encode a data set into files of latents, or to measure their mean and standard deviation"
+HELP = "encode a data set into latents on disk, or measure their mean and standard deviation"
 
-# about the folder of latents; None where left out: the default of `encode_dataset`
+# options of the latents folder; None keeps the default of `encode_dataset`
 OF_FOLDER = ("what", "normalize", "flip", "dtype", "shard_size", "labels", "seed")
 
 
@@ -31,46 +31,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--statistics",
         metavar="FILE",
-        help="write the weights here, as export does, with the latents' statistics in their config",
+        help="write the weights together with the statistics of the latents to this .pt file",
     )
     parser.add_argument(
         "--per-channel",
         action="store_true",
-        help="in FILE normalise each channel by its own mean and std, instead of all by one",
+        help="with --statistics: mean and standard deviation per channel",
     )
-    group = parser.add_argument_group("files of latents")
+    group = parser.add_argument_group("latents on disk")
     group.add_argument(
         "--out",
         metavar="FOLDER",
-        help="write the latents here, in safetensors files beside index.json; is created",
+        help="output folder for the latents (safetensors shards and index.json), created if needed",
     )
     group.add_argument(
         "--what",
         choices=("moments", "sample", "mode"),
-        help="of the posterior: mean and log variance (default), a sample, or the mean alone",
+        help="what to store: moments (mean and log variance, default), a sample, or the mode",
     )
     group.add_argument(
         "--normalize",
         action="store_true",
         default=None,
-        help="shifted and scaled for a diffusion model (default: raw, as decode takes them)",
+        help="store normalized latents, as diffusion models expect (default: raw, as decode takes)",
     )
     group.add_argument(
-        "--flip", action="store_true", default=None, help="encode the mirrored images as well"
+        "--flip", action="store_true", default=None, help="also encode the mirrored images"
     )
     group.add_argument(
-        "--dtype", choices=("fp32", "fp16", "bf16"), help="of what is stored (default: fp16)"
+        "--dtype", choices=("fp32", "fp16", "bf16"), help="data type on disk (default: fp16)"
     )
     group.add_argument(
-        "--shard-size", type=positive, metavar="N", help="images per file (default: 1024)"
+        "--shard-size", type=positive, metavar="N", help="images per shard (default: 1024)"
     )
     group.add_argument(
         "--labels",
         action="store_true",
         default=None,
-        help="store classes: each image's own label, or the first folder that it lies in",
+        help="store a class per image: its label in a tar shard, else its first folder",
     )
-    group.add_argument("--seed", type=int, metavar="N", help="of samples (default: 0)")
+    group.add_argument("--seed", type=int, metavar="N", help="seed of samples (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -101,9 +101,9 @@ def _check_together(args: argparse.Namespace) -> None:
             given = getattr(args, key)
             if given is not None and given is not False:  # a seed of 0 is given
                 option = f"--{key.replace('_', '-')}"
-                raise ValueError(f"{option}: is about files of latents; give --out FOLDER, too")
+                raise ValueError(f"{option}: needs --out FOLDER")
     elif args.per_channel and args.statistics is None:
-        raise ValueError("--per-channel: is about the file of statistics; give --statistics FILE")
+        raise ValueError("--per-channel: applies to --statistics; give --statistics FILE")
 
 
 def _print_statistics(result: EncodingResult, file: str) -> None:
@@ -121,7 +121,7 @@ def _print_statistics(result: EncodingResult, file: str) -> None:
     if result.exported:
         print(f"the weights and these statistics are in {name}", flush=True)
     else:
-        print(f"{name} exists and is left as it is", flush=True)
+        print(f"{name} exists and was not changed", flush=True)
 
 
 def _print_folder(result: EncodingResult, folder: str) -> None:

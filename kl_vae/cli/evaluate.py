@@ -1,4 +1,4 @@
-"""Compare checkpoints by how well they reconstruct; on one process or many, with torchrun."""
+"""Measure and compare the reconstructions of checkpoints. Also runs under torchrun."""
 
 from __future__ import annotations
 
@@ -26,22 +26,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     _add_checkpoint_arguments(parser)
     parser.add_argument(
-        "--out", required=True, metavar="FOLDER", help="where the results go; is created"
+        "--out", required=True, metavar="FOLDER", help="output folder, created if needed"
     )
     resolution = "the resolution of the models' configs"
     add_image_arguments(parser, resize="the crop", crop=resolution)
     parser.add_argument(
-        "--whole", action="store_true", help="whole images of any size, instead of a crop"
+        "--whole", action="store_true", help="use whole images of any size instead of a crop"
     )
     add_work_arguments(parser, "reconstructs")
     add_mode_argument(parser)
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of samples (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of samples (default: 0)"
+    )
     parser.add_argument(
         "--metrics",
         nargs="+",
         choices=METRICS,
         default=("psnr", "ssim", "ms_ssim"),
-        help="what is measured (default: psnr ssim ms_ssim); KL and latents always are",
+        help="metrics besides KL and latent statistics (default: psnr ssim ms_ssim)",
     )
     parser.add_argument(
         "--lpips-net", choices=("vgg", "alex", "squeeze"), default="vgg", help="default: vgg"
@@ -50,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fid-weights",
         metavar="FILE",
-        help="those of rfid's network, instead of the published ones, which are downloaded once",
+        help="local weight file of the rFID network (default: downloaded once)",
     )
 
 
@@ -67,7 +69,7 @@ def _add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         "--names",
         nargs="+",
         metavar="NAME",
-        help="of the checkpoints in the results (default: what differs in their paths)",
+        help="names of the checkpoints in the results (default: the differing parts of paths)",
     )
     parser.add_argument(
         "--config",
@@ -86,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     """Call `kl_vae.evaluate` and print its result; return 1 if an image was skipped, else 0.
 
     Raises:
-        ValueError: what the user can fix; what was measured is kept for --resume.
+        ValueError: what the user can fix; finished measurements are kept for --resume.
         RunError: a rank or a data worker was lost.
     """
     from kl_vae.inference.evaluate import evaluate

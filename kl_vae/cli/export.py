@@ -4,13 +4,13 @@ import argparse
 
 from kl_vae.cli.arguments import add_checkpoint_arguments, keywords
 
-HELP = "write a checkpoint's weights and architecture alone, without optimisers and losses"
+HELP = "write weights and architecture of a checkpoint, without optimizers and losses"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add_checkpoint_arguments(parser)
-    parser.add_argument("--out", required=True, metavar="FILE", help="the file to write, .pt")
+    parser.add_argument("--out", required=True, metavar="FILE", help="output file, .pt")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Parse the command line, run the command, and turn a mistake into one line."""
+"""Parse the command line, run the command, and report a user's mistake in one line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
 
     Args:
         argv: the arguments; None: those of this process.
-        command: which command; None: the first of `argv` says.
+        command: name of the command; None: the first of `argv`.
 
     Returns:
         The exit code: 0, 1 for a run that failed, 2 for a mistake, each named by the
@@ -92,7 +92,7 @@ def _module(name: str):  # type: ignore[no-untyped-def]
 
 
 def _import(name: str) -> None:
-    """Import a module of the user's, from the working directory or where Python finds it."""
+    """Import a user's module from the working directory or Python's path."""
     sys.path.insert(0, os.getcwd())
     try:
         importlib.import_module(name)
@@ -112,8 +112,6 @@ def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         action="append",
         default=[],
         metavar="MODULE",
-        help="import this module first, which registers your own blocks, attention or losses",
+        help="import this module first, to register your own blocks, attention kinds or losses",
     )
-    parser.add_argument(
-        "--traceback", action="store_true", help="show where in the code an error was raised"
-    )
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")

@@ -1,4 +1,4 @@
-"""Encode and decode images, on one process or with torchrun on many, and measure the difference."""
+"""Reconstruct images and measure the difference. Also runs under torchrun."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kl_vae.cli.arguments import (
     positive,
 )
 
-HELP = "reconstruct images, with PSNR, SSIM, a comparison picture and a page of all"
+HELP = "reconstruct images, with PSNR, SSIM, a comparison image and a gallery"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,19 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=("png", "webp", "jpg"),
         default="png",
-        help="of the pictures (default: png); the metrics are of what a lossless format holds",
+        help="format of the images (default: png); metrics are those of a lossless format",
     )
     parser.add_argument(
         "--quality",
         type=positive,
         metavar="N",
-        help="of webp (default: 95; 100: lossless) and jpg (default: 90), up to 100",
+        help="quality of webp (default: 95; 100: lossless) and jpg (default: 90), up to 100",
     )
     parser.add_argument(
         "--lpips",
         choices=("none", "vgg", "alex", "squeeze"),
         default="none",
-        help="measure this perceptual distance as well (default: none)",
+        help="also compute LPIPS with this network (default: none)",
     )
     add_lpips_files(parser)
     parser.add_argument(
@@ -52,13 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=8,
         metavar="N",
-        help="images in comparison.png (default: 8)",
+        help="number of images in comparison.png (default: 8)",
     )
     parser.add_argument(
         "--no-gallery",
         dest="gallery",
         action="store_false",
-        help="write no index.html, and none of its pictures in gallery/",
+        help="do not write index.html and gallery/",
     )
 
 
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"{result.count} images: PSNR {rounded(result.mean('psnr'), 2)} dB, "
         f"SSIM {rounded(result.mean('ssim'), 3)}{lpips}; "
-        f"pictures in {display_name(result.folder)}{shown}{page}",
+        f"images in {display_name(result.folder)}{shown}{page}",
         flush=True,
     )
     return 1 if result.skipped else 0

@@ -1,6 +1,7 @@
 """Decode latents of the prior N(0, I), between images, or of posteriors.
 
-A KL autoencoder with a small kl_weight is no generator: of N(0, I) expect texture without things.
+A KL autoencoder with a small kl_weight is not a generative model: N(0, I) gives texture without
+objects.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from kl_vae.cli.arguments import (
 HELP = "decode latents drawn from N(0, I) or posteriors, or between images"
 
 OF_IMAGES = ("interpolation", "posterior")
-# which --from uses an argument; None where left out: the default of `sample`
+# the --from that use an argument; None keeps the default of `sample`
 USES = {
     "number": ("prior", "posterior"),
     "images": OF_IMAGES,
@@ -43,37 +44,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="origin",
         choices=("prior", *OF_IMAGES),
         default="prior",
-        help="where latents come from: N(0, I) (default), the way from one image's to another's, "
-        "or samples of an image's posterior",
+        help="origin of the latents: N(0, I) (default), interpolation between two images, or "
+        "samples of the posterior of an image",
     )
     parser.add_argument(
         "--number",
         type=positive,
         metavar="N",
-        help="images to draw, of posterior for each of --images (default: 16)",
+        help="number of images; with posterior per image of --images (default: 16)",
     )
     parser.add_argument(
         "--size",
         type=positive,
         metavar="N",
-        help="their side in pixels (default: the resolution of the model's config)",
+        help="height and width in pixels (default: the resolution of the model's config)",
     )
     parser.add_argument(
         "--images",
         nargs="+",
         metavar="FOLDER_OR_FILE",
-        help="images to go from and to (of a folder its first two), or whose posteriors to draw "
-        "from; they are resized and cropped to --size",
+        help="images to interpolate (the first two of a folder), or whose posteriors to sample; "
+        "they are resized and cropped to --size",
     )
     parser.add_argument(
-        "--include", nargs="+", metavar="PATTERN", help="take these files of folders only"
+        "--include",
+        nargs="+",
+        metavar="PATTERN",
+        help="patterns of files in folders to include (default: all)",
     )
-    parser.add_argument("--exclude", nargs="+", metavar="PATTERN", help="leave these files out")
+    parser.add_argument(
+        "--exclude", nargs="+", metavar="PATTERN", help="patterns of files to exclude"
+    )
     parser.add_argument(
         "--max-pixels",
         type=positive,
         metavar="N",
-        help="refuse images with more pixels, before they are decoded (default: 178956970)",
+        help="refuse images with more than N pixels, before decoding (default: 178956970)",
     )
     parser.add_argument(
         "--steps",
@@ -86,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="linear",
         action="store_true",
         default=None,
-        help="interpolation: on the straight line, not on the arc (slerp)",
+        help="interpolation: linear instead of on the arc (slerp)",
     )
 
 
@@ -122,8 +128,8 @@ def _check_together(args: argparse.Namespace) -> None:
         if getattr(args, key) and args.origin not in users:
             name = "lerp" if key == "linear" else key.replace("_", "-")
             raise ValueError(
-                f"--{name}: --from {args.origin} has no use for it; leave it out, "
+                f"--{name}: not used by --from {args.origin}; leave it out, "
                 f"or give --from {' or '.join(users)}"
             )
     if args.origin in OF_IMAGES and args.images is None:
-        raise ValueError(f"--from {args.origin}: give --images, which it begins with")
+        raise ValueError(f"--from {args.origin}: needs --images")

@@ -1,4 +1,4 @@
-"""Train an autoencoder on a folder of images, or resume what the run directory holds."""
+"""Train an autoencoder on a folder of images, or resume the run in the run directory."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ HELP = "train on a folder of images, or resume"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `kl-vae train`."""
-    parser.add_argument("config", help="a YAML file, or a shipped config's name such as kl-f8")
+    parser.add_argument("config", help="a YAML file, or the name of a shipped config such as kl-f8")
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key.path=value",
-        help="values in place of the config's, such as data.train.root=FOLDER",
+        help="overrides of config values, such as data.train.root=FOLDER",
     )
     parser.add_argument("--run-dir", type=Path, help="the run's directory (default: runs/CONFIG)")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps, cpu or cuda:INDEX")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; 0 also if a signal stopped the run, which is then saved."""
+    """Train; return 0, also if a signal stopped the run after saving it."""
     from kl_vae.training.loop import train
 
     run_dir = args.run_dir or Path("runs") / Path(args.config).stem

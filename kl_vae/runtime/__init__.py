@@ -1,1 +1,1 @@
-"""What every part of the package stands on: device, ranks, files, errors, schema, randomness."""
+"""Foundations: device, ranks, files, errors, schema, randomness."""

@@ -38,7 +38,7 @@ class _StrictLoader(yaml.SafeLoader):
             key = str(self.construct_object(key_node, deep=True))
             if key in seen:
                 line = key_node.start_mark.line + 1
-                raise ValueError(f"line {line}: {key} is written twice; keep one of them")
+                raise ValueError(f"line {line}: {key} is given twice; keep one")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -46,8 +46,8 @@ class _StrictLoader(yaml.SafeLoader):
 def load_config(path_or_name: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """Read a config file, or a shipped config by its name, and apply overrides.
 
-    Of an original CompVis file the `model` section is read; each unsupported section gives a
-    warning that says what to write instead.
+    Of a CompVis file only the `model` section is read; each other section gives a warning that
+    names the keys to use instead.
 
     Args:
         path_or_name: a YAML file, or the name of a shipped config such as `kl-f8`.
@@ -59,7 +59,7 @@ def load_config(path_or_name: str | Path, overrides: Iterable[str] = ()) -> dict
     path = find_config(path_or_name)
     config = parse_file(path)
     if not isinstance(config, dict):
-        raise ValueError(f"{path}: holds no keys; see the config reference in README.md")
+        raise ValueError(f"{path}: holds no keys; see docs/config.md")
     _remove_unsupported_sections(config)
     for override in overrides:
         apply_override(config, override)
@@ -76,7 +76,7 @@ def load_model_params(path_or_name: str | Path) -> dict[str, Any]:
 
 
 def find_config(path_or_name: str | Path) -> Path:
-    """Return the file that a path or a shipped config's name means."""
+    """Return the file of a path or of a shipped config's name."""
     path = Path(path_or_name)
     if path.is_file():
         return path
@@ -185,5 +185,5 @@ def _remove_unsupported_sections(config: dict[str, Any]) -> None:
         del config["lightning"]
         logger.warning(
             "lightning is not used; write training.precision, training.accumulate_batches, "
-            "training.max_steps and the like (config reference in README.md)"
+            "training.max_steps and the like (see docs/config.md)"
         )

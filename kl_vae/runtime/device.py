@@ -1,4 +1,4 @@
-"""Which device to compute on, and in what precision."""
+"""The device to compute on, and its precision."""
 
 from __future__ import annotations
 

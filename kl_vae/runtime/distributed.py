@@ -1,4 +1,4 @@
-"""The processes that work together: one per GPU, or one or more on CPUs."""
+"""The processes of a distributed command: one per GPU, or one or more on CPUs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, kw_only=True)
 class Hints:
-    """What an error message tells the user to change, and how to resume."""
+    """What error messages name: the settings to change, and how to resume."""
 
     resume: str
     timeout: str
@@ -53,7 +53,7 @@ COMMAND = Hints(
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that work together."""
+    """This process in the group of all ranks."""
 
     rank: int
     world_size: int
@@ -122,7 +122,7 @@ class Ranks:
 def connect(
     device_name: str, timeout_seconds: int = 600, hints: Hints = TRAINING
 ) -> Iterator[Ranks]:
-    """Join the processes that torchrun started, or be the only one.
+    """Join the processes that torchrun started, or run alone.
 
     Within the context a known error is raised as a RunError that says what to do; if a rank fails
     or is lost, the errors of the others name it.
@@ -134,7 +134,7 @@ def connect(
 
     Raises:
         ValueError: the device does not exist.
-        RunError: a rank was lost, a data worker ended, memory or disk do not suffice.
+        RunError: a rank was lost, a data worker ended, out of memory or disk space.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", "0")))
@@ -233,7 +233,7 @@ _LOST_ANOTHER = "lost another rank"
 
 @dataclass
 class RankMonitor:
-    """A note per failing rank in the store of the process group, so that the others can name it."""
+    """The reasons of failing ranks, in the store of the process group, for the other ranks."""
 
     store: Store
     rank: int
@@ -241,7 +241,7 @@ class RankMonitor:
     _left: bool = False
 
     def leave(self, reason: str) -> None:
-        """Leave the reason why this rank ends; only the first call counts."""
+        """Store the reason why this rank ends; only the first call counts."""
         if not self._left:
             self._left = True
             with suppress(RuntimeError):  # the store is gone with the rank that holds it
@@ -250,7 +250,7 @@ class RankMonitor:
     def find_lost_rank(self) -> str:
         """Return which ranks ended and why, after a collective operation of this one has failed.
 
-        Ranks that have left no reason within `PATIENCE_SECONDS` are taken as gone.
+        Ranks without a reason within `PATIENCE_SECONDS` count as lost.
         """
         self.leave(_LOST_ANOTHER)
         silent = [rank for rank in range(self.world_size) if rank != self.rank]

@@ -17,14 +17,14 @@ _TEMPORARY = re.compile(r"\.\d+\.tmp")
 def write_atomically(
     path: Path, write: Callable[[BinaryIO], object], *, durable: bool = True
 ) -> None:
-    """Write a file so that `path` holds either the whole of it or what it held before.
+    """Write a file so that `path` holds either the new content or the old.
 
-    Written beside, then renamed; on failure the temporary is removed.
+    It is written to a temporary file and renamed; on failure the temporary file is removed.
 
     Args:
         path: the file; its folder exists.
         write: called with the open file.
-        durable: wait until file and rename are on the disk, so that they outlive a power cut.
+        durable: wait until file and rename are on disk, so that they survive a power loss.
 
     Raises:
         OSError: the file cannot be written.
@@ -61,7 +61,7 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Make a folder so that `path` is either the whole of it or what it was before.
+    """Make a folder so that `path` is either complete or unchanged.
 
     Args:
         path: the folder; it does not exist, or is empty.
@@ -95,7 +95,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, a link or a whole folder, if it is there."""
+    """Remove a file, a link or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -112,6 +112,6 @@ def _flush(path: Path) -> None:
 
 
 def display_name(path: str | os.PathLike[str]) -> str:
-    """Return a path as text that can be printed in one line, whatever bytes the name holds."""
+    """Return a path as text on one line, for any bytes in the name."""
     name = os.fsencode(path).decode(errors="backslashreplace")
     return name if name.isprintable() else name.encode("unicode_escape").decode()

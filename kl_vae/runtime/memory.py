@@ -1,4 +1,4 @@
-"""How much memory a device has left, and which errors say that it did not suffice."""
+"""Free memory of a device, and out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def free_on_host(root: Path) -> int | None:
 
 
 def give_back_memory(device: torch.device) -> None:
-    """Let the system have what is free between the tensors of the CPU; only glibc keeps it."""
+    """Return free CPU memory to the system; glibc would keep it."""
     trim = getattr(_C_LIBRARY, "malloc_trim", None) if device.type == "cpu" else None
     if trim is not None:
         trim(0)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a RuntimeError says that memory did not suffice: only CUDA's has its own type."""
+    """Return whether a RuntimeError is an out-of-memory error; only CUDA's has its own type."""
     text = str(error)
     return isinstance(error, torch.OutOfMemoryError) or (
         "out of memory" in text or "allocate memory" in text or "not enough memory" in text
@@ -104,4 +104,4 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="ascii", errors="replace")
     except OSError:
-        return ""  # not there, or not for us to read
+        return ""  # missing or not readable

@@ -1,4 +1,4 @@
-"""Which file each output goes to, and that none of them harms an input."""
+"""Output paths that never overwrite an input."""
 
 import os
 import unicodedata
@@ -17,10 +17,10 @@ def plan_outputs(
 ) -> list[str]:
     """Return one output path for each input path, in their order.
 
-    The input's tree is kept and its suffix replaced: `a/b.jpg` becomes `a/b.png`. Where an earlier
-    input, a folder or a reserved name has that, `a/b.jpg.png`, then `a/b.jpg.2.png` is taken. Names
-    that differ in case or Unicode normalisation alone are one file on some systems, and so here.
-    Names that would be too long lose their last letters.
+    The input's tree is kept and its suffix replaced: `a/b.jpg` becomes `a/b.png`. If that
+    belongs to an earlier input, a folder or a reserved name, `a/b.jpg.png`, then `a/b.jpg.2.png` is
+    used. Names that differ only in case or Unicode normalisation count as equal, as on some file
+    systems. Names that are too long are truncated.
 
     Raises:
         ValueError: a folder has a reserved name.
@@ -57,13 +57,13 @@ def check_output_folder(out: Path, image_folders: Iterable[Path] = ()) -> None:
         if any(os.path.samefile(parent, folder) for parent in existing):
             raise ValueError(
                 f"the output folder {display_name(out)} is in the image folder "
-                f"{display_name(folder)}, where its pictures would be taken for images; "
+                f"{display_name(folder)}, where its files would be read as images; "
                 "give a folder outside of it"
             )
 
 
 def check_outputs(out: Path, outputs: Iterable[str], inputs: Iterable[Path], earlier: str) -> None:
-    """Check that the files to be written stay in `out` and replace no foreign file.
+    """Check that the outputs stay in `out` and do not overwrite other files.
 
     Args:
         out: the output folder.
@@ -111,7 +111,7 @@ def make_folder(folder: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all; its folder is created.
+    """Write a file atomically; its folder is created.
 
     Raises:
         ValueError: it cannot be written.

@@ -1,4 +1,4 @@
-"""Random generators that depend on a key alone, never on worker, rank or wall clock."""
+"""Random generators that depend on a key only, never on worker, rank or wall clock."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def generator_for(*key: int | str) -> torch.Generator:
 
     The key is a purpose and the integers that name one draw, such as
     `("augment", seed, epoch, index)`: the same key gives the same numbers in
-    every process, on every machine, in whatever order draws are made.
+    every process, on every machine, in any order of draws.
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     # manual_seed takes a signed 64-bit integer

@@ -1,4 +1,4 @@
-"""Names that a config may use, each with the constructor that it stands for."""
+"""Registries of names in configs and their constructors."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Registry:
         self._constructors: dict[str, Callable[..., Any]] = {}
 
     def register(self, name: str) -> Callable[[Constructor], Constructor]:
-        """Return a decorator that enters a class or function under `name`.
+        """Return a decorator that registers a class or function under `name`.
 
         Raises:
-            ValueError: the name is taken by something else.
+            ValueError: the name is already registered.
         """
 
         def enter(constructor: Constructor) -> Constructor:

@@ -1,4 +1,4 @@
-"""From a mapping of plain values to a frozen dataclass, with every error named at once."""
+"""Build frozen dataclasses from plain values, and report all errors at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 Config = TypeVar("Config")
 
-# what YAML 1.1 leaves as text although it was meant as a number: 1e-4, 1.e-4, 5E3
+# numbers that YAML 1.1 reads as text: 1e-4, 1.e-4, 5E3
 _EXPONENT_WITHOUT_POINT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
@@ -24,7 +24,7 @@ def from_mapping(cls: type[Config], mapping: object, path: str = "") -> Config:
     Args:
         cls: a frozen dataclass that checks its values in `__post_init__`.
         mapping: its fields by name.
-        path: where the mapping stands in the file, such as `model.params`; errors begin with it.
+        path: key path of the mapping, such as `model.params`, which starts each error.
 
     Raises:
         ValueError: unknown or missing keys, wrong types and impossible values, one line each, each
@@ -48,7 +48,7 @@ def from_arguments(cls: type[Config], *args: object, **kwargs: object) -> Config
 
 
 def show(value: object) -> str:
-    """Return a value as an error message shows it: on one line, and not without end."""
+    """Return a value as text for an error message: one line, shortened."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -71,7 +71,7 @@ def _build(cls: Any, mapping: object, path: str, errors: list[str]) -> Any:
         if name in mapping:
             values[name] = _convert(hints[name], mapping[name], _join(path, name), errors)
         elif field.default is field.default_factory is dataclasses.MISSING:
-            errors.append(f"{_join(path, name)}: missing; it has no default, so write it")
+            errors.append(f"{_join(path, name)}: required, but missing")
     if len(errors) > before:
         return None
     try:

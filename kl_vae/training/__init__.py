@@ -1,1 +1,1 @@
-"""Train an autoencoder: the loop, one step of it, and what makes it resumable."""
+"""Train an autoencoder: the loop, its step, and resumable state."""

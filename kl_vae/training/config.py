@@ -1,4 +1,4 @@
-"""The whole configuration of a run, as a YAML file gives it."""
+"""The configuration of a run."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class ModelParams:
             FLUX).
         lossconfig: `{target: NAME, params: {...}}`; null: MSE + 0.5 KL, which collapses.
         ckpt_path: a checkpoint whose weights training starts from.
-        ignore_keys: beginnings of the checkpoint's keys that are not loaded.
+        ignore_keys: prefixes of checkpoint keys that are not loaded.
         colorize_nlabels: null, or `in_channels`: images of more than three channels are projected
-            to three where they are shown.
+            to three for display.
         monitor: the validation metric that selects the best checkpoint, such as val/psnr: the
             highest of psnr and ssim, else the lowest.
-        latents: how `normalize_latents` scales.
+        latents: shift and scale of `normalize_latents`.
     """
 
     ddconfig: DDConfig
@@ -54,14 +54,14 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Length, batches, precision, and what is recorded and kept.
+    """Length, batches, precision, logging and checkpoints of a run.
 
     Attributes:
-        seed: of all random numbers: initial weights, order, crops, flips, posterior noise.
+        seed: seed of all random numbers: initial weights, order, crops, flips, posterior noise.
         global_batch_size: images per optimisation step, over all ranks and micro-batches.
         accumulate_batches: micro-batches per rank and step.
         epochs: passes over the data; an epoch is len(data) // global_batch_size steps.
-        max_steps: optimisation steps, in place of epochs.
+        max_steps: optimisation steps, instead of epochs.
         precision: fp32, or bf16 or fp16 by autocast (fp16 with a gradient scaler).
         channels_last: memory layout of the convolutions; faster on CPUs and tensor cores.
         winograd: on CPUs in fp32, wide 3 x 3 convolutions and their gradients by Winograd's
@@ -73,20 +73,20 @@ class TrainingConfig:
             CPUs, Triton on GPUs.
         validate_every_steps: steps between validations; null: at the end of each epoch.
         save_every_steps: steps between checkpoints (one is saved before each validation, too).
-        keep_checkpoints: number of the newest that are kept, besides the best; at least 2.
+        keep_checkpoints: number of newest checkpoints to keep, besides the best; at least 2.
         log_every_steps: steps between lines of metrics.jsonl.
         sample_images: images in the grids of each validation.
-        max_skipped_steps: steps in a row without a finite loss or gradient that end the run.
-        check_ranks_every_steps: steps between checks that all ranks hold the same parameters; null:
+        max_skipped_steps: consecutive steps without a finite loss or gradient that end the run.
+        check_ranks_every_steps: steps between checks that all ranks have equal parameters; null:
             never.
-        timeout_seconds: of waiting for another rank, or for a data worker.
-        deterministic: use only kernels whose results are the same in every run; slower on GPUs.
-        ema_decay: of the moving average of the weights, which is validated and saved, too; null:
-            no average.
+        timeout_seconds: time limit for other ranks and data workers.
+        deterministic: use deterministic kernels only; slower on GPUs.
+        ema_decay: decay of the moving average of the weights, which is also validated and saved;
+            null: no average.
         freeze: patterns of parameters that are not trained, such as encoder.*.
-        equivariance: probability that a step rotates and scales its latents and its images alike
-            (EQ-VAE); 0: never.
-        equivariance_min_scale: the smallest scale.
+        equivariance: probability that a step rotates and scales its latents and images in the same
+            way (EQ-VAE); 0: never.
+        equivariance_min_scale: minimum scale.
     """
 
     seed: int = 0
@@ -162,7 +162,7 @@ class RunConfig:
             overrides: `key.path=value`, the value in YAML.
 
         Raises:
-            ValueError: naming every error in it.
+            ValueError: lists every error in the config.
         """
         if not isinstance(config, Mapping):
             values = load_config(config, overrides)
@@ -171,5 +171,5 @@ class RunConfig:
             for override in overrides:
                 apply_override(values, override)
         if isinstance(values.get("data"), dict):
-            values["data"].pop("listing_cache", None)  # of version 0.1, without effect on the data
+            values["data"].pop("listing_cache", None)  # a key of version 0.1 without effect
         return from_mapping(cls, values)

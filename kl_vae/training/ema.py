@@ -13,17 +13,17 @@ from kl_vae.model import AutoEncoderKL
 class WeightAverage:
     """A moving average of weights: average = decay * average + (1 - decay) * weights.
 
-    After n updates the decay is at most (1 + n) / (10 + n), so that the initial weights are soon
-    forgotten (TensorFlow's ExponentialMovingAverage). All tensors are averaged in one call, on
-    their device, without waiting for it.
+    After n updates the decay is at most (1 + n) / (10 + n), as in TensorFlow's
+    ExponentialMovingAverage, so that the initial weights decay quickly. All tensors are
+    averaged in one asynchronous call on their device.
 
     Args:
-        model: whose encoder, decoder and quant convolutions are averaged; a loss has no average.
-        decay: after the first updates; at least 0 and below 1.
+        model: the autoencoder; its loss is not averaged.
+        decay: in [0, 1).
 
     Attributes:
         model: an autoencoder with the averaged weights, in eval mode and without a loss.
-        updates: their number.
+        updates: number of updates.
     """
 
     def __init__(self, model: AutoEncoderKL, decay: float) -> None:
@@ -34,7 +34,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Average in the model's current weights."""
+        """Update the average with the current weights."""
         n = self.updates
         weight = 1.0 - min(self._decay, (1 + n) / (10 + n)) if n else 1.0  # the first is a copy
         average: list[Tensor] = [*self.model.parameters()]
@@ -49,6 +49,6 @@ class WeightAverage:
         return self.model.state_dict()
 
     def load_state_dict(self, weights: dict[str, Tensor], updates: int) -> None:
-        """Load averaged weights and the number of updates that made them."""
+        """Load averaged weights and their number of updates."""
         self.model.load_state_dict(weights)
         self.updates = updates

@@ -28,7 +28,7 @@ class MicroBatch(NamedTuple):
     """What `agree_on_step` needs to know about a micro-batch."""
 
     loss: Tensor  # scalar; not finite if one of the losses is not
-    names: tuple[str, ...]  # of its files; empty if there is no image
+    names: tuple[str, ...]  # paths of its images
     bad: tuple[BadImage, ...]  # files that could not be used
 
 
@@ -41,13 +41,13 @@ class Verdict(NamedTuple):
 
 @dataclass
 class Skips:
-    """The numbers of skipped steps, the same on all ranks.
+    """Counts of skipped steps, equal on all ranks.
 
     Attributes:
         total: steps with a loss or gradient that was not finite.
-        in_a_row: the last of these.
-        by_scaler: steps (fp16) with a gradient that overflowed because the scale was too large; it
-            is halved then, which is how a scaler finds it. Counted per network.
+        in_a_row: number of consecutive ones up to now.
+        by_scaler: fp16 steps skipped by the gradient scaler, which then halves its scale; counted
+            per network.
     """
 
     total: int = 0
@@ -67,7 +67,7 @@ def agree_on_step(
     max_skipped_steps: int,
     stop_requested: bool = False,
 ) -> Verdict:
-    """Decide on all ranks which networks take their step; count and log what is wrong.
+    """Decide on all ranks which networks take their step; count and log non-finite values.
 
     A loss or gradient that is not finite on any rank skips the whole step on all ranks. If it is
     only a network's gradient in fp16, and its scale may be the cause, only this network's step is
@@ -78,11 +78,11 @@ def agree_on_step(
         norms: of each network's gradient.
         scalers: of the networks.
         step: for the log, counted from 1.
-        skips: where skipped steps are counted.
+        skips: counts of skipped steps, updated.
         ranks: all of them call this.
-        bad_images: where unusable images are noted.
-        max_skipped_steps: in a row, that end the run.
-        stop_requested: of this rank.
+        bad_images: list of unusable images, updated.
+        max_skipped_steps: consecutive skipped steps that end the run.
+        stop_requested: whether this rank was asked to stop.
 
     Raises:
         RunError: too many skipped steps in a row, or no image could replace a bad one.
@@ -97,7 +97,7 @@ def agree_on_step(
     if any_bad:
         bad_images.note(bad)
     if any_missing:
-        raise RunError("no image can be read in place of a bad one; look at data.train.root")
+        raise RunError("no image can be read in place of a bad one; check data.train.root")
     by_scale = [
         overflow and scaler.is_enabled() and scaler.get_scale() > 1.0
         for overflow, scaler in zip(overflows, scalers, strict=True)
@@ -125,7 +125,7 @@ def _log_skipped_step(
     ranks: Ranks,
     skips: Skips,
 ) -> None:
-    """Log the files of the micro-batches that may be the cause; all ranks call this."""
+    """Log the images of the micro-batches that may be the cause; all ranks call this."""
     broken = [not abs(loss) < float("inf") for loss in losses]
     # if every loss is finite, the gradient was not, and any image may be the cause
     suspects = [m for m, b in zip(micro_batches, broken, strict=True) if b or not any(broken)]
@@ -148,10 +148,10 @@ class BadImages:
     """The images in bad_images.txt, one `path<TAB>reason` per line; every rank knows all of them.
 
     Args:
-        run: the run's directory, whose list is continued; None: nothing is written.
-        ranks: that read the images.
-        number: of all images, for training and validation.
-        max_fraction: of them that may be bad.
+        run: the run's directory, whose list is appended to; None: nothing is written.
+        ranks: all ranks of the run.
+        number: of all training and validation images.
+        max_fraction: maximum fraction of bad images.
     """
 
     def __init__(self, run: Path | None, ranks: Ranks, number: int, max_fraction: float) -> None:
@@ -162,7 +162,7 @@ class BadImages:
         self._names = set(ranks.on_rank_zero(self._read))
 
     def note(self, found: Sequence[BadImage]) -> None:
-        """Add what this rank found; every rank calls this at the same time."""
+        """Add the bad images of this rank; a collective operation."""
         everything = [image for images in self._ranks.gather(list(found)) for image in images]
         new = {image.name: image for image in everything if image.name not in self._names}
         self._names |= new.keys()
@@ -175,7 +175,7 @@ class BadImages:
         return len(self._names) > self._max_fraction * self._number
 
     def check(self) -> None:
-        """Raise RunError if there are too many."""
+        """Raise RunError if there are too many bad images."""
         if self.too_many:
             raise RunError(
                 f"{len(self._names)} of {self._number} images cannot be used, more than "
@@ -197,12 +197,12 @@ class BadImages:
         try:
             with open(self._path, "a", encoding="utf-8") as file:
                 file.writelines(f"{name}\t{reason}\n" for name, reason in images)
-        except OSError as error:  # the log has named them
+        except OSError as error:  # they are in the log
             logger.warning("%s cannot be written (%s)", self._path, error.strerror)
 
 
 class StopRequest:
-    """The request of a signal to stop the run; `signal` is its name, None if there is none."""
+    """A request to stop the run; `signal` is the name of the signal, None without a request."""
 
     signal: str | None = None
 
@@ -212,19 +212,22 @@ class StopRequest:
         return self.signal is not None
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """Note the first signal of a kind; a second one ends the process at once."""
+        """Record the first signal; a second one ends the process at once."""
         self.signal = signal.Signals(number).name
         signal.signal(number, signal.SIG_DFL)
-        logger.warning("%s: stopping after this step; once more ends at once, unsaved", self.signal)
+        logger.warning(
+            "%s: stopping after this step; a second signal ends the run at once, without saving",
+            self.signal,
+        )
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn SIGINT, SIGTERM, SIGUSR1 and SIGHUP into a StopRequest, if this is the main thread."""
+    """Turn SIGINT, SIGTERM, SIGUSR1 and SIGHUP into a StopRequest, in the main thread."""
     request = StopRequest()
     numbers = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():
-        numbers = []  # Python delivers signals to the main thread alone
+        numbers = []  # Python delivers signals to the main thread only
     elif hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         numbers.remove(signal.SIGHUP)  # nohup
     before = {number: signal.signal(number, request.receive) for number in numbers}

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 Metrics = dict[str, "float | list[float]"]  # a list has one value per latent channel
 
+STEPS_BEFORE_ESTIMATE = 10
 SECONDS_BETWEEN_LINES = 30.0  # of the log, if there is no terminal for a progress bar
 
 
@@ -43,10 +44,10 @@ def to_numbers(means: Mapping[str, Tensor]) -> Metrics:
 
 
 class RunLogger:
-    """The records of a run, written by rank 0 alone.
+    """The log, metrics and images of a run, written by rank 0 only.
 
-    What cannot be written does not end the run: lines of metrics.jsonl are written later, images
-    and TensorBoard's events are left out, each with a warning.
+    A failed write does not end the run: lines of metrics.jsonl are written later, images and
+    TensorBoard events are dropped, with a warning.
     """
 
     def __init__(self, run: Path, state: TrainingState, total_steps: int) -> None:
@@ -71,8 +72,11 @@ class RunLogger:
         self._last_time, self._last_images_seen = self._start_time, state.images_seen
 
     def advance(self) -> None:
-        """Move the progress bar to the state's step."""
+        """Move the progress bar to the state's step; after ten steps, log the time that is left."""
         self._bar.update(self._state.step - self._bar.n)
+        if self._state.step - self._start_step == STEPS_BEFORE_ESTIMATE:
+            left = self._total_steps - self._state.step
+            logger.info("about %s for the other %d steps", self._time_left(), left)
 
     def log_step(self, metrics: Metrics) -> None:
         """Record the metrics of a training step, with the speed since the last call."""
@@ -87,21 +91,25 @@ class RunLogger:
         self._bar.set_postfix_str(summary)
         if self._bar.disable and now - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = now
-            step = self._state.step
-            seconds_per_step = (now - self._start_time) / (step - self._start_step)
-            left = tqdm.format_interval(seconds_per_step * (self._total_steps - step))
-            logger.info("step %d/%d: %s, %s left", step, self._total_steps, summary, left)
+            step, total = self._state.step, self._total_steps
+            logger.info("step %d/%d: %s, %s left", step, total, summary, self._time_left())
+
+    def _time_left(self) -> str:
+        """Return the time of the remaining steps, such as "02:05", at the mean speed so far."""
+        step = self._state.step
+        seconds_per_step = (time.monotonic() - self._start_time) / (step - self._start_step)
+        return str(tqdm.format_interval(seconds_per_step * (self._total_steps - step)))
 
     def log_validation(self, metrics: Metrics, images: Mapping[str, Tensor]) -> None:
-        """Record the metrics of a validation, and its images [3, H, W], uint8, in samples/.
+        """Record the metrics of a validation, and write its images [3, H, W], uint8, to samples/.
 
-        The line in metrics.jsonl comes last: it says that the validation is complete.
+        The line in metrics.jsonl is written last: it marks the validation as complete.
         """
         for name, image in images.items():
             try:
                 save_png(self._run / SAMPLES / f"{name}_{self._state.step:08d}.png", image)
             except ValueError as error:
-                logger.warning("an image is left out: %s", error)
+                logger.warning("sample image not written: %s", error)
             self._to_tensorboard("add_image", name, image)
         self._write(metrics)
         summary = ", ".join(
@@ -138,13 +146,13 @@ class RunLogger:
             return
         try:
             getattr(self._tensorboard, method)(key, value, self._state.step)
-        except Exception as error:  # whatever ended its writing thread
-            logger.warning("TensorBoard's events cannot be written, and end here: %s", error)
+        except Exception as error:  # its writing thread has ended
+            logger.warning("TensorBoard events cannot be written and end here: %s", error)
             self._tensorboard = None
 
 
 class LineFile:
-    """A text file of appended lines; those that cannot be written yet wait for a later one."""
+    """A text file of appended lines; lines that cannot be written are retried with the next one."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -157,13 +165,15 @@ class LineFile:
         self._pending.append(line)
         text = "".join(f"{line}\n" for line in self._pending).encode()
         try:
-            while text:  # a disk that fills up takes a part
+            while text:  # a full disk may accept a part
                 text = text[self._file.write(text) :]
         except OSError as error:
             os.ftruncate(self._file.fileno(), self._length)
             if len(self._pending) == 1:
                 logger.warning(
-                    "%s cannot be written (%s); its lines wait for room", self._path, error.strerror
+                    "%s cannot be written (%s); its lines are kept until there is space",
+                    self._path,
+                    error.strerror,
                 )
             return
         self._length = os.fstat(self._file.fileno()).st_size
@@ -175,12 +185,12 @@ class LineFile:
 
 
 def _json(number: float) -> float | str:
-    """Return the number, or its name: JSON has neither NaN nor infinity."""
+    """Return the number, or its name if it is not finite: JSON has neither NaN nor infinity."""
     return number if math.isfinite(number) else str(number)
 
 
 def _drop_later_lines(run: Path, step: int) -> None:
-    """Remove the lines of steps that will be repeated, and a line that was cut short."""
+    """Remove the lines of steps that will be repeated, and a truncated last line."""
     lines = [line for line in read_metrics(run) if line["step"] <= step]
     if (run / METRICS).is_file():
         text = "".join(f"{json.dumps(line)}\n" for line in lines)

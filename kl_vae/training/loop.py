@@ -34,10 +34,10 @@ class TrainingResult:
             loads the model from it.
         step: optimisation steps taken.
         total_steps: of the run.
-        finished: whether all steps are taken and validated.
+        finished: whether all steps are complete and validated.
         stopped_by: the signal that stopped the run, such as SIGINT; None: it is finished.
         best: `monitor`, `value` and `step` of the best validation; empty without a monitor.
-        metrics: the latest value of each metric that was logged in this call.
+        metrics: the latest value of each metric logged in this call.
     """
 
     run_dir: Path
@@ -58,15 +58,15 @@ def train(
 ) -> TrainingResult:
     """Train an autoencoder in a run directory, or resume what the directory holds.
 
-    Under torchrun each process calls this. Nothing is written before everything has been checked.
+    Under torchrun each process calls this. All inputs are checked before anything is written.
     SIGINT, SIGTERM, SIGUSR1 and SIGHUP stop the run after the current step, saved.
-    docs/development/faults.md says what happens when something goes wrong.
+    docs/development/faults.md lists the behaviour for each fault.
 
     Args:
         config: of the run: a YAML file, the name of a shipped config such as `kl-f8`, a mapping
             with the same keys, or a RunConfig.
         run_dir: the run's directory; created if it does not exist.
-        overrides: `key.path=value`, the value in YAML, in place of the config's.
+        overrides: `key.path=value` with a YAML value; override the config.
         device: auto, cuda, mps, cpu, or one GPU such as cuda:1.
 
     Returns:
@@ -92,11 +92,11 @@ def train(
 
 
 def _train(config: RunConfig, run: RunDirectory, ranks: Ranks, stop: StopRequest) -> TrainingResult:
-    """Take the steps that are left: step, log, save, validate."""
+    """Run the remaining steps: step, log, save, validate."""
     setup = set_up(config, run, ranks)
     state, training = setup.state, setup.config.training
     if setup.is_finished:
-        logger.info("nothing to do: all %d steps are taken", state.step)
+        logger.info("nothing to do: all %d steps are complete", state.step)
         return _end(setup, run, ranks, stop, {})
 
     state.model.train()
@@ -114,7 +114,7 @@ def _train(config: RunConfig, run: RunDirectory, ranks: Ranks, stop: StopRequest
             # the validation of this step, or one that was missing when the run was resumed
             if setup.validation_is_due and not stopping:
                 val_metrics = _validate(setup, run, ranks, stop, run_logger)
-                stopping = val_metrics is None  # a signal cut it short
+                stopping = val_metrics is None  # interrupted by a signal
                 latest |= val_metrics or {}
             setup.bad_images.check()
             if stopping or setup.is_last_step:
@@ -138,7 +138,7 @@ def _train(config: RunConfig, run: RunDirectory, ranks: Ranks, stop: StopRequest
             if run_logger is not None:
                 run_logger.advance()
 
-            if saving:  # before the validation, which a signal may cut short
+            if saving:  # before the validation, which a signal may interrupt
                 save = partial(run.save, state, training.keep_checkpoints, final=ending)
                 ranks.on_rank_zero(save)
                 _write_status(run, ranks, setup, "running")
@@ -158,7 +158,7 @@ def _train(config: RunConfig, run: RunDirectory, ranks: Ranks, stop: StopRequest
 def _validate(
     setup: Setup, run: RunDirectory, ranks: Ranks, stop: StopRequest, run_logger: RunLogger | None
 ) -> Metrics | None:
-    """Validate, draw images, and note the best checkpoint; None: a signal cut it short."""
+    """Validate, draw images, and record the best checkpoint; None: interrupted by a signal."""
     state, training = setup.state, setup.config.training
     average = None if state.average is None else state.average.model
     assert setup.val_set is not None and setup.val_loader is not None

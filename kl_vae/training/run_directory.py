@@ -1,6 +1,6 @@
-"""Write a run's directory: the lock, the config, the status, and the checkpoints that are kept.
+"""Write a run's directory: lock, config, status and checkpoints.
 
-`kl_vae.checkpoints.run_files` has its layout and reads it.
+`kl_vae.checkpoints.run_files` defines its layout and reads it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 MAX_FAILED_SAVES = 3  # in a row
 
-# what may change when a run is resumed: it does not change what a step computes (a fingerprint
+# keys that may change when a run is resumed: they do not change what a step computes (a fingerprint
 # compares the images, the batch size accumulation)
 HARMLESS = (
     "data.train.root",
@@ -68,7 +68,7 @@ HARMLESS = (
 class RunDirectory:
     """A run's directory, which one process at a time writes: rank 0 of a run.
 
-    As a context manager it gives back the lock at the end.
+    As a context manager it releases the lock.
 
     Args:
         path: the directory; it is created by `lock`.
@@ -78,10 +78,10 @@ class RunDirectory:
         self.path = path
         self._lock: int | None = None  # a file descriptor
         self._failed_saves = 0  # in a row
-        self._whole: list[Path] = []  # checkpoints known to be whole, newest first
+        self._whole: list[Path] = []  # checkpoints known to be intact, newest first
 
     def check(self, config: dict[str, Any]) -> bool:
-        """Return whether it holds a run of this config to resume; nothing is written.
+        """Return whether it holds a run of this config to resume, without writing.
 
         Harmless changes of the config are logged.
 
@@ -95,7 +95,7 @@ class RunDirectory:
             raise ValueError(f"{run}: is a file; choose another --run-dir")
         if not (run / CONFIG).is_file():
             if any(not path.name.startswith(".") for path in run.iterdir()):
-                raise ValueError(f"{run}: not empty, and holds no run; choose another --run-dir")
+                raise ValueError(f"{run}: not empty and not a run; choose another --run-dir")
             return False
         before = _flatten(parse_file(run / CONFIG))
         before.pop("data.listing_cache", None)  # of version 0.1, without effect on the data
@@ -135,12 +135,12 @@ class RunDirectory:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 return  # this file system has no locks
             raise ValueError(
-                f"{self.path}: another process trains in it; wait until it ends, or choose "
+                f"{self.path}: another process is training in it; wait until it ends, or choose "
                 "another --run-dir"
             ) from None
 
     def prepare(self, config: dict[str, Any], resumed: Path | None, state: TrainingState) -> None:
-        """Write the config, log how the last part of the run ended, complete a save cut short.
+        """Write the config, log how the previous process ended, complete an interrupted save.
 
         Args:
             config: of the run, resolved.
@@ -157,30 +157,30 @@ class RunDirectory:
             (self.path / SAMPLES).mkdir(exist_ok=True)
             if resumed is not None:
                 complete_checkpoint(resumed)
-                self._whole = [resumed]  # nobody has checked the others
+                self._whole = [resumed]  # the others have not been checked
         except OSError as error:
             raise self._unwritable(error) from None
         self.write_best(state)
         status = read_status(self.path)
         if status.get("state") == "running":
             logger.warning(
-                "the last part of this run ended without a message after step %s (%s): killed, or "
-                "its machine was lost",
+                "the previous process of this run ended without a message after step %s (%s): "
+                "killed, or its machine was lost",
                 status.get("step"),
                 status.get("time"),
             )
         elif status.get("state") == "failed":
-            logger.warning("the last part of this run failed: %s", status.get("reason"))
+            logger.warning("the previous process of this run failed: %s", status.get("reason"))
 
     def save(self, state: TrainingState, keep: int, *, final: bool = False) -> None:
-        """Write the checkpoint of this step, then remove those that are not kept.
+        """Write the checkpoint of this step, then remove old ones.
 
         A save that fails is logged, and the run continues.
 
         Args:
             state: what is saved.
-            keep: number of the newest checkpoints that are kept, besides the best.
-            final: no save follows, so that a failure is an error.
+            keep: number of newest checkpoints to keep, besides the best.
+            final: whether this is the last save, so that a failure is an error.
 
         Raises:
             RunError: a parameter is not finite, or saving keeps failing.
@@ -190,7 +190,7 @@ class RunDirectory:
         name = state.not_finite()
         if name is not None:
             raise RunError(
-                f"step {state.step}: {name} is not finite, and nothing is saved of it: lower the "
+                f"step {state.step}: {name} is not finite, so the step was not saved: lower the "
                 f"learning rates; {last}"
             )
         try:
@@ -229,9 +229,9 @@ class RunDirectory:
     def write_status(
         self, status: str, step: int, total_steps: int, reason: str | None = None
     ) -> None:
-        """Write what the run is doing: running, finished, stopped (by a signal) or failed (why).
+        """Write the state of the run: running, finished, stopped (by a signal) or failed (why).
 
-        If it cannot be written, the log says so.
+        A failure to write is logged.
         """
         content = {
             "state": status,
@@ -257,7 +257,7 @@ class RunDirectory:
             os.close(self._lock)
 
     def _prune(self, state: TrainingState, keep: int) -> None:
-        """Remove what is neither best nor one of the newest, once enough of these are whole."""
+        """Remove checkpoints other than the best and the newest, once enough are intact."""
         if len(self._whole) < keep:
             return
         self._whole = self._whole[:keep]

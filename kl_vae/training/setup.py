@@ -1,4 +1,4 @@
-"""Everything that a run needs, built and checked before anything is written."""
+"""Build and check everything that a run needs, before anything is written."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Setup:
-    """What the loop works with.
+    """Everything that the training loop uses.
 
     Attributes:
-        config: of the run; `accumulate_batches` is that of this number of ranks.
+        config: the run's, with `accumulate_batches` for this number of ranks.
         state: new, or restored from the newest checkpoint.
         take_step: takes the next step.
         train_loader: this rank's micro-batches, from the state's step to the last.
-        val_set: None: the run does not validate.
+        val_set: validation images; None: the run does not validate.
         val_loader: this rank's share of it.
-        bad_images: those met so far.
+        bad_images: unusable images found so far.
         total_steps: of the run.
         steps_per_epoch: of the training set.
         validate_every_steps: steps between validations.
@@ -89,7 +89,7 @@ def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks) -> Setup:
     """Build and check what a run needs, then lock and prepare its directory.
 
     Raises:
-        ValueError: a mistake of the user; nothing has been written then.
+        ValueError: a user's mistake; nothing has been written.
     """
     training, plain = config.training, dataclasses.asdict(config)
     ranks.on_rank_zero(lambda: run.check(plain))
@@ -113,7 +113,7 @@ def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks) -> Setup:
     if model.adversary is not None and before and before["accumulated"] != accumulate:
         logger.info(
             "a step accumulates %d batches, before it was %d: the adaptive weight is computed per "
-            "batch, so that numbers differ by more than rounding",
+            "batch, so results differ by more than rounding",
             accumulate,
             before["accumulated"],
         )
@@ -168,7 +168,7 @@ def build_data(config: RunConfig, ranks: Ranks) -> tuple[ImageDataset, ImageData
     """Build the training set and, unless the config wants none, the validation set.
 
     Raises:
-        ValueError: no images, too few, too small, or not the same ones on all ranks.
+        ValueError: no images, too few, too small, or different ones on the ranks.
     """
     ddconfig, training = config.model.params.ddconfig, config.training
 
@@ -295,14 +295,16 @@ def freeze(model: AutoEncoderKL, patterns: Iterable[str]) -> None:
         for name in matching:
             model.get_parameter(name).requires_grad_(False)
     if not any(model.get_parameter(name).requires_grad for name in names):
-        raise ValueError("training.freeze: leaves nothing of the autoencoder to train; drop some")
+        raise ValueError(
+            "training.freeze: leaves no parameter of the autoencoder to train; remove a pattern"
+        )
 
 
 @torch.no_grad()
 def dry_run(
     model: AutoEncoderKL, config: RunConfig, crop: int, validates: bool, ranks: Ranks
 ) -> None:
-    """Pass one blank image through model and loss, so that what cannot work fails at once.
+    """Pass a blank image through model and loss, to fail early.
 
     Raises:
         ValueError: `monitor` is no metric, or nothing is validated; the discriminator cannot take
@@ -340,7 +342,7 @@ def build_state(
     data_fingerprint: str,
     validation_fingerprint: str = "",
 ) -> TrainingState:
-    """Build the optimisers, the scalers and the average, and with them all of a checkpoint."""
+    """Build the optimisers, the scalers, the average and the state of a checkpoint."""
     precision, decay = config.training.precision, config.training.ema_decay
     discriminator = None
     if model.adversary is not None:
@@ -362,13 +364,13 @@ def restore_validation(
 ) -> None:
     """Note the validation of the restored step, if metrics.jsonl says that it was completed.
 
-    It came after the checkpoint was saved. Otherwise the run makes it up.
+    A checkpoint is saved before its validation. A missing validation is repeated.
 
     Args:
         state: as restored.
         run: whose metrics.jsonl is read, by rank 0.
         ranks: all of them call this.
-        same_images: whether the validation images are those of before.
+        same_images: whether the validation images have not changed.
     """
 
     def find() -> dict[str, Any] | None:
@@ -388,7 +390,7 @@ def describe(setup: Setup, ranks: Ranks, run: RunDirectory, train_set: ImageData
     side, f = train_set.crop, model.downsampling_factor
     count = sum(p.numel() for p in model.without_loss().parameters())
     trained = sum(p.numel() for p in model.without_loss().parameters() if p.requires_grad)
-    frozen = "" if trained == count else f"; {trained:,} of them trained"
+    frozen = "" if trained == count else f"; {trained:,} trained"
     device = str(ranks.device)
     if ranks.device.type == "cuda":
         device = torch.cuda.get_device_name(ranks.device)
@@ -403,7 +405,7 @@ def describe(setup: Setup, ranks: Ranks, run: RunDirectory, train_set: ImageData
         f"devices    {ranks.world_size} x {device}, {precision}",
         f"batch      {training.global_batch_size} images per step = {ranks.world_size} (ranks) x "
         f"{training.accumulate_batches} (accumulated) x {images}",
-        f"length     {setup.total_steps} steps, {setup.state.step} of them taken",
+        f"length     {setup.total_steps} steps, {setup.state.step} complete",
         f"results    {run.path}",
     ):
         logger.info(line)

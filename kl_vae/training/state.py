@@ -27,13 +27,13 @@ _KEYS = frozenset(
 
 @dataclass
 class Network:
-    """A network that is trained, autoencoder or discriminator: its parameters and their update.
+    """Parameters, optimiser and scaler of a trained network: autoencoder or discriminator.
 
     Attributes:
-        parameters: all that are updated.
-        config: of the optimiser.
-        optimizer: of the parameters.
-        scaler: of the gradients; it does nothing except in fp16.
+        parameters: the trained ones.
+        config: the optimiser's.
+        optimizer: updates the parameters.
+        scaler: scales the loss in fp16, otherwise disabled.
     """
 
     parameters: list[nn.Parameter]
@@ -52,19 +52,19 @@ class Network:
 
 @dataclass
 class TrainingState:
-    """Everything that a step changes. Order, crops and noise follow from the step's number.
+    """Everything that a step changes. Order, crops and noise are functions of the step.
 
     Attributes:
-        model: with its loss.
+        model: the autoencoder with its loss.
         autoencoder: its parameters and those of the loss, without a discriminator's.
         config: of the run, as a checkpoint holds it.
         data_fingerprint: of the training images.
         validation_fingerprint: of the validation images; empty if there are none.
-        discriminator: if there is one.
-        average: of the weights, if there is one.
-        batches: how a step's images are divided, see `divide_batch`.
+        discriminator: None without one.
+        average: moving average of the weights, or None.
+        batches: division of a step's images, see `divide_batch`.
         step: optimisation steps taken.
-        images_seen: in these steps.
+        images_seen: images in these steps.
         validated_step: of the last complete validation. A checkpoint is saved before the validation
             of its step, and does not know it.
         best: monitor, value and step of the best validation.
@@ -92,7 +92,7 @@ class TrainingState:
         return [network for network in both if network is not None]
 
     def content(self) -> dict[str, Any]:
-        """Return what a checkpoint holds: tensors and plain values."""
+        """Return the content of a checkpoint: tensors and plain values."""
         return {
             "model": self.model.state_dict(),
             "ema": None if self.average is None else self.average.state_dict(),
@@ -117,7 +117,7 @@ class TrainingState:
         """Load a checkpoint's content; harmless differences are logged.
 
         Raises:
-            ValueError: it was made on other images, or by another version of this program.
+            ValueError: it was made with other images, or by another version of this program.
         """
         if not _KEYS <= content.keys():
             raise ValueError(
@@ -145,7 +145,7 @@ class TrainingState:
             before = content["versions"].get(key)
             if before != now:
                 logger.info(
-                    "resuming with %s %s, before it was %s: the last bits of numbers may differ",
+                    "resuming with %s %s instead of %s: results may differ by rounding",
                     key,
                     now,
                     before,
@@ -153,12 +153,12 @@ class TrainingState:
         if content["validation_fingerprint"] != self.validation_fingerprint:
             logger.info(
                 "the validation images have changed: val/ metrics do not compare with those of "
-                "before, and the best checkpoint is chosen anew"
+                "before, and the best checkpoint is selected again"
             )
             self.best = {}
 
     def note_validation(self, value: float | None) -> None:
-        """Note the complete validation of this step; `value`: of the monitored metric."""
+        """Record the validation of this step; `value` is the monitored metric."""
         self.validated_step = self.step
         monitor = self.model.monitor
         if monitor is None or value is None or math.isnan(value):
@@ -177,7 +177,7 @@ class TrainingState:
         return next((name for name, x in named if not _is_finite(x)), None)
 
     def _versions(self) -> dict[str, str]:
-        """Return what bit-identical numbers depend on beside the config."""
+        """Return the software and hardware that results depend on bit for bit."""
         device = self.model.get_last_layer().device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         return {
@@ -188,7 +188,7 @@ class TrainingState:
 
 
 def _is_finite(x: Tensor) -> bool:
-    # a sum takes a tenth of the time; it may overflow although all elements are finite
+    # summing takes a tenth of the time, but may overflow for finite elements
     return bool(x.sum().isfinite()) or bool(x.isfinite().all())
 
 

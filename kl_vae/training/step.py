@@ -36,14 +36,14 @@ class StepResult(NamedTuple):
 
 
 class TrainingStep:
-    """An optimisation step over all ranks: a call takes the next one and counts it in `state`.
+    """An optimisation step over all ranks; each call takes the next step and counts it in `state`.
 
     Args:
-        state: what a step changes.
+        state: updated by each step.
         config: of the run.
-        ranks: that step together.
+        ranks: all ranks of the run.
         total_steps: of the run, for the learning rate.
-        bad_images: where unusable images are noted.
+        bad_images: list of unusable images, updated.
     """
 
     def __init__(
@@ -75,15 +75,14 @@ class TrainingStep:
 
         Args:
             batches: this rank's micro-batches, of which a step takes `accumulate_batches`.
-            stop: whether this rank has been asked to stop, which travels with the step's flags.
+            stop: whether this rank was asked to stop; shared with the flags of the step.
 
         Returns:
             Metrics under "train/": of the losses, moments of the latents, psnr (dB), norms of the
             gradients (before clipping), learning rates; and whether a rank has been asked to stop.
 
         Raises:
-            RunError: too many steps in a row without finite numbers, or no image could replace a
-                bad one.
+            RunError: too many consecutive non-finite steps, or no image could replace a bad one.
         """
         state, training, device = self.state, self.config.training, self.ranks.device
         model, micro_batches = state.model, training.accumulate_batches
@@ -108,7 +107,7 @@ class TrainingStep:
             images = to_device(batch.images, device, training.channels_last)
             noise = posterior_noise(model, batch, "posterior", training.seed, state.step)
             noise = noise_to_device(noise, device)
-            # dropout too is a function of the step, so that a resumed run repeats it
+            # dropout is a function of the step too, so that a resumed run repeats it
             dropout = generator_for("dropout", training.seed, state.step, self.ranks.rank, micro)
             torch.manual_seed(dropout.initial_seed())
 
@@ -122,7 +121,7 @@ class TrainingStep:
                         noise=noise,
                         equivariance=equivariance,
                     )
-                scaler: torch.amp.GradScaler = state.autoencoder.scaler  # scales in fp16 alone
+                scaler: torch.amp.GradScaler = state.autoencoder.scaler  # scales in fp16 only
                 scaler.scale(out.total / micro_batches).backward()  # type: ignore[no-untyped-call]
             metrics = {**out.log, **latent_moments(out.posterior, "train")}
             metrics["train/psnr"] = mean_psnr(out.target, out.reconstruction.detach())
@@ -144,7 +143,7 @@ class TrainingStep:
             for key, value in metrics.items():
                 means[key] = means.get(key, 0.0) + value / micro_batches
 
-        # the update: of all networks on all ranks, or of none if a number is not finite
+        # update all networks on all ranks, or none if a value is not finite
         norms = []
         for network in networks:
             network.scaler.unscale_(network.optimizer)
@@ -180,7 +179,7 @@ class TrainingStep:
             state.average.update()
         if adversary is not None and all(verdict.take):
             adversary.note_logits(means["train/logits_real"], means["train/logits_fake"])
-        else:  # a skipped step leaves no trace in the discriminator's running statistics
+        else:  # a skipped step does not change the discriminator's running statistics
             for statistic, value in zip(statistics, statistics_before, strict=True):
                 statistic.copy_(value)
         state.step += 1
@@ -207,7 +206,7 @@ def distribute(module: nn.Module, ranks: Ranks) -> nn.Module:
 
 
 def no_sync(module: nn.Module | None) -> AbstractContextManager[None]:
-    """Leave the gradients of this pass on the rank; later ones are added to them."""
+    """Keep the gradients of this pass on the rank; later passes add to them."""
     if isinstance(module, DistributedDataParallel):
         return module.no_sync()
     return nullcontext()

@@ -1,4 +1,4 @@
-"""The metrics of the whole validation set, exact for any number of ranks."""
+"""Metrics over the whole validation set, exact for any number of ranks."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def validate(
 ) -> Metrics | None:
     """Return means over the validation set: "val/..." of the loss, psnr (dB), ssim and latents.
 
-    Each image counts once: no rank pads its share, and a rank may have none. Sums are float64.
-    The noise of a posterior's sample depends only on the image's position in the set. Images that
-    cannot be used are left out.
+    Each image counts once: shares are not padded, and a rank may have none. Sums are float64.
+    The noise of a posterior's sample depends only on the image's position in the set. Unusable
+    images are skipped.
 
     Args:
         model: the bare module.
         batches: this rank's share.
         step: optimisation steps so far.
         config: of the run.
-        ranks: over which the sums go.
-        bad_images: where unusable images are noted.
+        ranks: all ranks of the run.
+        bad_images: list of unusable images, updated.
         average: the model with averaged weights, whose metrics are "val_ema/...".
-        stop: whether this rank has been asked to stop.
+        stop: whether this rank was asked to stop.
 
     Returns:
         The metrics, or None if a rank was asked to stop before they were complete.
@@ -88,7 +88,7 @@ def validate(
     shapes = ranks.gather({name: list(total.shape) for name, total in sums.items()})
     names = next((of_rank for of_rank in shapes if of_rank), None)
     if names is None:
-        raise RunError("no validation image can be used; look at bad_images.txt")
+        raise RunError("no validation image can be used; see bad_images.txt")
     totals = {name: sums.get(name, torch.zeros(shape).double()) for name, shape in names.items()}
     number = ranks.sum(torch.tensor(count))
     return to_numbers({name: ranks.sum(total) / number for name, total in totals.items()})
