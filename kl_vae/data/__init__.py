@@ -1,4 +1,4 @@
-"""Images from files: decode, list a folder, resumable batches; knows nothing of the model."""
+"""Image datasets: listing, decoding, cropping and resumable batches. Independent of the model."""
 
 from kl_vae.data.build import build_datasets
 from kl_vae.data.config import DataConfig, SourceConfig, ValidationConfig

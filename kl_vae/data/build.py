@@ -1,4 +1,4 @@
-"""From the configuration of data to the training and validation sets."""
+"""Construction of the training and validation datasets from the configuration."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -23,14 +23,22 @@ logger = logging.getLogger(__name__)
 def build_datasets(
     config: DataConfig, channels: int, resolution: int, seed: int
 ) -> tuple[ImageDataset, ImageDataset | None]:
-    """Return the training set and the validation set; no validation set where none is asked for.
+    """Return the training set and the validation set.
+
+    Args:
+        config: the configuration `data`.
+        channels: C of the images.
+        resolution: default for `config.crop`, in pixels.
+        seed: of random crops and augmentations.
+
+    Returns:
+        The two datasets; the second is None if the configuration disables validation.
 
     Raises:
-        ValueError: a key of `data` that must change, or a root without images;
-            the text begins with the key.
+        ValueError: A value is invalid or a root has no images. The message begins with the key.
     """
     if config.train.root is None:
-        raise ValueError("data.train.root is not set: write data.train.root=FOLDER")
+        raise ValueError("data.train.root is not set: set data.train.root=FOLDER")
     crop = config.crop or resolution
     if config.resize is not None:
         try:
@@ -60,7 +68,7 @@ def build_datasets(
 def _named_sources(
     config: DataConfig, train_root: str, channels: int
 ) -> tuple[Source, Source | None]:
-    with _errors_under("data.train.root"):
+    with _prefix_errors("data.train.root"):
         root = resolve_root(train_root)
     training = NamedSource(config.name, root, training=True, channels=channels)
     if config.validation.fraction == 0:
@@ -72,80 +80,81 @@ def _stored_sources(
     config: DataConfig, train_root: str, channels: int
 ) -> tuple[Source, Source | None]:
     train, chosen, max_pixels = config.train, config.validation, config.max_pixels
-    with _errors_under("data.train.root"):
-        every = open_root(train_root, channels, train.include, train.exclude, max_pixels)
+    with _prefix_errors("data.train.root"):
+        source = open_root(train_root, channels, train.include, train.exclude, max_pixels)
     if chosen.root is not None:
-        with _errors_under("data.validation.root"):
+        with _prefix_errors("data.validation.root"):
             validation = open_root(
                 chosen.root, channels, chosen.include, chosen.exclude, max_pixels
             )
-        _check_apart(every, validation, chosen.root)
-        return every, validation
+        _check_disjoint(source, validation, chosen.root)
+        return source, validation
     if chosen.include:
-        taken = _included(every.keys, chosen.include, chosen.exclude)
+        held_out = _match_validation(source.keys, chosen.include, chosen.exclude)
     else:
-        taken = _held_out(every.keys, chosen.fraction)
-    if not taken.any():
-        return every, None
-    return every.subset(np.flatnonzero(~taken)), every.subset(np.flatnonzero(taken))
+        held_out = _hold_out(source.keys, chosen.fraction)
+    if not held_out.any():
+        return source, None
+    return source.subset(np.flatnonzero(~held_out)), source.subset(np.flatnonzero(held_out))
 
 
 @contextmanager
-def _errors_under(key: str) -> Iterator[None]:
+def _prefix_errors(key: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
 
 
-def _check_apart(training: StoredSource, validation: StoredSource, root: str) -> None:
-    """Refuse images that are in both, which happens when one folder lies inside the other."""
+def _check_disjoint(training: StoredSource, validation: StoredSource, root: str) -> None:
+    """Check that no image is in both sets, as happens if one folder contains the other."""
     shared = set(validation.places()).intersection(training.places())
     if shared:
         raise ValueError(
             f"data.validation.root={display_name(resolve_root(root))}: {len(shared)} of its images "
-            f"are training images as well, such as {display_name(min(shared))}; "
-            "add patterns to data.train.exclude, or leave data.validation.root out"
+            f"are also training images, such as {display_name(min(shared))}; "
+            "add patterns to data.train.exclude, or remove data.validation.root"
         )
 
 
-def _included(
+def _match_validation(
     keys: Sequence[str], include: Sequence[str], exclude: Sequence[str]
 ) -> NDArray[np.bool_]:
-    taken = np.fromiter(map(matcher(include, exclude), keys), np.bool_, len(keys))
-    if taken.all() or not taken.any():
-        matched = "all" if taken.any() else "none"
+    held_out = np.fromiter(map(matcher(include, exclude), keys), np.bool_, len(keys))
+    if held_out.all() or not held_out.any():
+        matched = "all" if held_out.any() else "none"
         raise ValueError(
             f"data.validation.include={list(include)}: matches {matched} of the {len(keys)} "
             "images of data.train.root; change the patterns, or set data.validation.root"
         )
-    return taken
+    return held_out
 
 
 def name_hash(key: str) -> float:
-    """Return a number in [0, 1) that depends on the relative path alone, uniform over paths."""
+    """Return a hash of a relative path, uniform in [0, 1)."""
     digest = blake2b(name_bytes(key), digest_size=6).digest()
     return int.from_bytes(digest, "big") / 2**48
 
 
-def _held_out(keys: Sequence[str], fraction: float) -> NDArray[np.bool_]:
-    """Choose by hash, and hold out one image at least, so that validation is never silently empty.
+def _hold_out(keys: Sequence[str], fraction: float) -> NDArray[np.bool_]:
+    """Return a mask of the images to hold out, chosen by a hash of their keys.
 
-    An image stays held out, or trained on, when others come and go. Images of one name, in several
-    shards, are all held out or all trained on.
+    At least one image is held out unless `fraction` is 0 or there is only one image. Adding or
+    removing other images does not move an image between the sets. Images with the same key, in
+    several shards, are in the same set.
     """
     if not fraction:
         return np.zeros(len(keys), np.bool_)
     hashes = np.fromiter(map(name_hash, keys), np.float64, len(keys))
-    taken: NDArray[np.bool_] = hashes < fraction
-    if taken.all():
+    held_out: NDArray[np.bool_] = hashes < fraction
+    if held_out.all():
         raise ValueError(
-            f"data.validation.fraction={fraction}: leaves none of {len(keys)} images to train on; "
-            "lower it, or set data.validation.root"
+            f"data.validation.fraction={fraction}: leaves none of the {len(keys)} images for "
+            "training; lower it, or set data.validation.root"
         )
-    if not taken.any():
-        taken = hashes == hashes.min()  # the first that a larger fraction takes
-        if taken.all():
-            logger.warning("no validation: there is one image, and training takes it")
+    if not held_out.any():
+        held_out = hashes == hashes.min()  # the image that a larger fraction selects first
+        if held_out.all():
+            logger.warning("no validation: the only image is used for training")
             return np.zeros(len(keys), np.bool_)
-    return taken
+    return held_out

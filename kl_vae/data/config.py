@@ -1,4 +1,4 @@
-"""What a configuration says about data, checked."""
+"""Configuration of the data."""
 
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -10,13 +10,13 @@ DatasetName = Literal["folder", "cifar10", "fashion-mnist"]
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """A folder of images, or tar shards, and which of their images.
+    """A folder of images or tar shards, and a selection of its images.
 
     Attributes:
         root: a folder, tar shards (`shards/train-{0000..0127}.tar`), or `package:NAME/FOLDER` in an
             installed package; see `kl_vae.data.open_root`.
-        include: patterns over relative paths or file names; empty: all images.
-        exclude: patterns of images to leave out.
+        include: patterns of relative paths or file names to include; empty: all images.
+        exclude: patterns of images to exclude.
     """
 
     root: str | None = None
@@ -26,13 +26,15 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """Where validation images come from.
+    """The validation images.
 
     Attributes:
-        root: a folder or shards of their own; null: part of the training images.
-        fraction: of the training images, chosen by a hash of their paths; 0: no validation.
-        include: patterns of the training images to hold out, in place of a fraction.
-        exclude: patterns of images to leave out.
+        root: a separate folder or shards; null: hold out a part of the training images.
+        fraction: fraction of the training images to hold out, chosen by a hash of their paths; 0:
+            no validation.
+        include: patterns of the training images to hold out, instead of a fraction; with `root`,
+            patterns of the images to include.
+        exclude: patterns of images to exclude.
     """
 
     root: str | None = None
@@ -41,7 +43,7 @@ class ValidationConfig:
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check each value, and that each has an effect."""
+        """Check the values and their combination."""
         if not 0 <= self.fraction < 1:
             raise ValueError(f"fraction={self.fraction}: must be at least 0 and less than 1")
         if self.exclude and not (self.include or self.root):
@@ -53,24 +55,25 @@ class ValidationConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The images of a run and how they are cropped.
+    """The images of a run and their preprocessing.
 
     Attributes:
-        name: folder, or a data set that torchvision downloads into `train.root` (cifar10,
-            fashion-mnist), which has its own validation images and takes no patterns.
+        name: folder, or a dataset that torchvision downloads to `train.root` (cifar10,
+            fashion-mnist); these have their own validation images and take no patterns.
         train: the training images.
         validation: the validation images.
-        resize: short side in pixels before cropping; null: as it is.
-        crop: side of the crop in pixels, at random in training, else the middle; null: the model's
-            resolution.
-        flip: mirror half of the training crops.
-        recolor: blend half of the training crops with a permutation of their channels, which adds
-            colours that a small set lacks.
-        draft: decode training JPEGs of four times `resize` or more at a half, a quarter or an
-            eighth of their size.
-        num_workers: processes per rank that decode; at most its cores.
-        max_pixels: larger images are refused before they are decoded.
-        max_bad_fraction: of all files that may be unusable; with more the run ends, saved.
+        resize: short side in pixels before cropping; null: no resizing.
+        crop: side of the crop in pixels (random crops in training, center crops otherwise); null:
+            the model's resolution.
+        flip: mirror training crops with probability 0.5.
+        recolor: blend training crops with a permutation of their channels, with probability 0.5;
+            for small datasets with few colours.
+        draft: decode training JPEGs whose short side is at least four times `resize` at 1/2, 1/4
+            or 1/8 of their size.
+        num_workers: decoding processes per rank; limited to the number of available cores.
+        max_pixels: maximum number of pixels of an image, checked before decoding.
+        max_bad_fraction: maximum fraction of unusable files; above it the run saves a checkpoint
+            and stops.
     """
 
     name: DatasetName = "folder"
@@ -86,7 +89,7 @@ class DataConfig:
     max_bad_fraction: float = 0.01
 
     def __post_init__(self) -> None:
-        """Check each value, and those that depend on each other."""
+        """Check the values and their combination."""
         if self.name not in get_args(DatasetName):
             raise ValueError(f"name={self.name}: choose one of {', '.join(get_args(DatasetName))}")
         for key in ("resize", "crop", "max_pixels"):
@@ -102,7 +105,7 @@ class DataConfig:
         if self.name != "folder" and self._has_folder_keys():
             raise ValueError(
                 f"name={self.name}: has its own validation images and takes no patterns; "
-                "leave out validation.root, include and exclude"
+                "remove validation.root, include and exclude"
             )
 
     def _has_folder_keys(self) -> bool:
@@ -114,7 +117,11 @@ class DataConfig:
 
 
 def check_crop_fits(resize: int, crop: int) -> None:
-    """Raise ValueError where an image of short side `resize` has no crop of `crop`."""
+    """Check that the crop fits into the resized image.
+
+    Raises:
+        ValueError: `resize` is less than `crop`.
+    """
     if resize < crop:
         raise ValueError(
             f"resize={resize}: smaller than the crop of {crop}; set resize to {crop} or more"

@@ -1,4 +1,4 @@
-"""A data set: the crop of an image that a key stands for.
+"""Dataset of square image crops, indexed by (epoch, index, position) keys.
 
 Shapes: C channels; an image is [C,crop,crop].
 """
@@ -26,43 +26,49 @@ from kl_vae.data.transforms import (
 )
 from kl_vae.runtime.randomness import generator_for
 
-# images that are tried in place of a bad one; where a few in a hundred are bad, one or two do
+# maximum number of replacements tried for an unusable image; one or two are usually enough
 MAX_REPLACEMENTS = 100
-# a JPEG is decoded to no less than so many times what it is then resized to, see `draft`: crops of
-# photographs are 43 to 55 dB PSNR (median 48) from those of whole decoding, and with 1 from 35 on
+# with `draft`, the decoded short side of a JPEG is at least this multiple of `resize`. Compared
+# with full decoding, the PSNR of photo crops is 43 to 55 dB (median 48); a factor of 1 gives 35 dB
+# and more
 DRAFT_MARGIN = 2
-# headers that are read before a run: seconds on a disk, where those of a million take minutes
+# maximum number of headers read by `check_sizes`: seconds; a million headers take minutes
 MAX_CHECKED = 10_000
 
 
 class BadImage(NamedTuple):
-    """A file that could not be used, and why."""
+    """The name of an unusable file and the reason."""
 
     name: str
     reason: str
 
 
 class Sample(NamedTuple):
-    """One image, or zeros where there is none, and the files that could not be used for it."""
+    """One image crop and the unusable files met while reading it."""
 
-    image: Tensor  # [C,crop,crop], uint8; float32 in [-1, 1] of sources that give floats
+    image: Tensor  # [C,crop,crop], uint8, or float32 in [-1, 1] for float sources; zeros if none
     position: int  # in the global batch (training) or in the validation set
-    name: str  # of the file that the image is from; empty: there is no image
+    name: str  # of the image file; empty if no image could be read
     bad: tuple[BadImage, ...]
 
 
 class ImageDataset(Dataset[Sample]):
-    """Crops of a source's images, each a function of (seed, epoch, index) alone.
+    """Crops of a source's images, each determined by (seed, epoch, index).
 
-    In training a crop is cut out at random, with `flip` mirrored half of the
-    time and with `recolor` recoloured half of the time; otherwise it is
-    the middle, and nothing is drawn. `resize` is the length that the short side
-    is given first; None leaves images as they are. In training another image,
-    drawn from (seed, epoch, index) as well, takes the place of a bad one.
+    Images of uint8 sources stay uint8, which takes a quarter of the memory and bandwidth of float32
+    on the way to the device. Convert them there with `normalized`.
 
-    Images stay uint8, a quarter of what floats take on their way to the device, where `normalized`
-    makes them floats. With `draft` JPEGs that are resized are decoded smaller, in training
-    alone, and no smaller than DRAFT_MARGIN times `resize`.
+    Args:
+        source: the images.
+        crop: side of the crop in pixels.
+        resize: short side in pixels before cropping; None: no resizing.
+        flip: mirror a training crop with probability 0.5.
+        seed: of the random crops and augmentations.
+        training: take random crops, apply augmentations and replace unusable images by random
+            ones; otherwise take center crops.
+        recolor: apply `random_recolor` to training crops.
+        draft: decode training JPEGs that are resized at a reduced size, with a short side of at
+            least `DRAFT_MARGIN * resize`.
     """
 
     def __init__(
@@ -84,12 +90,12 @@ class ImageDataset(Dataset[Sample]):
         self.training = training
         self.recolor = recolor
         self.draft = draft
-        # a user's own source may take an index alone
+        # `read` of a custom source may have no such parameter
         self._takes_wanted = "wanted" in signature(source.read).parameters
 
     @property
     def fingerprint(self) -> str:
-        """32 hex digits that change when the images do."""
+        """Fingerprint of the source: 32 hex digits that change with the images."""
         return self.source.fingerprint
 
     def __len__(self) -> int:
@@ -97,7 +103,7 @@ class ImageDataset(Dataset[Sample]):
         return len(self.source)
 
     def __getitem__(self, key: Key) -> Sample:
-        """Return the sample of (epoch, index, position); a file's error is in it, never raised."""
+        """Return the sample of (epoch, index, position); file errors go to `Sample.bad`."""
         epoch, index, position = key
         chosen, bad = index, list[BadImage]()
         for attempt in range(1 + MAX_REPLACEMENTS * self.training):
@@ -107,19 +113,19 @@ class ImageDataset(Dataset[Sample]):
             try:
                 image = self._prepare(chosen, epoch, index)
                 return Sample(image, position, name, tuple(bad))
-            except ValueError as error:  # ImageError, or one of the transforms, which know no names
+            except ValueError as error:  # ImageError, or an error of a transform without the name
                 bad.append(BadImage(name, str(error).removeprefix(f"{name}: ")))
         blank = torch.zeros(self.source.channels, self.crop, self.crop, dtype=torch.uint8)
         return Sample(blank, position, "", tuple(bad))
 
     def check_sizes(self) -> None:
-        """Read headers, where images are not resized, so that a crop too large is found at once.
+        """Check that images are at least as large as the crop, if they are not resized.
 
-        Of more than MAX_CHECKED images so many are read, at even distances. Those without a
-        readable header, and small ones that are met later, are left to `__getitem__`.
+        At most MAX_CHECKED headers are read, evenly spaced over the dataset. Images without a
+        readable header are skipped. `__getitem__` reports the images that this check misses.
 
         Raises:
-            ValueError: the first image that is smaller than the crop.
+            ValueError: An image is smaller than the crop.
         """
         if self.resize is not None:
             return
@@ -141,9 +147,9 @@ class ImageDataset(Dataset[Sample]):
 
     def _prepare(self, chosen: int, epoch: int, index: int) -> Tensor:
         generator = generator_for("augment", self.seed, epoch, index)
-        place = partial(random_place, size=self.crop, generator=generator)
+        region = partial(random_place, size=self.crop, generator=generator)
         image = channels_inside(
-            self._crop(chosen, place if self.training else partial(center_place, size=self.crop))
+            self._crop(chosen, region if self.training else partial(center_place, size=self.crop))
         )
         if self.training and self.flip:
             image = random_flip(image, generator)
@@ -151,14 +157,14 @@ class ImageDataset(Dataset[Sample]):
             image = random_recolor(image, generator)
         return image if image.dtype == torch.uint8 else to_float(image)
 
-    def _crop(self, chosen: int, place: Callable[[int, int], tuple[slice, slice]]) -> Tensor:
-        """Read an image and cut a square out of it; where it can be, no more of it is read."""
+    def _crop(self, chosen: int, region: Callable[[int, int], tuple[slice, slice]]) -> Tensor:
+        """Read and crop an image; convert only the cropped region if the source supports it."""
         if self.resize is None:
             if self._takes_wanted:
-                return self.source.read(chosen, Wanted(region=place))
-            return Wanted(region=place).cut(self.source.read(chosen))
+                return self.source.read(chosen, Wanted(region=region))
+            return Wanted(region=region).cut(self.source.read(chosen))
         if self.draft and self.training and self._takes_wanted:
             image = self.source.read(chosen, Wanted(short_side=DRAFT_MARGIN * self.resize))
         else:
             image = self.source.read(chosen)
-        return Wanted(region=place).cut(resize_short_side(image, self.resize))
+        return Wanted(region=region).cut(resize_short_side(image, self.resize))

@@ -1,7 +1,7 @@
-"""Decode image files and `.npy` files: open, check the size, decode, convert to a tensor.
+"""Decoding of image files and `.npy` files: open, check the size, decode, convert to a tensor.
 
-There is one path for all: `read_image_from` reads any stream, `read_image` a file. What the
-decoded pixels mean is decided in `kl_vae.data.pixels`.
+`read_image_from` reads a stream, `read_image` a file. `kl_vae.data.pixels` converts the decoded
+pixels to tensors.
 
 Shapes: C channels, H height, W width.
 """
@@ -21,17 +21,17 @@ from numpy.typing import NDArray
 from PIL import ExifTags, GifImagePlugin, Image, ImageFile, JpegImagePlugin, TiffImagePlugin
 from torch import Tensor
 
-from kl_vae.data.pixels import EVERYTHING, Wanted, array_to_tensor, pil_to_tensor
+from kl_vae.data.pixels import WHOLE_IMAGE, Wanted, array_to_tensor, pil_to_tensor
 from kl_vae.runtime.files import display_name
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 ARRAY_EXTENSIONS = (".npy",)
-# formats by their first bytes, since wrong extensions are common; Pillow's other readers stay out
-# (that of EPS, say, starts Ghostscript)
+# formats are detected by content, because wrong extensions are common. Pillow's other readers are
+# not used: the EPS reader, for example, runs Ghostscript
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-# where Pillow refuses, too: 512 MiB as RGB
+# same limit as Pillow's: 512 MiB as RGB
 MAX_PIXELS = 178_956_970
-# of an uncompressed TIFF: 179 million pixels in tiles of 32 x 32 have fewer
+# maximum number of tiles or strips of a TIFF; MAX_PIXELS in 32 x 32 tiles are fewer
 MAX_TILES = 2**18
 
 TRANSPOSE_BY_ORIENTATION = {
@@ -46,7 +46,7 @@ TRANSPOSE_BY_ORIENTATION = {
 
 
 class ImageError(ValueError):
-    """A file that cannot be used as an image; the text is `PATH: reason`, in one line."""
+    """Error for a file that cannot be used as an image; the message is one line, `PATH: reason`."""
 
 
 # --- files and streams
@@ -56,33 +56,38 @@ def read_image(
     path: str | os.PathLike[str],
     channels: int,
     max_pixels: int = MAX_PIXELS,
-    wanted: Wanted = EVERYTHING,
+    wanted: Wanted = WHOLE_IMAGE,
 ) -> Tensor:
-    """Decode a file into [C,H,W], in memory [H,W,C] as it is in the file.
+    """Decode a file to [C,H,W].
 
-    An image file gives uint8 with C = 1, 3 or 4: its EXIF orientation applied,
-    the first frame of several, transparency composited on white where C is not 4.
-    A `.npy` file of [H,W,C] (or [H,W] where C is 1) gives uint8 as stored;
-    uint16 and floats in [0, 1] give float32 in [0, 1].
+    An image file is decoded to uint8 with C = 1, 3 or 4. Its EXIF orientation is applied, only the
+    first frame is read, and transparency is composited on white unless C is 4. The memory layout
+    is channels-last.
 
-    Where less than everything is `wanted`, less is converted, and a JPEG may be decoded smaller.
+    A `.npy` file contains [H,W,C], or [H,W] if C is 1. uint8 is returned as stored; uint16 and
+    floats in [0, 1] are converted to float32 in [0, 1].
 
-    This takes at most 100 MB of memory and, for an image file, 24 bytes per pixel of
-    `max_pixels` and 50 per byte of the file; for a `.npy` file its size and 4 bytes per value.
+    Peak memory is at most 100 MB plus, for an image file, 24 bytes per pixel of `max_pixels` and
+    50 bytes per byte of the file; for a `.npy` file, its size and 4 bytes per value.
+
+    Args:
+        path: the file.
+        channels: C.
+        max_pixels: maximum number of pixels, checked before decoding.
+        wanted: the region to convert, and the minimum size to decode a JPEG at.
 
     Raises:
-        ImageError: whatever keeps the file from being used, a damaged file as
-            well as one with more than `max_pixels` pixels (checked before decoding).
+        ImageError: The file cannot be read, is damaged, or has more than `max_pixels` pixels.
     """
     opened = partial(_open_file, Path(path))
     return read_image_from(opened, display_name(path), channels, max_pixels, wanted)
 
 
 def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Return (height, width) as `read_image` would give them, from the file's header alone.
+    """Return (height, width) of the image that `read_image` returns, from the file's header.
 
     Raises:
-        ImageError: the file is not an image that `read_image` knows.
+        ImageError: The file cannot be read or is not in a format that `read_image` supports.
     """
     return read_size_from(partial(_open_file, Path(path)), display_name(path))
 
@@ -92,21 +97,21 @@ def read_image_from(
     name: str,
     channels: int,
     max_pixels: int = MAX_PIXELS,
-    wanted: Wanted = EVERYTHING,
+    wanted: Wanted = WHOLE_IMAGE,
 ) -> Tensor:
-    """Decode a stream, such as a part of a larger file, as `read_image` decodes a file.
+    """Decode a stream to [C,H,W], in the same way as `read_image` decodes a file.
 
     Args:
-        open_stream: opens the stream, which can seek; its errors are the image's.
-        name: of the image in errors; where it ends in `.npy`, the stream holds an array.
+        open_stream: opens a seekable stream; its errors are raised as ImageError.
+        name: of the image in error messages; if it ends in `.npy`, the stream contains an array.
         channels: C.
-        max_pixels: larger images are refused before they are decoded.
+        max_pixels: maximum number of pixels, checked before decoding.
         wanted: as in `read_image`.
 
     Raises:
         ImageError: as in `read_image`.
     """
-    with _errors_named(name), open_stream() as stream:
+    with _image_errors(name), open_stream() as stream:
         _check_not_empty(stream)
         if _is_array(name):
             return wanted.cut(array_to_tensor(_read_array(stream, max_pixels), channels))
@@ -115,7 +120,7 @@ def read_image_from(
 
 def read_size_from(open_stream: Callable[[], BinaryIO], name: str) -> tuple[int, int]:
     """Return (height, width) of the image in a stream; see `read_image_from` and `read_size`."""
-    with _errors_named(name), open_stream() as stream:
+    with _image_errors(name), open_stream() as stream:
         _check_not_empty(stream)
         if _is_array(name):
             shape, _, _ = _read_array_header(stream)
@@ -126,27 +131,27 @@ def read_size_from(open_stream: Callable[[], BinaryIO], name: str) -> tuple[int,
 
 
 def _open_file(path: Path) -> BinaryIO:
-    # before opening: to open a named pipe is to wait for its writer
+    # checked before opening, because opening a named pipe blocks until it has a writer
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError("not a regular file")
     return path.open("rb")
 
 
 @contextmanager
-def _errors_named(name: str) -> Iterator[None]:
-    """Turn every error into an `ImageError` that names the file, and drop Pillow's warnings."""
+def _image_errors(name: str) -> Iterator[None]:
+    """Convert every error to an `ImageError` with the file name; suppress Pillow's warnings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except Image.DecompressionBombError as error:
         raise ImageError(
-            f"{name}: more pixels than Pillow reads of a TIFF, WebP or GIF, whatever "
-            "max_pixels is: make it smaller, save it as PNG, or leave the file out"
+            f"{name}: exceeds Pillow's own pixel limit for TIFF, WebP and GIF, which max_pixels "
+            "does not change: make the image smaller, save it as PNG, or exclude the file"
         ) from error
-    except Exception as error:  # on damaged files Pillow raises nearly every type there is
+    except Exception as error:  # Pillow raises many different types for damaged files
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        # printable, since the reason may quote the file
+        # the reason may contain unprintable bytes of the file
         reason = display_name(" ".join(reason.split()))
         raise ImageError(f"{name}: {reason}") from error
 
@@ -165,7 +170,7 @@ def _check_pixels(height: int, width: int, max_pixels: int, what: str = "") -> N
     if height * width > max_pixels:
         raise ValueError(
             f"{what}{width} x {height} pixels are more than max_pixels={max_pixels}: "
-            "raise max_pixels, or leave the file out"
+            "increase max_pixels, or exclude the file"
         )
 
 
@@ -173,9 +178,10 @@ def _check_pixels(height: int, width: int, max_pixels: int, what: str = "") -> N
 
 
 class _Tiff(TiffImagePlugin.TiffImageFile):
-    """A TIFF with a limit of tiles or strips, which a file may list by the million.
+    """TIFF reader with a limit on the number of tiles or strips.
 
-    Pillow makes objects of 300 bytes for each, while it reads the header.
+    Pillow allocates 300 bytes for each of them while it reads the header, and a damaged file may
+    list millions.
     """
 
     def _setup(self) -> None:
@@ -183,29 +189,30 @@ class _Tiff(TiffImagePlugin.TiffImageFile):
             number = len(self.tag_v2.get(tag, ()))
             if number > MAX_TILES:
                 raise ValueError(
-                    f"{number} tiles or strips are more than {MAX_TILES}: save it with larger ones"
+                    f"{number} tiles or strips are more than {MAX_TILES}: save the image with "
+                    "larger ones"
                 )
         super()._setup()
 
 
 class _Gif(GifImagePlugin.GifImageFile):
-    """A GIF's first frame, which nothing replaces.
+    """GIF reader for the first frame only, without a disposal method.
 
-    Pillow makes what replaces it, of any size, while it reads the header.
+    With one, Pillow allocates the image that replaces the frame while it reads the header.
     """
 
     disposal_method = property(lambda self: 0, lambda self, method: None)
 
 
 def _open_image(stream: BinaryIO) -> ImageFile.ImageFile:
-    """Read the header; as `Image.open`, but with no limit of pixels, which is global there."""
-    Image.init()  # fills Image.OPEN, once
+    """Read the header, like `Image.open` but without its global pixel limit."""
+    Image.init()  # fills Image.OPEN on the first call
     prefix = stream.read(16)
     for name in FORMATS:
         reader, accepts = Image.OPEN[name]
         if accepts is None or accepts(prefix) is True:
             stream.seek(0)
-            # no file name, by which Pillow would map a file that may not begin with the image
+            # no file name: Pillow would map the file, in which the image may have an offset
             return {"TIFF": _Tiff, "GIF": _Gif}.get(name, reader)(stream, "")
     raise ValueError(f"not an image: the bytes are none of {', '.join(FORMATS)}")
 
@@ -224,19 +231,19 @@ def _decode(stream: BinaryIO, max_pixels: int, short_side: int | None) -> Image.
 
 
 def _check_tiles(image: TiffImagePlugin.TiffImageFile, max_pixels: int) -> None:
-    """Limit the size of a tile: one takes memory, however small the image is."""
+    """Check the tile size: a tile is allocated as a whole, even if the image is smaller."""
     tags = (TiffImagePlugin.TILELENGTH, TiffImagePlugin.TILEWIDTH)
     height, width = (image.tag_v2.get(tag, 1) for tag in tags)
     if not (isinstance(height, int) and isinstance(width, int)):
-        raise ValueError("the size of its tiles is no number: the file is damaged")
+        raise ValueError("the tile size is not an integer: the file is damaged")
     _check_pixels(height, width, max_pixels, "tiles of ")
 
 
 def _draft(image: JpegImagePlugin.JpegImageFile, short_side: int) -> None:
-    """Let a JPEG be decoded at an eighth, a quarter or half of its size, in that much less time.
+    """Set the decoder of a JPEG to 1/8, 1/4 or 1/2 of its size; call this before `load`.
 
-    Its short side is then `short_side` pixels or more. This is done only where both sides can be
-    divided so: the aspect, and with it all that follows, stays what it was. Before `load`.
+    The short side remains at least `short_side` pixels. A scale is used only if it divides both
+    sides exactly, so that the aspect ratio does not change.
     """
     width, height = image.size
     for fraction in (8, 4, 2):
@@ -248,13 +255,13 @@ def _draft(image: JpegImagePlugin.JpegImageFile, short_side: int) -> None:
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
-    """Return the EXIF orientation, 1 to 8, that is yet to be applied; before `load`."""
-    if image.format == "TIFF":  # its reader applies the orientation, to `size` as well
+    """Return the EXIF orientation, 1 to 8, that remains to be applied; call this before `load`."""
+    if image.format == "TIFF":  # Pillow applies the orientation to pixels and `size`
         return 1
     try:
-        # not image.getexif(): to look for a late EXIF block, PNG's decodes all pixels
+        # not image.getexif(): for PNG it decodes all pixels to find an EXIF chunk after them
         number = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-    except Exception:  # an image with damaged EXIF is still an image
+    except Exception:  # an image with damaged EXIF is still usable
         return 1
     return number if number in TRANSPOSE_BY_ORIENTATION else 1
 
@@ -263,7 +270,7 @@ def _orientation(image: ImageFile.ImageFile) -> int:
 
 
 def _read_array(stream: BinaryIO, max_pixels: int) -> NDArray[np.generic]:
-    """Return the [H,W] or [H,W,C] of a `.npy` file."""
+    """Return the array [H,W] or [H,W,C] of a `.npy` file."""
     shape, fortran_order, dtype = _read_array_header(stream)
     _check_pixels(shape[0], shape[1], max_pixels)
     content = stream.read(prod(shape) * dtype.itemsize)
@@ -271,9 +278,11 @@ def _read_array(stream: BinaryIO, max_pixels: int) -> NDArray[np.generic]:
 
 
 def _read_array_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Return (shape, fortran_order, dtype), and leave the stream at the values.
+    """Return (shape, fortran_order, dtype), and leave the stream at the start of the values.
 
-    Pickled objects are refused, and an array of which values are missing.
+    Raises:
+        ValueError: The array contains Python objects, is truncated, or has an unsupported shape
+            or format version.
     """
     version = np.lib.format.read_magic(stream)
     if version == (1, 0):
@@ -281,7 +290,7 @@ def _read_array_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtyp
     elif version == (2, 0):
         shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(stream)
     else:
-        raise ValueError(f"the array's format is {version}: save it with numpy.save")
+        raise ValueError(f"the array's format version is {version}: save it with numpy.save")
     if dtype.hasobject:
         raise ValueError(f"the array is {dtype}: save uint8, uint16, or floats in [0, 1]")
     if len(shape) not in (2, 3) or min(shape) < 1:
@@ -291,6 +300,6 @@ def _read_array_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtyp
     start, needed = stream.tell(), prod(shape) * dtype.itemsize
     stored = stream.seek(0, os.SEEK_END) - start
     if stored < needed:
-        raise ValueError(f"the array takes {needed} bytes, and there are {stored}: save it again")
+        raise ValueError(f"the array needs {needed} bytes but the file has {stored}: save it again")
     stream.seek(start)
     return shape, fortran_order, dtype

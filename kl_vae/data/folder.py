@@ -1,4 +1,7 @@
-"""List the images of a folder, the same on every machine; N files."""
+"""Listing of the images in a folder, in an order that does not depend on the machine.
+
+Shapes: N files.
+"""
 
 from __future__ import annotations
 
@@ -25,28 +28,33 @@ LISTED_EXTENSIONS = frozenset(IMAGE_EXTENSIONS + ARRAY_EXTENSIONS + SHARD_EXTENS
 def list_images(
     root: Path, channels: int, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> list[str]:
-    """List the image files under `root`: relative POSIX paths, sorted by their bytes.
+    """Return the images under `root` as relative POSIX paths, sorted by their bytes.
 
-    Linked folders are followed, each folder once; hidden files and folders are
-    left out. What is no folder counts as a file, a named pipe or a link that leads
-    nowhere as well: who reads it says what is wrong. Where `channels` is 1, 3 or 4
-    the images are image files, and `.npy` files as well only if a pattern of
-    `include` ends in `.npy`; for other numbers of channels they are `.npy` files.
-    `include` and `exclude` are as in `select`.
+    Linked folders are followed, each folder once. Hidden files and folders are ignored. Broken
+    links and special files are listed; reading them raises an error.
+
+    With 1, 3 or 4 channels, image files are listed, and `.npy` files only if a pattern of `include`
+    ends in `.npy`. With other numbers of channels, only `.npy` files are listed.
+
+    Args:
+        root: the folder.
+        channels: C.
+        include: patterns as in `select`.
+        exclude: patterns as in `select`.
 
     Raises:
-        ValueError: there is no such folder, a folder cannot be read, or there is no image.
+        ValueError: The folder does not exist, a folder cannot be read, or there is no image.
     """
     return list(images_of(list_folder(root), root, channels, include, exclude).files)
 
 
 class Listing(NamedTuple):
-    """The files of a folder that may hold images, or those of them that are chosen.
+    """Image, array and shard files of a folder, or a selection of them.
 
     Attributes:
         files: relative POSIX paths, sorted by their bytes.
-        sizes: int64 [N], bytes of each; -1 of what is no regular file, as in `fingerprint`.
-        kinds: the number of files of each extension, of all files in the folder.
+        sizes: int64 [N], sizes in bytes; -1 if not a regular file, as in `fingerprint`.
+        kinds: number of files per extension, over all files in the folder.
     """
 
     files: PathList
@@ -55,17 +63,17 @@ class Listing(NamedTuple):
 
 
 def list_folder(root: Path) -> Listing:
-    """List images, arrays and shards under `root`, with their sizes; see `list_images`.
+    """Return the images, arrays and shards under `root` with their sizes; see `list_images`.
 
     Raises:
-        ValueError: there is no such folder, or a folder in it cannot be read.
+        ValueError: The folder does not exist, or a folder in it cannot be read.
     """
-    if not os.path.isdir(root):  # root.is_dir() raises where a parent may not be read
+    if not os.path.isdir(root):  # root.is_dir() raises if a parent is not readable
         problem = "not a folder" if os.path.exists(root) else "no such folder"
         raise ValueError(f"{problem}: {display_name(root)}; give an existing folder of images")
     found: list[tuple[bytes, int]] = []
     kinds: Counter[str] = Counter()
-    visited: set[tuple[int, int]] = set()  # links may lead back
+    visited: set[tuple[int, int]] = set()  # links may form cycles
     pending = deque([""])
     while pending:
         folder = pending.popleft()  # "" or "a/b/"
@@ -75,14 +83,14 @@ def list_folder(root: Path) -> Listing:
                 continue
             visited.add((status.st_dev, status.st_ino))
             with os.scandir(os.path.join(root, folder)) as entries:
-                # by name: of two links to one folder the same is followed on every machine
+                # sorted, so that the same one of two links to a folder is followed everywhere
                 for entry in sorted(entries, key=lambda entry: name_bytes(entry.name)):
                     if is_hidden(entry.name):
                         continue
                     linked = entry.is_symlink()
-                    # os.path for links: of one that leads to itself, entry.is_dir() is an error
+                    # os.path.isdir for links: entry.is_dir() raises for a link to itself
                     if os.path.isdir(entry) if linked else entry.is_dir():
-                        # links last, so that a real folder is listed by its own name
+                        # links last, so that a folder is listed under its own name
                         (pending.append if linked else pending.appendleft)(f"{folder}{entry.name}/")
                         continue
                     kind = os.path.splitext(entry.name)[1].lower()
@@ -94,7 +102,7 @@ def list_folder(root: Path) -> Listing:
                 f"cannot read the folder {display_name(os.path.join(root, folder))} "
                 f"({error.strerror}): make it readable, or give another folder"
             ) from error
-    found.sort()  # by their bytes, of which no two are the same
+    found.sort()  # by path bytes, which are unique
     sizes = np.fromiter((size for _, size in found), np.int64, len(found))
     return Listing(PathList.of_bytes([name for name, _ in found]), sizes, dict(kinds))
 
@@ -102,10 +110,10 @@ def list_folder(root: Path) -> Listing:
 def images_of(
     listing: Listing, root: Path, channels: int, include: Sequence[str], exclude: Sequence[str]
 ) -> Listing:
-    """Choose the images among a folder's files; the arguments are those of `list_images`.
+    """Select the images of a folder's listing; the arguments are those of `list_images`.
 
     Raises:
-        ValueError: there is none, or the patterns leave none.
+        ValueError: There are no images, or the patterns exclude all.
     """
     files, sizes, kinds = listing
     extensions = image_extensions(channels, include)
@@ -113,16 +121,16 @@ def images_of(
     most = ", ".join(f"{count} {display_name(kind or 'no extension')}" for kind, count in others)
     holds = f"{sum(kinds.values())} other files ({most})" if kinds else "no files"
     no_images = (
-        f"no images in {display_name(root)}: looked for {', '.join(extensions)}; it holds {holds}"
+        f"no images in {display_name(root)}: looked for {', '.join(extensions)}; found {holds}"
     )
     chosen = choose_images(files, extensions, include, exclude, display_name(root), no_images)
-    if len(chosen) == len(files):  # nothing is to be copied
+    if len(chosen) == len(files):  # avoid a copy
         return listing
     return Listing(files.take(chosen), sizes[chosen], kinds)
 
 
 def image_extensions(channels: int, include: Sequence[str]) -> tuple[str, ...]:
-    """Return how the names of images end that have so many channels; see `list_images`."""
+    """Return the extensions of images with this number of channels; see `list_images`."""
     of_arrays = any(pattern.lower().endswith(ARRAY_EXTENSIONS) for pattern in include)
     extensions: tuple[str, ...] = IMAGE_EXTENSIONS if channels in MODE_BY_CHANNELS else ()
     return extensions + ARRAY_EXTENSIONS if of_arrays or not extensions else extensions
@@ -136,51 +144,51 @@ def choose_images(
     where: str,
     no_images: str,
 ) -> NDArray[np.int64]:
-    """Return the numbers of the paths with these extensions that the patterns leave.
+    """Return the indices of the paths that have one of the extensions and match the patterns.
 
     Args:
         paths: of files, or of members of shards.
         extensions: in lower case.
         include: patterns as in `select`.
-        exclude: the same.
-        where: the folder or shards, in errors.
-        no_images: the error where no path has one of the extensions.
+        exclude: patterns as in `select`.
+        where: name of the folder or the shards in error messages.
+        no_images: error message if no path has one of the extensions.
 
     Raises:
-        ValueError: there is none.
+        ValueError: No path is selected.
     """
     endings = tuple(extension.encode() for extension in extensions)
-    images = _flagged(path.lower().endswith(endings) for path in paths.bytes_of_each())
+    images = _true_indices(path.lower().endswith(endings) for path in paths.bytes_of_each())
     if not len(images):
         raise ValueError(no_images)
     if not (include or exclude):
         return images
-    chosen = images[_flagged(map(matcher(include, exclude), paths.take(images)))]
+    chosen = images[_true_indices(map(matcher(include, exclude), paths.take(images)))]
     if not len(chosen):
         raise ValueError(
-            f"include={list(include)} and exclude={list(exclude)} leave none of the "
+            f"include={list(include)} and exclude={list(exclude)} match none of the "
             f"{len(images)} images in {where}: change the patterns"
         )
     return chosen
 
 
 def select(paths: Iterable[str], include: Sequence[str], exclude: Sequence[str]) -> list[str]:
-    """Keep the paths that match a pattern of `include`, if it has any, and none of `exclude`.
+    """Return the paths that match any pattern of `include`, if given, and none of `exclude`.
 
-    Patterns are those of `fnmatch` over the relative path, where `*` crosses
-    `/`; a pattern without `/` matches the file's name in any folder, too.
+    Patterns are `fnmatch` patterns of the relative path, in which `*` also matches `/`. A pattern
+    without `/` also matches the file name in any folder.
     """
     return list(filter(matcher(include, exclude), paths))
 
 
 def matcher(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
-    """Return whether `select` keeps a path."""
+    """Return the predicate that `select` applies to each path."""
     included, excluded = _matcher(include or ["*"]), _matcher(exclude)
     return lambda path: included(path) and not excluded(path)
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is left out; `__MACOSX` is what macOS packs as well."""
+    """Return whether a file or folder is hidden; `__MACOSX` contains macOS archive metadata."""
     return name.startswith(".") or name == "__MACOSX"
 
 
@@ -195,13 +203,13 @@ def _matcher(patterns: Sequence[str]) -> Callable[[str], bool]:
     return matches
 
 
-def _flagged(flags: Iterable[bool]) -> NDArray[np.int64]:
-    """Return which of the flags are set."""
+def _true_indices(flags: Iterable[bool]) -> NDArray[np.int64]:
+    """Return the indices of the true flags: int64."""
     return np.flatnonzero(np.fromiter(flags, np.bool_))
 
 
 def _size(entry: os.DirEntry[str]) -> int:
     try:
         return file_size(entry.stat())
-    except OSError:  # it is gone, or a link that leads nowhere
+    except OSError:  # deleted meanwhile, or a broken link
         return -1

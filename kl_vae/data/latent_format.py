@@ -1,6 +1,6 @@
-"""The format of a folder of latents: safetensors files (shards) and an `index.json` about them.
+"""Format of a folder of latents: safetensors files (shards) and an `index.json`.
 
-z latent channels, h and w height and width of the latents, f = H / h.
+Shapes: z latent channels, h and w height and width of the latents, f = H / h.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ INDEX = "index.json"
 FORMAT = "kl-vae latents"
 VERSION = 1
 
-KEYS = "keys"  # of a shard's metadata: the relative paths of its images, a JSON list
+KEYS = "keys"  # metadata key of a shard; its value is a JSON list of the images' relative paths
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 _SHARD = re.compile(r"latents-\d{5,}-of-\d{5,}\.safetensors")
-REPAIR = "copy it again, or give the command that wrote it once more, with --resume"
+REPAIR = "copy it again, or repeat the command that wrote it, with --resume"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentSettings:
-    """Everything that the stored latents depend on; a command that resumes must have the same.
+    """Settings that determine the stored latents; a command that resumes must use the same.
 
     Attributes:
-        what: the posterior's moments (mean, then log variance), a sample of it, or its mode.
+        what: moments of the posterior (mean, then log variance), a sample, or the mode.
         dtype: of the stored tensors.
-        normalized: whether they are what the model's `normalize_latents` gives.
-        flipped: whether the latents of the mirrored images are stored as well.
+        normalized: whether the latents are normalised by the model's `normalize_latents`.
+        flipped: whether the latents of the mirrored images are also stored.
         f: H / h.
         channels: z.
-        crop: side of the images in pixels.
-        resize: short side that the images were resized to before they were cropped.
-        precision: of the encoder: fp32, bf16 or fp16.
-        seed: of samples; None: nothing was drawn.
-        images: number of images of the source, usable or not.
-        shard_size: number of images of the source per shard; the last one may have fewer.
-        labels: a checksum of the images' class labels; None: there are none.
-        source: the fingerprint of the source.
-        weights: the sha256 of the model's tensors.
-        normalization: the fields of the model's `LatentNormalization`; None: not known.
+        crop: side of the cropped images in pixels.
+        resize: short side of the images in pixels before cropping.
+        precision: precision of the encoder: fp32, bf16 or fp16.
+        seed: seed of the samples; None: no sampling.
+        images: number of images of the source, including unusable ones.
+        shard_size: number of images of the source per shard; the last shard may have fewer.
+        labels: checksum of the class labels of the images; None: no labels.
+        source: fingerprint of the source.
+        weights: SHA-256 of the model's tensors.
+        normalization: fields of the model's `LatentNormalization`; None: unknown.
     """
 
     what: Literal["moments", "sample", "mode"]
@@ -71,11 +71,11 @@ class LatentSettings:
     def __post_init__(self) -> None:
         for key in ("f", "channels", "crop", "resize", "images", "shard_size"):
             if getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)}: at least 1")
+                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Shape of an image's stored latents: (z, h, w), or of moments (2z, h, w)."""
+        """Shape of the stored latents of an image: (z, h, w), or (2z, h, w) for moments."""
         side = self.crop // self.f
         return self.channels * (2 if self.what == "moments" else 1), side, side
 
@@ -87,7 +87,7 @@ class LatentSettings:
 
 @dataclass(frozen=True)
 class SkippedImage:
-    """An image that could not be used, by its name, and why."""
+    """The name of an unusable image and the reason."""
 
     name: str
     reason: str
@@ -95,17 +95,19 @@ class SkippedImage:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
-    """One shard.
+    """Index entry of a shard.
+
+    Statistics are over raw latents sampled from the posteriors, without mirrored images.
 
     Attributes:
-        file: its name.
-        number: number of images in it.
-        bytes: its size.
-        sha256: of its content.
-        skipped: images of the source that are not in it.
-        values: number of values per channel, over the shard's images without the mirrored ones.
-        mean: per channel, of raw latents sampled from the posteriors.
-        squares: per channel, the sum of their squared deviations from `mean`.
+        file: file name of the shard.
+        number: number of images in the shard.
+        bytes: size of the file in bytes.
+        sha256: SHA-256 of the file.
+        skipped: unusable images of the source, which are not in the shard.
+        values: number of values per channel.
+        mean: mean per channel.
+        squares: sum of squared deviations from the mean, per channel.
     """
 
     file: str
@@ -118,26 +120,30 @@ class ShardEntry:
     squares: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        # an index may come from anyone: no path that leads out of the folder
+        # an index may be untrusted: accept no path outside its folder
         if not _SHARD.fullmatch(self.file):
-            raise ValueError(f"file={self.file!r:.80}: no name of a shard")
+            raise ValueError(f"file={self.file!r:.80}: not the name of a shard")
         if self.number < 0 or self.bytes < 0 or self.values < 0:
-            raise ValueError("number, bytes and values: at least 0")
+            raise ValueError("number, bytes and values: must be at least 0")
 
     def check_size(self, folder: Path) -> None:
-        """Raise ValueError unless the file is there and has `bytes` bytes."""
+        """Check the size of the file.
+
+        Raises:
+            ValueError: The file is missing or its size is not `bytes`.
+        """
         name = display_name(folder / self.file)
         try:
             size = (folder / self.file).stat().st_size
         except OSError as error:
             raise ValueError(
-                f"{name}: a shard that cannot be found ({error.strerror}); {REPAIR}"
+                f"{name}: cannot find this shard ({error.strerror}); {REPAIR}"
             ) from None
         if size != self.bytes:
-            raise ValueError(f"{name}: {size:,} bytes, and {self.bytes:,} were written; {REPAIR}")
+            raise ValueError(f"{name}: has {size:,} bytes, not {self.bytes:,}; {REPAIR}")
 
     def is_intact(self, folder: Path) -> bool:
-        """Return whether the file is there and has this size and sha256."""
+        """Return whether the file exists and has the size and SHA-256 of this entry."""
         path = folder / self.file
         try:
             return path.stat().st_size == self.bytes and sha256_of(path) == self.sha256
@@ -147,13 +153,13 @@ class ShardEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentStatistics:
-    """Statistics of raw latents sampled from the posteriors of all images but the mirrored ones.
+    """Statistics of raw latents sampled from the posteriors of all images, except mirrored ones.
 
     Attributes:
         scale_factor: 1 / standard deviation of all values.
-        shift_factor: their mean.
-        mean: per channel.
-        std: per channel.
+        shift_factor: mean of all values.
+        mean: mean per channel.
+        std: standard deviation per channel.
     """
 
     scale_factor: float
@@ -164,17 +170,17 @@ class LatentStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentIndex:
-    """The content of index.json.
+    """Content of index.json.
 
     Attributes:
         format: "kl-vae latents".
-        version: of the format.
-        checkpoint: the name that the model was loaded by.
-        settings: everything that the latents depend on.
-        classes: the names of the labels 0, 1, ...; None: labels without names, or none.
+        version: version of the format.
+        checkpoint: name that the model was loaded by.
+        settings: settings that determine the latents.
+        classes: names of the labels 0, 1, ...; None: no labels, or labels without names.
         number: number of images in all shards.
-        statistics: of raw latents, whatever is stored.
-        shards: in the order of the source's images.
+        statistics: statistics of the raw latents, for every stored form.
+        shards: entries of the shards, in the order of the source.
     """
 
     format: str = FORMAT
@@ -188,22 +194,24 @@ class LatentIndex:
 
     def __post_init__(self) -> None:
         if self.number != sum(shard.number for shard in self.shards):
-            raise ValueError(f"number={self.number}: its shards hold another number of images")
+            raise ValueError(f"number={self.number}: must be the number of images in the shards")
         if len(self.shards) != self.settings.number_shards:
-            raise ValueError(f"shards: {len(self.shards)}, not {self.settings.number_shards}")
+            raise ValueError(
+                f"shards: has {len(self.shards)} entries, not {self.settings.number_shards}"
+            )
 
     @property
     def skipped(self) -> int:
-        """Number of images of the source that are in no shard."""
+        """Number of unusable images of the source."""
         return sum(len(shard.skipped) for shard in self.shards)
 
     @property
     def bytes(self) -> int:
-        """Size of all shards."""
+        """Total size of the shards in bytes."""
         return sum(shard.bytes for shard in self.shards)
 
     def to_json(self) -> str:
-        """Return the text of index.json, with one line per shard."""
+        """Return the content of index.json, with one line per shard."""
         content = dataclasses.asdict(self)
         lines = [json.dumps(shard, allow_nan=False) for shard in content.pop("shards")]
         head = json.dumps(content, indent=1, allow_nan=False).removesuffix("\n}")
@@ -212,28 +220,30 @@ class LatentIndex:
 
 
 def read_index(folder: Path) -> LatentIndex:
-    """Read and check index.json, which may come from anyone.
+    """Read and validate index.json, which may be untrusted.
 
     Raises:
-        ValueError: it is missing, cannot be read, or is of another format or version.
+        ValueError: The file is missing, cannot be read, or has another format or version.
     """
     path = folder / INDEX
     name = display_name(path)
     if not path.is_file():
         raise ValueError(
-            f"{display_name(folder)}: no {INDEX} in it; give a folder that kl-vae encode --out has "
-            "written to its end, or end that with --resume"
+            f"{display_name(folder)}: contains no {INDEX}; give a folder written by kl-vae encode "
+            "--out, or complete an interrupted one with --resume"
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{name}: cannot be read as JSON ({error}); copy it again") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{name}: no index of latents; give a folder of kl-vae encode --out")
+        raise ValueError(
+            f"{name}: not an index of latents; give a folder written by kl-vae encode --out"
+        )
     if content.get("version") != VERSION:
         raise ValueError(
-            f"{name}: version {content.get('version')!r:.20} of the format, and this kl_vae reads "
-            f"{VERSION}; install the kl_vae that wrote it, or encode again"
+            f"{name}: format version {content.get('version')!r:.20} is not supported, only "
+            f"{VERSION} is; install the kl_vae version that wrote it, or encode again"
         )
     try:
         return from_mapping(LatentIndex, content)

@@ -1,6 +1,6 @@
-"""Images that are encoded already: a data set to train a diffusion model on.
+"""Dataset of encoded images, for training diffusion models.
 
-n images of a shard, z latent channels, h and w height and width of the latents.
+Shapes: n images in a shard, z latent channels, h and w height and width of the latents.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ View = Literal["latents", "flipped", "both"]
 
 
 class LatentSample(NamedTuple):
-    """An encoded image."""
+    """The latents of one image."""
 
-    latents: Tensor  # [z, h, w], or of moments [2z, h, w]: mean, then log variance
-    label: int  # of the class; -1: there are no labels
-    name: str  # the image's path, relative to the folder it was listed from
+    latents: Tensor  # [z, h, w]; for moments [2z, h, w]: mean, then log variance
+    label: int  # class label; -1: no labels
+    name: str  # path of the image, relative to the root of its source
 
 
 class LatentDataset(Dataset[LatentSample]):
-    """A folder that `kl_vae.encode_dataset` or `kl-vae encode --out` has written.
+    """Map-style dataset over a folder written by `kl_vae.encode_dataset` or `kl-vae encode --out`.
 
-    Access is random: each process maps a shard into memory when it first uses it, and what is read
-    stays in the cache of the operating system, not in the process.
+    Each process memory-maps a shard on first access.
 
     Attributes:
         index: the content of index.json (`LatentIndex`): settings, statistics, classes.
 
     Args:
         folder: the folder of latents.
-        view: `latents` of the images as they are, of the `flipped` images, or `both`: twice as
-            many, the mirrored ones after the others.
+        view: `latents` of the images, latents of the `flipped` images, or `both`: first all
+            images, then all flipped images.
 
     Raises:
-        ValueError: there is no index or it cannot be read, a shard is missing or has another size,
-            there are no flipped latents, or safetensors is not installed.
+        ValueError: The index is missing or cannot be read, a shard is missing or has the wrong
+            size, `view` needs flipped latents that were not stored, or safetensors is not
+            installed.
     """
 
     def __init__(self, folder: str | Path, view: View = "latents") -> None:
@@ -67,13 +67,13 @@ class LatentDataset(Dataset[LatentSample]):
             import safetensors  # noqa: F401
         except ImportError:
             raise ValueError(
-                f'{name}: latents are kept in safetensors files; pip install "kl-vae[formats]"'
+                f'{name}: reading latents needs safetensors; pip install "kl-vae[formats]"'
             ) from None
         self._ends = list(accumulate(shard.number for shard in self.index.shards))
-        self._shards: dict[int, _Shard] = {}  # those that this process has opened
+        self._shards: dict[int, _Shard] = {}  # opened by this process, by number
 
     def __repr__(self) -> str:
-        """Return folder, view, length, and what each image's latents are."""
+        """Return the folder, the view, the length, and the format of the latents."""
         settings, classes = self.index.settings, self.index.classes
         parts = [
             f"view={self.view!r}",
@@ -88,19 +88,19 @@ class LatentDataset(Dataset[LatentSample]):
         return f"{type(self).__name__}({display_name(self.folder)!r}, {', '.join(parts)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the mapped files out: each process opens its own."""
+        """Drop the mapped files: each process opens its own."""
         return {**self.__dict__, "_shards": {}}
 
     def __len__(self) -> int:
-        """Return the number of images, or with view="both" twice that."""
+        """Return the number of images; twice that number for view="both"."""
         return self.index.number * (2 if self.view == "both" else 1)
 
     def __getitem__(self, i: int) -> LatentSample:
-        """Return latents of the stored dtype, label and name of an image.
+        """Return the latents (in the stored dtype), the label and the name of an image.
 
         Raises:
-            IndexError: there is no such image.
-            ValueError: its shard is damaged.
+            IndexError: The index is out of range.
+            ValueError: The shard is damaged.
         """
         if not -len(self) <= i < len(self):
             raise IndexError(f"image {i} of {len(self)}")
@@ -113,45 +113,46 @@ class LatentDataset(Dataset[LatentSample]):
         row = i - (self._ends[number - 1] if number else 0)
         key = "flipped" if mirrored or self.view == "flipped" else "latents"
         label = int(shard.tensors["labels"][row]) if "labels" in shard.tensors else -1
-        # a copy, since the mapped file must not be written to
+        # a copy, because the mapped file is read-only
         return LatentSample(shard.tensors[key][row].clone(), label, shard.keys[row])
 
     def verify(self) -> None:
-        """Read all shards and compare their sha256 with the index.
+        """Read all shards and compare their SHA-256 checksums with the index.
 
         Raises:
-            ValueError: shards are damaged or missing.
+            ValueError: Shards are damaged or missing.
         """
         bad = [shard.file for shard in self.index.shards if not shard.is_intact(self.folder)]
         if bad:
             raise ValueError(
                 f"{display_name(self.folder)}: {len(bad)} of {len(self.index.shards)} shards are "
                 f"damaged or missing ({', '.join(bad[:5])}{', ...' if bad[5:] else ''}); copy them "
-                "again, or give the command that wrote them once more, with --resume"
+                "again, or repeat the command that wrote them, with --resume"
             )
 
 
 class _Shard(NamedTuple):
-    """An open shard; its tensors are mapped into memory and read when they are used."""
+    """An open shard, with memory-mapped tensors."""
 
-    # latents and perhaps flipped, [n, z, h, w] or of moments [n, 2z, h, w]; perhaps labels, [n]
+    # "latents" and optionally "flipped": [n, z, h, w], for moments [n, 2z, h, w];
+    # optionally "labels": [n]
     tensors: dict[str, Tensor]
-    keys: PathList  # of the n images
+    keys: PathList  # n paths
 
 
 def _open_shard(folder: Path, entry: ShardEntry, settings: LatentSettings) -> _Shard:
-    """Map a shard and compare its tensors with the index."""
+    """Memory-map a shard and check its tensors against the index."""
     from safetensors import safe_open
 
     name = display_name(folder / entry.file)
-    entry.check_size(folder)  # mapping a file that was cut short would end the process
+    entry.check_size(folder)  # reading a mapped file beyond its end kills the process
     try:
         with safe_open(folder / entry.file, framework="pt", device="cpu") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
             keys = PathList.of(json.loads((file.metadata() or {}).get(KEYS, "null")))
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # types differ by version, and a panic of Rust is no Exception
+    except BaseException as error:  # types differ by version; a Rust panic is not an Exception
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{name}: cannot be read ({reason}); {REPAIR}") from None
     latents = ([entry.number, *settings.shape], DTYPES[settings.dtype])
@@ -162,5 +163,5 @@ def _open_shard(folder: Path, entry: ShardEntry, settings: LatentSettings) -> _S
         expected["labels"] = ([entry.number], torch.int64)
     found = {key: (list(x.shape), x.dtype) for key, x in tensors.items()}
     if found != expected or len(keys) != entry.number:
-        raise ValueError(f"{name}: holds something else than the index says; {REPAIR}")
+        raise ValueError(f"{name}: its content does not match the index; {REPAIR}")
     return _Shard(tensors, keys)

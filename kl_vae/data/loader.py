@@ -1,6 +1,6 @@
-"""Batches from worker processes.
+"""Data loader: batches from worker processes.
 
-Shapes: B batch, C channels, H and W height and width.
+Shapes: B batch, C channels, H height, W width.
 """
 
 import ctypes
@@ -22,25 +22,26 @@ from kl_vae.data.sampler import Key
 
 logger = logging.getLogger(__name__)
 
-# of workers: not from a fork server, whose end they would wait for instead of this process's
+# start method of workers: with a fork server, PR_SET_PDEATHSIG would refer to the server instead
+# of the main process
 START_METHOD = "fork" if sys.platform == "linux" else None
 
-_PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when its parent ends
+_PR_SET_PDEATHSIG = 1  # Linux: signal sent to a process when its parent dies
 
-# ask the main process to end a run, and nobody else
+# signals that ask the main process to stop a run; workers ignore them
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 
 
 class Batch(NamedTuple):
-    """Samples of one rank, in the order of the sampler."""
+    """A batch of samples of one rank, in sampler order."""
 
     images: Tensor  # [B,C,H,W], uint8 or float32 in [-1, 1], see `normalized`; zeros: no image
     positions: Tensor  # [B], int64: in the global batch, or in the validation set
-    names: tuple[str, ...]  # of the B files; empty where there is no image
-    bad: tuple[BadImage, ...]  # files that could not be used
+    names: tuple[str, ...]  # of the B files; empty string: no image
+    bad: tuple[BadImage, ...]  # unusable files
 
     def usable(self) -> "Batch":
-        """Return the batch without the samples that have no image."""
+        """Return the batch without samples that have no image."""
         kept = [i for i, name in enumerate(self.names) if name]
         if len(kept) == len(self.names):
             return self
@@ -51,27 +52,27 @@ class Batch(NamedTuple):
 def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples into a batch."""
     return Batch(
-        images=_stacked([sample.image for sample in samples]),
+        images=_stack_images([sample.image for sample in samples]),
         positions=torch.tensor([sample.position for sample in samples]),
         names=tuple(sample.name for sample in samples),
         bad=tuple(image for sample in samples for image in sample.bad),
     )
 
 
-def _stacked(images: Sequence[Tensor]) -> Tensor:
-    """Stack [C,H,W] to [B,C,H,W], in memory [B,H,W,C] as crops are: of each row bytes are copied.
+def _stack_images(images: Sequence[Tensor]) -> Tensor:
+    """Stack [C,H,W] to channels-last [B,C,H,W], which keeps the memory layout of the crops.
 
-    Where some are floats all become floats.
+    If the dtypes differ, all images are converted to float32.
     """
     if len({image.dtype for image in images}) > 1:
         images = [normalized(image) for image in images]
     if len(images[0]) == 1:
-        return _shared_stack(images)
-    return _shared_stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+        return _stack_shared(images)
+    return _stack_shared([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
-def _shared_stack(tensors: Sequence[Tensor]) -> Tensor:
-    # in a worker it stacks them in memory that the main process sees, so that nothing is sent
+def _stack_shared(tensors: Sequence[Tensor]) -> Tensor:
+    # in a worker, default_collate stacks to shared memory
     stacked: Tensor = default_collate(list(tensors))
     return stacked
 
@@ -83,14 +84,15 @@ def batch_loader(
     pin_memory: bool,
     timeout_seconds: int,
 ) -> DataLoader[Sample]:
-    """Return a loader that gives a `Batch` for each list of keys.
+    """Return a loader that yields a `Batch` for each list of keys.
 
     Args:
-        dataset: of the images.
+        dataset: the images.
         batches: a `StepSampler`, a rank's `validation_batches`, or other lists of keys.
-        num_workers: processes that decode; 0: this one.
-        pin_memory: of the batches, where they go to a GPU.
-        timeout_seconds: for a batch of the workers; later it is a RuntimeError.
+        num_workers: number of decoding processes; 0: decode in this process.
+        pin_memory: copy batches to pinned memory, for transfer to a GPU.
+        timeout_seconds: maximum time to wait for a batch from the workers; the loader raises
+            RuntimeError after it.
     """
     num_workers = workers_that_fit(num_workers)
     return DataLoader(
@@ -101,35 +103,35 @@ def batch_loader(
         multiprocessing_context=START_METHOD if num_workers else None,
         collate_fn=collate,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # else the workers' seeds come from the global one
+        generator=torch.Generator(),  # keeps the loader from drawing from the global generator
         worker_init_fn=partial(start_worker, parent=os.getpid()),
     )
 
 
 def workers_that_fit(num_workers: int) -> int:
-    """Limit the workers to the cores that this process may use: torch warns of more."""
+    """Return `num_workers`, limited to the number of CPU cores available to this process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if cores is None or num_workers <= cores:
         return num_workers
-    logger.info("num_workers=%d: %d, since there are no more cores", num_workers, cores)
+    logger.info("num_workers=%d: reduced to %d, the number of available cores", num_workers, cores)
     return cores
 
 
 def start_worker(_worker: int, parent: int) -> None:
-    """Let a worker outlive the signals that ask its `parent` to end, and never the parent itself.
+    """Initialize a worker: ignore stop signals, and exit when the parent process dies.
 
     Args:
-        _worker: its number.
-        parent: the process that it works for.
+        _worker: worker index.
+        parent: process ID of the main process.
     """
-    # Ctrl-C and torchrun's SIGTERM reach the whole process group: a worker that
-    # ended of them would fail the main process while it writes its last checkpoint
+    # Ctrl-C and torchrun's SIGTERM reach the whole process group: the exit of a worker would
+    # raise an error in the main process while it saves its last checkpoint
     for name in STOP_SIGNALS:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    # where the main process is killed its workers would stay for seconds, or for ever, and with
-    # them its connections, by which other ranks notice its end
+    # workers that survive the main process would keep its connections open, and other ranks would
+    # not notice its death
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it was killed before
+        if os.getppid() != parent:  # the parent died before prctl
             os._exit(1)

@@ -1,6 +1,6 @@
-"""Relative paths: their bytes, many of them in little memory, and their fingerprint.
+"""Compact lists of relative paths, and fingerprints of files.
 
-N paths.
+Shapes: N paths.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from numpy.typing import NDArray
 
 
 def name_bytes(path: str) -> bytes:
-    """Return the bytes of a file's name; unlike `os.fsencode`, whatever the locale."""
+    """Return the bytes of a file name; unlike `os.fsencode`, independent of the locale."""
     return path.encode("utf-8", "surrogateescape")
 
 
 class PathList(Sequence[str]):
-    """Relative POSIX paths as one block of bytes: a path takes 8 bytes more than its own.
+    """Relative POSIX paths in one block of bytes, with an overhead of 8 bytes per path.
 
-    A list of as many `str` takes 57 more, and a worker process that reads it copies it page by
-    page, since each look at a Python object writes its count of references.
+    A list of `str` has an overhead of 57 bytes per path. Forked workers also copy its memory pages,
+    because reading a Python object writes its reference count.
 
     Args:
-        block: the bytes of all paths, one after the other.
-        ends: int64 [N + 1]: 0, and where in `block` each path ends.
+        block: the concatenated bytes of all paths.
+        ends: int64 [N + 1], 0 followed by the end of each path in `block`.
     """
 
     def __init__(self, block: bytes, ends: NDArray[np.int64]) -> None:
@@ -38,24 +38,24 @@ class PathList(Sequence[str]):
 
     @classmethod
     def of(cls, paths: Iterable[str]) -> PathList:
-        """Return the paths of any iterable."""
+        """Return a list of these paths."""
         return cls.of_bytes([name_bytes(path) for path in paths])
 
     @classmethod
     def of_bytes(cls, names: Sequence[bytes]) -> PathList:
-        """Return the paths whose `name_bytes` these are."""
+        """Return a list of paths, given as their `name_bytes`."""
         ends = np.zeros(len(names) + 1, np.int64)
         np.cumsum(np.fromiter(map(len, names), np.int64, len(names)), out=ends[1:])
         return cls(b"".join(names), ends)
 
     def take(self, indices: NDArray[np.int64]) -> PathList:
-        """Return the paths of these numbers, in their order."""
+        """Return the paths at these indices, in the order of the indices."""
         spans = zip(self.ends[indices].tolist(), self.ends[indices + 1].tolist(), strict=True)
         return self.of_bytes([self.block[start:end] for start, end in spans])
 
     def bytes_of_each(self) -> Iterator[bytes]:
         """Yield the `name_bytes` of each path."""
-        ends = self.ends.data  # whose numbers become Python's one by one
+        ends = self.ends.data  # a memoryview converts to int lazily
         return (self.block[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True))
 
     def __len__(self) -> int:
@@ -68,7 +68,7 @@ class PathList(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | PathList:
         if isinstance(index, slice):
             return self.take(np.arange(len(self))[index])
-        number = range(len(self))[index]  # IndexError
+        number = range(len(self))[index]  # handles negative indices, raises IndexError
         return self.block[self.ends[number] : self.ends[number + 1]].decode(
             "utf-8", "surrogateescape"
         )
@@ -78,15 +78,15 @@ class PathList(Sequence[str]):
 
 
 def fingerprint(root: Path, paths: Sequence[str]) -> str:
-    """Return 32 hex digits of the relative paths, their order, and the sizes of the files.
+    """Return a hash of relative paths, their order, and the file sizes: 32 hex digits.
 
-    The size of what is gone, a link that leads nowhere, or no regular file counts as -1.
+    The size of a missing file, a broken link or a special file counts as -1.
     """
     return fingerprint_of(paths, (_size(os.path.join(root, path)) for path in paths))
 
 
 def fingerprint_of(paths: Sequence[str], sizes: Iterable[int]) -> str:
-    """Return 32 hex digits of relative paths, their order, and the size of each file in bytes."""
+    """Return a hash of relative paths, their order, and sizes in bytes: 32 hex digits."""
     names = paths.bytes_of_each() if isinstance(paths, PathList) else map(name_bytes, paths)
     digest = blake2b(digest_size=16)
     for name, size in zip(names, sizes, strict=True):
@@ -95,7 +95,7 @@ def fingerprint_of(paths: Sequence[str], sizes: Iterable[int]) -> str:
 
 
 def file_size(status: os.stat_result) -> int:
-    """Return the size that counts for `fingerprint`."""
+    """Return the file size in bytes that `fingerprint` uses; -1 if not a regular file."""
     return status.st_size if stat.S_ISREG(status.st_mode) else -1
 
 

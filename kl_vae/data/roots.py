@@ -1,4 +1,4 @@
-"""Open what a root names: a folder of images, tar shards in a folder, one shard, or a pattern."""
+"""Opening of roots: a folder of images, a folder of tar shards, one shard, or a pattern."""
 
 from __future__ import annotations
 
@@ -24,28 +24,27 @@ from kl_vae.data.tar_shards import open_shards
 from kl_vae.runtime.files import display_name
 
 PACKAGE_PREFIX = "package:"
-# what `pip install` needs for the packages whose images the examples use
+# arguments of `pip install` for packages whose images the examples use
 INSTALL_NAMES = {"skimage": "'kl-vae[demo]'"}
-MAX_SHARDS = 1_000_000  # of one pattern: each is a file
-# how shards end that cannot be read at random
+MAX_SHARDS = 1_000_000  # per pattern
+# extensions of compressed shards, which do not support random access
 _COMPRESSED = (".tgz", ".gz", ".bz2", ".xz", ".zst")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 
 
 def resolve_root(root: str) -> Path:
-    """Return the folder or file that `root` names: a path, `~/...`, or `package:NAME/FOLDER`.
+    """Return the path of a root: a path, `~/...`, or `package:NAME/FOLDER`.
 
-    `package:skimage/data` is a folder inside an installed Python package,
-    which is found without being imported.
+    `package:skimage/data` is a folder in an installed Python package. The package is not imported.
 
     Raises:
-        ValueError: the package is not installed.
+        ValueError: The package is not installed.
     """
     if not root.startswith(PACKAGE_PREFIX):
         return Path(os.path.expanduser(root))
     name, _, folder = root.removeprefix(PACKAGE_PREFIX).partition("/")
-    # a dotted name would be imported in order to be found
+    # find_spec would import the parent of a dotted name
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
@@ -62,20 +61,19 @@ def open_root(
     exclude: Sequence[str] = (),
     max_pixels: int = MAX_PIXELS,
 ) -> StoredSource:
-    """Open the images of a root, all that the patterns leave.
+    """Open the images of a root that match the patterns.
 
     Args:
-        root: a folder, which holds images or `.tar` files; a `.tar` file; or a pattern of them,
-            see `expand_pattern`. `~/...` and `package:NAME/...` as in `resolve_root`.
+        root: a folder of images or `.tar` files, a `.tar` file, or a pattern of `.tar` files (see
+            `expand_pattern`). `~/...` and `package:NAME/...` are resolved by `resolve_root`.
         channels: C.
-        include: patterns of the images' paths, in shards of the members' names; see `select`.
-        exclude: of those to leave out. Of a folder's shards those are left out whose paths match
-            a pattern that ends in `.tar`.
-        max_pixels: larger images are refused before they are decoded.
+        include: patterns of image paths, or of member names in shards; see `select`.
+        exclude: patterns to exclude. Patterns that end in `.tar` exclude shards of a folder.
+        max_pixels: maximum number of pixels, checked before decoding.
 
     Raises:
-        ValueError: there is no such root, no image in it, images and shards are mixed, or a shard
-            cannot be read.
+        ValueError: The root does not exist, has no matching image, contains both images and
+            shards, or has a shard that cannot be read.
     """
     path = resolve_root(root)
     if _is_pattern(str(path)):
@@ -92,17 +90,17 @@ def open_root(
 
 
 def is_shard(path: str | os.PathLike[str]) -> bool:
-    """Whether a file's name is that of a tar shard."""
+    """Return whether a file name has the extension of a tar shard."""
     return os.fspath(path).lower().endswith(SHARD_EXTENSIONS)
 
 
 def _shards_of(
     listing: Listing, root: Path, channels: int, include: Sequence[str], exclude: Sequence[str]
 ) -> list[Path]:
-    """Return a folder's shards; none where it holds images.
+    """Return the shards of a folder; empty if it has none.
 
     Raises:
-        ValueError: it holds both, or nothing but compressed shards.
+        ValueError: The folder contains both shards and images, or only compressed shards.
     """
     kinds = listing.kinds
     images = [extension for extension in image_extensions(channels, include) if extension in kinds]
@@ -110,8 +108,8 @@ def _shards_of(
     if not kinds.keys() & set(SHARD_EXTENSIONS):
         if compressed and not images:
             raise ValueError(
-                f"no images in {display_name(root)}, and its {compressed[0]} files are compressed: "
-                "were they shards, images could be read one after the other only; decompress them"
+                f"no images in {display_name(root)}; compressed shards ({compressed[0]}) do not "
+                "support random access: decompress them"
             )
         return []
     of_shards = [pattern for pattern in exclude if pattern.lower().endswith(SHARD_EXTENSIONS)]
@@ -119,9 +117,9 @@ def _shards_of(
     if shards and images:
         image = next(path for path in listing.files if path.lower().endswith(tuple(images)))
         raise ValueError(
-            f"{display_name(root)} holds shards, such as {display_name(shards[0])}, beside images, "
-            f"such as {display_name(image)}: move either into a folder of its own, give the shards "
-            "as a pattern ('FOLDER/*.tar'), or leave them out with exclude='*.tar'"
+            f"{display_name(root)} contains both shards, such as {display_name(shards[0])}, and "
+            f"images, such as {display_name(image)}: use separate folders, give the shards as a "
+            "pattern ('FOLDER/*.tar'), or exclude them with exclude='*.tar'"
         )
     return [root / shard for shard in shards]
 
@@ -130,26 +128,26 @@ def _shards_of(
 
 
 def _is_pattern(root: str) -> bool:
-    """Whether a root names files by a pattern; what exists under that name is none."""
+    """Return whether a root is a pattern; the name of an existing file or folder is not."""
     return any(sign in root for sign in "*?[{") and not os.path.lexists(root)
 
 
 def expand_pattern(pattern: str) -> list[Path]:
-    """Return the shards that a pattern names, sorted by the bytes of their paths, each once.
+    """Return the shards that a pattern matches, without duplicates, sorted by path bytes.
 
-    `{0000..0127}` stands for numbers, of as many digits as its ends have, `{a,b}` for each of
-    several texts, and `*`, `?` and `[...]` for what the folder holds.
+    `{0000..0127}` expands to a range of zero-padded numbers and `{a,b}` to alternatives, as in a
+    shell. `*`, `?` and `[...]` match existing files.
 
     Raises:
-        ValueError: a shard that braces name is not there, nothing matches, or what does is no
-            `.tar` file.
+        ValueError: A shard does not exist, nothing matches, or a match is not a `.tar` file.
     """
     paths: set[str] = set()
     missing: list[str] = []
     for number, name in enumerate(_expand_braces(pattern)):
         if number >= MAX_SHARDS:
             raise ValueError(
-                f"{display_name(pattern)}: names more than {MAX_SHARDS:,} files; give fewer"
+                f"{display_name(pattern)}: expands to more than {MAX_SHARDS:,} files; use a "
+                "narrower pattern"
             )
         found = [name] if os.path.exists(name) else glob.glob(name) * glob.has_magic(name)
         paths.update(found)
@@ -158,14 +156,14 @@ def expand_pattern(pattern: str) -> list[Path]:
         others = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
         raise ValueError(
             f"{display_name(pattern)}: no such file: {display_name(missing[0])}{others}; "
-            "name shards that are there"
+            "give existing shards"
         )
     shards = sorted(paths, key=name_bytes)
     for path in shards:
         if os.path.isdir(path) or not is_shard(path):
             raise ValueError(
-                f"{display_name(pattern)}: {display_name(path)} is no .tar file; a pattern is "
-                "for shards, of a folder of images give the folder"
+                f"{display_name(pattern)}: {display_name(path)} is not a .tar file; patterns match "
+                "shards only, give a folder of images by its path"
             )
     return [Path(path) for path in shards]
 

@@ -1,6 +1,6 @@
-"""Which samples a step takes: arithmetic over (seed, epoch), so that resuming is arithmetic, too.
+"""Deterministic samplers: the samples of a step depend only on the seed and the step.
 
-N samples, G the global batch, b the micro-batch of one rank; G = b * ranks * accumulation.
+Shapes: N samples, G global batch size, b micro-batch size per rank; G = b * ranks * accumulation.
 """
 
 from collections.abc import Iterator
@@ -16,19 +16,19 @@ Key = tuple[int, int, int]
 
 
 def permutation(seed: int, epoch: int, n: int) -> Tensor:
-    """Return an epoch's order of `n` samples: int64 [n]."""
+    """Return the sample order of an epoch, a permutation of `n` indices: int64 [n]."""
     return torch.randperm(n, generator=generator_for("permutation", seed, epoch))
 
 
 class StepSampler(Sampler[list[Key]]):
-    """The micro-batches of one rank, from step `start_step` up to `total_steps`.
+    """Sampler of the micro-batches of one rank, for steps `start_step` to `total_steps - 1`.
 
-    An epoch has N // G steps. Its step o takes `permutation[o * G : (o + 1) * G]`,
-    whatever the number of ranks and micro-batches: of it, micro-batch m of rank r
-    takes the b positions from m * ranks * b + r * b on.
+    An epoch has N // G steps. Step o of an epoch uses `permutation[o * G : (o + 1) * G]`,
+    independently of the number of ranks and micro-batches. Micro-batch m of rank r uses b
+    positions of this slice, starting at m * ranks * b + r * b.
 
     Raises:
-        ValueError: G is no positive multiple of b * ranks, or there are fewer than G samples.
+        ValueError: G is not a positive multiple of b * ranks, or N is less than G.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class StepSampler(Sampler[list[Key]]):
         if num_samples < global_batch_size:
             raise ValueError(
                 f"fewer images ({num_samples}) than one global batch ({global_batch_size}): "
-                "lower global_batch_size or add images"
+                "lower global_batch_size, or add images"
             )
         self.num_samples = num_samples
         self.global_batch_size = global_batch_size
@@ -60,7 +60,7 @@ class StepSampler(Sampler[list[Key]]):
         self.seed = seed
         self.start_step = start_step
         self.total_steps = total_steps
-        # where in a global batch each micro-batch of this rank begins
+        # start of each micro-batch of this rank in a global batch
         self.starts = range(rank * micro_batch_size, global_batch_size, stride)
 
     def __len__(self) -> int:
@@ -68,7 +68,7 @@ class StepSampler(Sampler[list[Key]]):
         return max(0, self.total_steps - self.start_step) * len(self.starts)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        """Yield the keys of each micro-batch, step after step."""
+        """Yield the keys of each micro-batch in step order."""
         steps_per_epoch = self.num_samples // self.global_batch_size
         order: list[int] = []
         for step in range(self.start_step, self.total_steps):
@@ -84,9 +84,9 @@ class StepSampler(Sampler[list[Key]]):
 def validation_batches(
     num_samples: int, batch_size: int, rank: int, world_size: int
 ) -> list[list[Key]]:
-    """Return a rank's batches of the validation set: over all ranks each sample exactly once.
+    """Return the validation batches of a rank; all ranks together cover each sample once.
 
-    Nothing is padded or repeated: the last batch may be smaller, and a rank may have none.
+    There is no padding: the last batch may be smaller, and a rank may have no batches.
     """
     keys = [(0, index, index) for index in range(rank, num_samples, world_size)]
     return [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]

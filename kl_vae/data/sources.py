@@ -1,4 +1,4 @@
-"""Where a data set's images come from: what a source must know, a folder, and several as one."""
+"""Image sources: the protocol, a folder of files, and the concatenation of sources."""
 
 from __future__ import annotations
 
@@ -17,71 +17,72 @@ from torch import Tensor
 
 from kl_vae.data.decoding import MAX_PIXELS, read_image, read_size
 from kl_vae.data.paths import PathList, fingerprint, fingerprint_of
-from kl_vae.data.pixels import EVERYTHING, Wanted
+from kl_vae.data.pixels import WHOLE_IMAGE, Wanted
 from kl_vae.runtime.files import display_name
 
 
 class Source(Protocol):
-    """A numbered sequence of images, not yet resized or cropped."""
+    """A sequence of images before resizing and cropping."""
 
     @property
     def channels(self) -> int:
-        """C of every image."""
+        """Number of channels C of all images."""
 
     @property
     def fingerprint(self) -> str:
-        """32 hex digits that change when the images do."""
+        """Hash of 32 hex digits that changes with the images."""
 
     def __len__(self) -> int:
         """Return the number of images."""
 
-    def read(self, index: int, wanted: Wanted = EVERYTHING) -> Tensor:
-        """Return the wanted part of [C,H,W], uint8 or float32 in [0, 1].
+    def read(self, index: int, wanted: Wanted = WHOLE_IMAGE) -> Tensor:
+        """Return the wanted region of an image [C,H,W], uint8 or float32 in [0, 1].
 
         Raises:
-            ImageError: the image cannot be used.
+            ImageError: The image cannot be read.
         """
 
     def size(self, index: int) -> tuple[int, int]:
-        """Return (height, width) without decoding."""
+        """Return (height, width) of an image without decoding it."""
 
     def name(self, index: int) -> str:
-        """Return the image's name in errors."""
+        """Return the image's name in error messages."""
 
     def key(self, index: int) -> str:
-        """Return the image's relative POSIX path, by which outputs are named and labelled."""
+        """Return the image's relative POSIX path, which names outputs and labels."""
 
     def label_text(self, index: int) -> str | None:
-        """Return the label that is stored with the image, as it is there; None: there is none."""
+        """Return the label stored with the image, unparsed; None: no label."""
 
     @property
     def files(self) -> list[Path]:
-        """The files that hold the images, which no output may replace."""
+        """Files that contain the images; outputs must not overwrite them."""
 
 
 class StoredSource(Source, Protocol):
-    """A source whose images have names that were given to them: files, or members of shards."""
+    """A source of named images: files, or members of shards."""
 
     @property
     def keys(self) -> Sequence[str]:
-        """The `key` of every image."""
+        """The `key` of each image."""
 
     def subset(self, indices: NDArray[np.int64]) -> StoredSource:
-        """Return the source of these images alone, in this order."""
+        """Return a source of the images at these indices, in this order."""
 
     def places(self) -> Iterator[str]:
-        """Yield where each image is stored, the same for the same image of another source."""
+        """Yield the absolute location of each image, to find the same image in another source."""
 
 
 class FolderSource:
-    """The files `paths`, relative to the folder `root`.
+    """Image files in a folder.
 
     Args:
         root: the folder.
-        paths: relative POSIX paths.
+        paths: POSIX paths relative to `root`.
         channels: C.
-        max_pixels: larger images are refused before they are decoded.
-        sizes: int64, bytes of each file where they are known, as in `Listing`; for `fingerprint`.
+        max_pixels: maximum number of pixels, checked before decoding.
+        sizes: int64 [N], size of each file in bytes, as in `Listing`, for `fingerprint`; None: read
+            them when needed.
     """
 
     def __init__(
@@ -100,24 +101,24 @@ class FolderSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """32 hex digits of the relative paths and the files' sizes."""
+        """Hash of the relative paths and file sizes: 32 hex digits."""
         if self.sizes is None:
             return fingerprint(self.root, self.paths)
         return fingerprint_of(self.paths, self.sizes.data)
 
     @property
     def keys(self) -> Sequence[str]:
-        """The paths, relative to the root."""
+        """Paths relative to the root."""
         return self.paths
 
     def subset(self, indices: NDArray[np.int64]) -> FolderSource:
-        """Return the source of these files alone, in this order."""
+        """Return a source of the files at these indices, in this order."""
         paths = self.paths if isinstance(self.paths, PathList) else PathList.of(self.paths)
         sizes = None if self.sizes is None else self.sizes[indices]
         return FolderSource(self.root, paths.take(indices), self.channels, self.max_pixels, sizes)
 
     def places(self) -> Iterator[str]:
-        """Yield each file's whole path; links to the root are followed."""
+        """Yield the absolute path of each file; links in the root are resolved."""
         root = os.path.realpath(self.root)
         for path in self.paths:
             yield f"{root}/{path}"
@@ -126,7 +127,7 @@ class FolderSource:
         """Return the number of files."""
         return len(self.paths)
 
-    def read(self, index: int, wanted: Wanted = EVERYTHING) -> Tensor:
+    def read(self, index: int, wanted: Wanted = WHOLE_IMAGE) -> Tensor:
         """Decode a file into [C,H,W], uint8 or float32 in [0, 1]; see `read_image`."""
         path = self.root / self.paths[index]
         return read_image(path, self.channels, self.max_pixels, wanted)
@@ -136,25 +137,25 @@ class FolderSource:
         return read_size(self.root / self.paths[index])
 
     def name(self, index: int) -> str:
-        """Return the file's whole path, printable."""
+        """Return the path of the file, printable."""
         return display_name(self.root / self.paths[index])
 
     def key(self, index: int) -> str:
-        """Return the file's path, relative to the root."""
+        """Return the path of the file relative to the root."""
         return self.paths[index]
 
     def label_text(self, index: int) -> str | None:
-        """None: a folder's files have no labels beside them."""
+        """Return None: image files have no stored labels."""
         return None
 
     @property
     def files(self) -> list[Path]:
-        """The files themselves."""
+        """Paths of the files."""
         return [self.root / path for path in self.paths]
 
 
 class JoinedSource:
-    """The images of one source after those of another; all have the same channels."""
+    """Concatenation of sources with the same number of channels."""
 
     def __init__(self, parts: Sequence[Source]) -> None:
         self.parts = tuple(parts)
@@ -163,43 +164,43 @@ class JoinedSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """32 hex digits of the parts' fingerprints."""
+        """Hash of the fingerprints of the parts: 32 hex digits."""
         text = " ".join(part.fingerprint for part in self.parts)
         return blake2b(text.encode(), digest_size=16).hexdigest()
 
     @property
     def files(self) -> list[Path]:
-        """The files that hold the images."""
+        """Files that contain the images."""
         return [file for part in self.parts for file in part.files]
 
     def __len__(self) -> int:
         """Return the number of images."""
         return self._ends[-1]
 
-    def read(self, index: int, wanted: Wanted = EVERYTHING) -> Tensor:
-        """Return the wanted part of [C,H,W]."""
-        part, own = self._find(index)
-        return part.read(own, wanted)
+    def read(self, index: int, wanted: Wanted = WHOLE_IMAGE) -> Tensor:
+        """Return the wanted region of an image [C,H,W]."""
+        part, local_index = self._find(index)
+        return part.read(local_index, wanted)
 
     def size(self, index: int) -> tuple[int, int]:
-        """Return (height, width) without decoding."""
-        part, own = self._find(index)
-        return part.size(own)
+        """Return (height, width) of an image without decoding it."""
+        part, local_index = self._find(index)
+        return part.size(local_index)
 
     def name(self, index: int) -> str:
-        """Return the image's name in errors."""
-        part, own = self._find(index)
-        return part.name(own)
+        """Return the image's name in error messages."""
+        part, local_index = self._find(index)
+        return part.name(local_index)
 
     def key(self, index: int) -> str:
-        """Return the image's relative path in its part; two parts may have the same."""
-        part, own = self._find(index)
-        return part.key(own)
+        """Return the image's relative path in its part; it may not be unique."""
+        part, local_index = self._find(index)
+        return part.key(local_index)
 
     def label_text(self, index: int) -> str | None:
-        """Return the label that is stored with the image; None: there is none."""
-        part, own = self._find(index)
-        return part.label_text(own)
+        """Return the label stored with the image, unparsed; None: no label."""
+        part, local_index = self._find(index)
+        return part.label_text(local_index)
 
     def _find(self, index: int) -> tuple[Source, int]:
         if not 0 <= index < len(self):

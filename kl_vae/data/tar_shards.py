@@ -1,7 +1,9 @@
-"""The images of tar shards, read at random.
+"""Random access to the images of tar shards in the WebDataset layout.
 
-The layout is WebDataset's: the members of a sample have one name up to the first dot of their
-last part, as in `00/0017.jpg`, `00/0017.cls` and `00/0017.json`. N images.
+The members of a sample have the same path up to the first dot of the file name, for example
+`00/0017.jpg`, `00/0017.cls` and `00/0017.json`.
+
+Shapes: N images.
 """
 
 from __future__ import annotations
@@ -29,40 +31,40 @@ from kl_vae.data.decoding import (
 )
 from kl_vae.data.folder import choose_images, image_extensions, is_hidden
 from kl_vae.data.paths import PathList, fingerprint_of
-from kl_vae.data.pixels import EVERYTHING, Wanted
+from kl_vae.data.pixels import WHOLE_IMAGE, Wanted
 from kl_vae.runtime.files import display_name
 
 logger = logging.getLogger(__name__)
 
-LABEL = ".cls"  # of the member beside an image that holds its class
+LABEL = ".cls"  # extension of the member that contains the class of an image
 MAX_LABEL = 2**24  # bytes
-_MAX_HEADER = 2**20  # bytes of an extended header, which holds names
-_AT_ONCE = 8  # shards that are indexed: a network's file system is waited for most of the time
-_BUFFER = 2**18  # bytes: most images are read at once
-_NOWHERE = (-1, 0)
-_IMAGES = frozenset(IMAGE_EXTENSIONS + ARRAY_EXTENSIONS)
+_MAX_HEADER = 2**20  # bytes of an extended header
+_INDEX_THREADS = 8  # indexing mostly waits for the file system
+_BUFFER = 2**18  # bytes; most images fit into it
+_NO_SPAN = (-1, 0)
+_LISTED_EXTENSIONS = frozenset(IMAGE_EXTENSIONS + ARRAY_EXTENSIONS)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 class TarSource:
-    """Members of tar shards; made by `open_shards`.
+    """Images in tar shards; create it with `open_shards`.
 
     Args:
-        shards: the files, as they were when they were indexed.
-        keys: the members' names.
-        numbers: int32 [N], of each one's shard.
-        spans: int64 [N,2], where each begins in its shard and its size, in bytes; it begins at -1
-            where the member is a link or something else that has no content.
-        labels: int64 [N,2], the same of the `.cls` beside each; -1 where there is none.
+        shards: the shards, with size and modification time at indexing.
+        keys: the names of the members.
+        shard_indices: int32 [N], index of each member's shard.
+        spans: int64 [N,2], offset in the shard and size of each member, in bytes; the offset is -1
+            for members without content, such as links.
+        labels: int64 [N,2], offset and size of each sample's `.cls` member; offset -1: no label.
         channels: C.
-        max_pixels: larger images are refused before they are decoded.
+        max_pixels: maximum number of pixels, checked before decoding.
     """
 
     def __init__(
         self,
         shards: Sequence[Shard],
         keys: PathList,
-        numbers: NDArray[np.int32],
+        shard_indices: NDArray[np.int32],
         spans: NDArray[np.int64],
         labels: NDArray[np.int64],
         channels: int,
@@ -72,21 +74,21 @@ class TarSource:
         self.channels = channels
         self.max_pixels = max_pixels
         self._shards = tuple(shards)
-        self._numbers = numbers
+        self._shard_indices = shard_indices
         self._spans = spans
         self._labels = labels
 
     @cached_property
     def fingerprint(self) -> str:
-        """32 hex digits of the members' names and sizes: as of a folder of them in this order."""
+        """Hash of member names and sizes, as of a folder with these files in this order."""
         return fingerprint_of(self.keys, self._spans[:, 1].data)
 
     def subset(self, indices: NDArray[np.int64]) -> TarSource:
-        """Return the source of these images alone."""
+        """Return a source of the images at these indices."""
         return TarSource(
             self._shards,
             self.keys.take(indices),
-            self._numbers[indices],
+            self._shard_indices[indices],
             self._spans[indices],
             self._labels[indices],
             self.channels,
@@ -97,7 +99,7 @@ class TarSource:
         """Return the number of images."""
         return len(self.keys)
 
-    def read(self, index: int, wanted: Wanted = EVERYTHING) -> Tensor:
+    def read(self, index: int, wanted: Wanted = WHOLE_IMAGE) -> Tensor:
         """Decode a member into [C,H,W], uint8 or float32 in [0, 1]; see `read_image`."""
         opened = partial(self._open, index)
         return read_image_from(opened, self.name(index), self.channels, self.max_pixels, wanted)
@@ -107,49 +109,49 @@ class TarSource:
         return read_size_from(partial(self._open, index), self.name(index))
 
     def name(self, index: int) -> str:
-        """Return the shard's whole path and the member's name, printable."""
-        return display_name(f"{self._shards[self._numbers[index]].path}/{self.keys[index]}")
+        """Return the path of the shard and the name of the member, printable."""
+        return display_name(f"{self._shards[self._shard_indices[index]].path}/{self.keys[index]}")
 
     def key(self, index: int) -> str:
-        """Return the member's name, which members of several shards may have."""
+        """Return the name of the member; it is unique within a shard only."""
         return self.keys[index]
 
     def label_text(self, index: int) -> str | None:
-        """Return what stands in `KEY.cls`, such as `17`; None where there is none.
+        """Return the content of the sample's `.cls` member, such as `17`; None: no such member.
 
         Raises:
-            ValueError: it cannot be read, or is no text.
+            ValueError: The label cannot be read, is too large, or is not UTF-8 text.
         """
         offset, size = self._labels[index].tolist()
         if offset < 0:
             return None
         try:
             if size > MAX_LABEL:
-                raise ValueError(f"{size} bytes are no label: pack it again")
-            with _open_part(self._shards[self._numbers[index]], offset, size) as stream:
+                raise ValueError(f"{size} bytes are too large for a label: pack the shard again")
+            with _open_part(self._shards[self._shard_indices[index]], offset, size) as stream:
                 return stream.read().decode().strip()
-        except (OSError, ValueError) as error:  # UnicodeDecodeError is one
-            raise ValueError(f"{self.name(index)}: its {LABEL}: {error}") from error
+        except (OSError, ValueError) as error:  # includes UnicodeDecodeError
+            raise ValueError(f"{self.name(index)}: cannot read its {LABEL}: {error}") from error
 
     def places(self) -> Iterator[str]:
-        """Yield where each image is stored, the same for the same image of another source."""
+        """Yield the location of each image: the resolved path of the shard and the member name."""
         shards = [shard.path.resolve() for shard in self._shards]
-        for number, key in zip(self._numbers.tolist(), self.keys, strict=True):
+        for number, key in zip(self._shard_indices.tolist(), self.keys, strict=True):
             yield f"{shards[number]}/{key}"
 
     @property
     def files(self) -> list[Path]:
-        """The shards."""
+        """Paths of the shards."""
         return [shard.path for shard in self._shards]
 
     def _open(self, index: int) -> io.BufferedReader:
         offset, size = self._spans[index].tolist()
         if offset < 0:
             raise ValueError(
-                "not a regular file: pack what links lead to, with tar --dereference "
+                "not a regular file: pack the targets of links with tar --dereference "
                 "--hard-dereference"
             )
-        return _open_part(self._shards[self._numbers[index]], offset, size)
+        return _open_part(self._shards[self._shard_indices[index]], offset, size)
 
 
 def open_shards(
@@ -159,35 +161,35 @@ def open_shards(
     exclude: Sequence[str] = (),
     max_pixels: int = MAX_PIXELS,
 ) -> TarSource:
-    """Open tar shards in the layout of WebDataset.
+    """Open tar shards in the WebDataset layout.
 
-    The images are in the order of `paths` and, of a shard, of the file. Which members are images,
-    and what the patterns mean, is as in `list_images`; hidden members are left out.
+    Images are ordered by shard, then by position in the shard. Image extensions and patterns are
+    those of `list_images`; hidden members are ignored.
 
     Args:
-        paths: the shards, one at least.
+        paths: the shards, at least one.
         channels: C.
-        include: patterns of the members to take; none: all.
-        exclude: patterns of the members to leave out.
-        max_pixels: larger images are refused before they are decoded.
+        include: patterns of the members to include; empty: all.
+        exclude: patterns of the members to exclude.
+        max_pixels: maximum number of pixels, checked before decoding.
 
     Raises:
-        ValueError: a shard cannot be read, is compressed or no tar file, is damaged or cut, or
-            holds sparse members, two members of one name, or one whose name leads out of the
-            folder that the shard would be unpacked to; or there is no image.
+        ValueError: A shard cannot be read, is compressed, is not a tar file, or is damaged or
+            truncated; it contains sparse members, two members of the same name, or a name with
+            `..`; or there is no image.
     """
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_INDEX_THREADS) as pool:
         indices = list(pool.map(_index_shard, paths))
     keys = PathList.of(key for index in indices for key in index.keys)
     extensions = image_extensions(channels, include)
     where = display_name(paths[0])
     if len(paths) > 1:
         where += f" and {len(paths) - 1} more shards" if len(paths) > 2 else " and another shard"
-    others = f"; of other images there are {len(keys)}" if len(keys) else ""
+    others = f"; {len(keys)} images have other extensions" if len(keys) else ""
     no_images = f"no images in {where}: looked for {', '.join(extensions)}{others}"
     chosen = choose_images(keys, extensions, include, exclude, where, no_images)
     logger.info("%d images in %d shards", len(chosen), len(paths))
-    every = TarSource(
+    source = TarSource(
         [index.shard for index in indices],
         keys,
         np.repeat(np.arange(len(paths), dtype=np.int32), [len(index.keys) for index in indices]),
@@ -196,14 +198,14 @@ def open_shards(
         channels,
         max_pixels,
     )
-    return every if len(chosen) == len(keys) else every.subset(chosen)
+    return source if len(chosen) == len(keys) else source.subset(chosen)
 
 
-# --- reading a part of a shard
+# --- read a part of a shard
 
 
 class Shard(NamedTuple):
-    """A tar file as it was when it was indexed."""
+    """A tar file, with size and modification time at indexing."""
 
     path: Path
     length: int  # bytes
@@ -211,7 +213,7 @@ class Shard(NamedTuple):
 
 
 class _Part(io.RawIOBase):
-    """A part of an open file as a stream; closes the file with itself."""
+    """A stream over a part of an open file; closing it closes the file."""
 
     def __init__(self, file: io.FileIO, offset: int, size: int) -> None:
         self._file = file
@@ -228,7 +230,7 @@ class _Part(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         if start + offset < 0:
-            raise OSError(f"a position of {start + offset}")
+            raise OSError(f"negative seek position {start + offset}")
         self._position = start + offset
         return self._position
 
@@ -244,29 +246,29 @@ class _Part(io.RawIOBase):
 
 
 def _open_part(shard: Shard, offset: int, size: int) -> io.BufferedReader:
-    """Return a stream of `size` bytes of a shard from `offset` on.
+    """Return a stream over `size` bytes of a shard, starting at `offset`.
 
     Raises:
-        OSError: the shard cannot be opened.
-        ValueError: it has changed.
+        OSError: The shard cannot be opened.
+        ValueError: The shard has changed since it was indexed.
     """
     file = io.FileIO(shard.path)
     status = os.fstat(file.fileno())
     if (status.st_size, status.st_mtime_ns) != shard[1:]:
         file.close()
-        raise ValueError("the shard has changed since it was listed: start the command again")
+        raise ValueError("the shard has changed since it was listed: run the command again")
     return io.BufferedReader(_Part(file, offset, size), max(1, min(size, _BUFFER)))
 
 
-# --- where the images of a shard are
+# --- index of a shard
 
 
 class _Index(NamedTuple):
-    """The images of a shard in the order of the file, `.npy` arrays among them.
+    """The images and `.npy` arrays of a shard, in file order.
 
     Attributes:
         shard: the file.
-        keys: the members' names, without `./` or `/` before them.
+        keys: the names of the members, without a leading `./` or `/`.
         spans: as in `TarSource`.
         labels: as in `TarSource`.
     """
@@ -278,10 +280,10 @@ class _Index(NamedTuple):
 
 
 def _index_shard(path: Path) -> _Index:
-    """Read the headers of a shard; errors are those of `open_shards`."""
+    """Read the headers of a shard; raises the errors of `open_shards`."""
     keys: list[str] = []
     spans: list[tuple[int, int]] = []
-    labels: dict[str, tuple[int, int]] = {}  # by the sample's name
+    labels: dict[str, tuple[int, int]] = {}  # by sample name
     headers: dict[str, int] = {}
     try:
         with _HeaderFile(path) as file:
@@ -289,33 +291,34 @@ def _index_shard(path: Path) -> _Index:
             for member in _members(file, status.st_size, path):
                 if member.issparse() or "GNU.sparse.major" in member.pax_headers:
                     raise ValueError(
-                        f"{display_name(path)}/{display_name(member.name)}: stored with holes; "
-                        "pack it without tar's --sparse"
+                        f"{display_name(path)}/{display_name(member.name)}: a sparse member; "
+                        "pack the shard without tar --sparse"
                     )
                 key = _key(member, path)
                 extension = os.path.splitext(key)[1].lower()
-                if member.isdir() or not (extension in _IMAGES or extension == LABEL):
+                if member.isdir() or not (extension in _LISTED_EXTENSIONS or extension == LABEL):
                     continue
                 if any(map(is_hidden, key.split("/"))):
                     continue
                 if key in headers:
                     raise ValueError(
                         f"{display_name(path)}: two members are named {display_name(key)} (at "
-                        f"bytes {headers[key]:,} and {member.offset:,}), of which one would "
-                        "replace the other; pack it again"
+                        f"bytes {headers[key]:,} and {member.offset:,}); pack the shard again with "
+                        "unique names"
                     )
                 headers[key] = member.offset
-                span = (member.offset_data, member.size) if member.isreg() else _NOWHERE
-                if extension in _IMAGES:
+                span = (member.offset_data, member.size) if member.isreg() else _NO_SPAN
+                if extension in _LISTED_EXTENSIONS:
                     keys.append(key)
                     spans.append(span)
                 else:
-                    labels[_sample(key)] = span
+                    labels[_sample_name(key)] = span
     except OSError as error:
         raise ValueError(
-            f"{display_name(path)}: cannot be read ({error.strerror}); give shards that can"
+            f"{display_name(path)}: cannot be read ({error.strerror}); check the path and its "
+            "permissions"
         ) from error
-    found = [labels.get(_sample(key), _NOWHERE) for key in keys]
+    found = [labels.get(_sample_name(key), _NO_SPAN) for key in keys]
     return _Index(
         Shard(path, status.st_size, status.st_mtime_ns),
         keys,
@@ -325,23 +328,23 @@ def _index_shard(path: Path) -> _Index:
 
 
 def _key(member: tarfile.TarInfo, shard: Path) -> str:
-    """Return a member's name as a relative path, as tar unpacks it."""
+    """Return the name of a member as the relative path to which tar unpacks it."""
     parts = [part for part in member.name.split("/") if part not in ("", ".")]
     if ".." in parts or "\0" in member.name:
         raise ValueError(
-            f"{display_name(shard)}: the name of its member {ascii(member.name)} leads out of the "
-            "folder that it would be unpacked to; pack it again"
+            f"{display_name(shard)}: its member {ascii(member.name)} has an unsafe path; pack the "
+            "shard again with relative paths without .."
         )
     return "/".join(parts)
 
 
-def _sample(key: str) -> str:
+def _sample_name(key: str) -> str:
     folder, slash, name = key.rpartition("/")
     return folder + slash + name.partition(".")[0]
 
 
 class _HeaderFile(io.FileIO):
-    """A tar file for `tarfile` to read headers of, which may lie about their length."""
+    """A tar file that limits the length of extended headers, which may be damaged."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= _MAX_HEADER:
@@ -350,43 +353,45 @@ class _HeaderFile(io.FileIO):
 
 
 def _members(file: _HeaderFile, length: int, shard: Path) -> Iterator[tarfile.TarInfo]:
-    """Yield the members of a tar file, or of several one after the other, as `cat` joins them.
+    """Yield the members of a tar file or of several concatenated tar files.
 
-    Unlike `tarfile` alone, this ends with an error where the file is damaged or cut.
+    Unlike `tarfile`, this raises an error if the file is damaged or truncated.
     """
-    start = 0  # of one of the tar files
+    start = 0  # offset of the current tar file
     while start < length or not start:
         header = start
         file.seek(start)
         try:
             archive = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
             while (member := archive.next()) is not None:
-                archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+                archive.members.clear()  # type: ignore[attr-defined]  # to free memory
                 header = member.offset
                 if member.size < 0 or archive.offset > length:
-                    raise tarfile.ReadError(f"a member of {member.size} bytes, beyond the end")
+                    raise tarfile.ReadError(
+                        f"a member of {member.size} bytes extends beyond the end of the file"
+                    )
                 yield member
                 header = archive.offset
             file.seek(header := archive.offset)
             end = file.read(tarfile.BLOCKSIZE)
             if len(end) < tarfile.BLOCKSIZE:
-                raise tarfile.ReadError("it does not end as tar files do: it was cut")
+                raise tarfile.ReadError("no end-of-archive marker: the file is truncated")
             if any(end):
-                raise tarfile.ReadError("no header of a member")
+                raise tarfile.ReadError("not a member header")
             start = _skip_zeros(file, header)
         except OSError:
             raise
-        except Exception as error:  # of damaged headers tarfile raises nearly every type
+        except Exception as error:  # tarfile raises many different types for damaged headers
             if not header:
                 _check_uncompressed(file, shard)
             raise ValueError(
-                f"{display_name(shard)}: no tar file, or damaged at byte {header:,} ({error}); "
-                "copy or pack it again, or leave it out"
+                f"{display_name(shard)}: not a tar file, or damaged at byte {header:,} ({error}); "
+                "copy or pack it again, or exclude it"
             ) from error
 
 
 def _skip_zeros(file: _HeaderFile, offset: int) -> int:
-    """Return where the first block is that holds anything, or the file's end."""
+    """Return the offset of the first nonzero block at or after `offset`, or the end of the file."""
     file.seek(offset)
     while content := file.read(_MAX_HEADER):
         if rest := content.lstrip(b"\0"):
@@ -402,6 +407,6 @@ def _check_uncompressed(file: _HeaderFile, shard: Path) -> None:
     for magic, name in _COMPRESSED.items():
         if first.startswith(magic):
             raise ValueError(
-                f"{display_name(shard)}: compressed by {name}, where images can be read one after "
-                "the other only; decompress it (images are compressed already)"
+                f"{display_name(shard)}: compressed with {name}, which does not support random "
+                "access; decompress the shard"
             )

@@ -1,4 +1,4 @@
-"""From a decoded image to a square crop.
+"""Image transforms: resizing, cropping and augmentation.
 
 Shapes: images are [C,H,W], uint8, or float32 in [0, 1].
 """
@@ -11,38 +11,38 @@ from kl_vae.data.decoding import MAX_PIXELS
 
 
 def resize_short_side(image: Tensor, size: int) -> Tensor:
-    """Resize so that the short side is `size`; the aspect is kept.
+    """Resize so that the short side is `size`, keeping the aspect ratio.
 
-    Bicubic, since bilinear blurs what the autoencoder is then taught to
-    reproduce; antialiased, since it would alias when it makes images smaller.
+    Interpolation is bicubic with antialiasing. Bilinear interpolation would blur the images that
+    the autoencoder learns to reproduce.
 
     Raises:
-        ValueError: the image is so long and thin that the result would not fit into memory.
+        ValueError: The result would have more than MAX_PIXELS pixels.
     """
     height, width = image.shape[-2:]
     short = min(height, width)
     if short == size:
         return image
-    # round(x + 1/2) downwards, where round() would go to the even side; exact for the short side
+    # rounds half up, unlike round(); exact for the short side
     new_height, new_width = ((2 * side * size + short) // (2 * short) for side in (height, width))
     if new_height * new_width > MAX_PIXELS:
         raise ValueError(
-            f"{width} x {height} pixels would become {new_width} x {new_height} at a short side "
-            f"of {size}: leave the file out, or resize to less"
+            f"{width} x {height} pixels resized to a short side of {size} are too large "
+            f"({new_width} x {new_height} pixels): exclude the file, or lower resize"
         )
-    # image[None] has no strides by which torch sees that channels are inside: it would copy it
+    # image[None] does not have channels-last strides, and torch would copy it
     inside = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     batch = image[None] if image.is_contiguous() else inside
     resized = F.interpolate(batch, (new_height, new_width), mode="bicubic", antialias=True)[0]
-    # bicubic overshoots at edges; torch clamps uint8 alone
+    # bicubic interpolation overshoots at edges; torch clamps only uint8
     return resized.clamp_(0, 1) if resized.is_floating_point() else resized
 
 
 def random_place(height: int, width: int, size: int, generator: Generator) -> tuple[slice, slice]:
-    """Draw the rows and columns of a square of side `size` uniformly.
+    """Return the rows and columns of a uniformly random square of side `size`.
 
     Raises:
-        ValueError: the image is smaller.
+        ValueError: The image is smaller than `size`.
     """
     _check_fits(height, width, size)
     top = int(torch.randint(height - size + 1, (), generator=generator))
@@ -51,10 +51,12 @@ def random_place(height: int, width: int, size: int, generator: Generator) -> tu
 
 
 def center_place(height: int, width: int, size: int) -> tuple[slice, slice]:
-    """Return the rows and columns in the middle; an odd rest of one is left below and right.
+    """Return the rows and columns of the center square of side `size`.
+
+    If the margin is odd, its larger part is at the bottom and on the right.
 
     Raises:
-        ValueError: the image is smaller.
+        ValueError: The image is smaller than `size`.
     """
     _check_fits(height, width, size)
     top, left = (height - size) // 2, (width - size) // 2
@@ -62,20 +64,21 @@ def center_place(height: int, width: int, size: int) -> tuple[slice, slice]:
 
 
 def center_crop(image: Tensor, size: int) -> Tensor:
-    """Cut [C,size,size] out of the middle; an odd rest of one pixel is left below and right."""
+    """Return the center crop [C,size,size]; see `center_place`."""
     rows, columns = center_place(image.shape[-2], image.shape[-1], size)
     return image[:, rows, columns]
 
 
 def random_flip(image: Tensor, generator: Generator) -> Tensor:
-    """Mirror left and right with a probability of one half."""
+    """Mirror the image horizontally with probability 0.5."""
     return image.flip(-1) if torch.rand((), generator=generator) < 0.5 else image
 
 
 def random_recolor(image: Tensor, generator: Generator) -> Tensor:
-    """Blend the image with a permutation of its channels, with a probability of one half.
+    """Blend the image with a random permutation of its channels, with probability 0.5.
 
-    The share of the permutation is uniform in [0, 1]. Of four channels the last, alpha, stays.
+    The weight of the permutation is uniform in [0, 1]. With four channels the last one, alpha, is
+    not permuted.
     """
     if torch.rand((), generator=generator) >= 0.5:
         return image
@@ -89,9 +92,9 @@ def random_recolor(image: Tensor, generator: Generator) -> Tensor:
 
 
 def channels_inside(image: Tensor) -> Tensor:
-    """Copy [C,H,W] so that in memory it is [H,W,C], and no part of something larger.
+    """Copy [C,H,W] to its own channels-last memory.
 
-    Of one channel both orders are the same, and it has the strides of [C,H,W].
+    A single channel has contiguous strides; the two layouts are the same.
     """
     if len(image) == 1:
         return image.clone(memory_format=torch.contiguous_format)
