@@ -1,1 +1,1 @@
-"""Weights in any layout: reading, writing, presets, the hub, and a run's own files."""
+"""Checkpoints: reading and writing weights, presets, the Hugging Face Hub, and run files."""

@@ -1,4 +1,4 @@
-"""The architecture that a state dict of the CompVis layout shows by its names and shapes."""
+"""Inference of the architecture from a state dict in the CompVis layout."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-RESOLUTION = 256  # of the published configs; it only gives `attn_resolutions` their meaning
+RESOLUTION = 256  # of the published configs; it only determines `attn_resolutions`
 
-MAX_LEVELS = 32  # beyond that a resolution has no end of digits
+MAX_LEVELS = 32  # limits the resolution, a power of 2
 
-# each autoencoder has these, and some have those
+# _CONVOLUTIONS are in every autoencoder, _OPTIONAL in some
 _CONVOLUTIONS = (
     "encoder.conv_in.weight",
     "encoder.conv_out.weight",
@@ -30,10 +30,10 @@ _IN_LEVEL = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What the tensors of an autoencoder tell of its ddconfig and embed_dim.
+    """The part of ddconfig and embed_dim that is determined by the tensors of an autoencoder.
 
-    They do not tell `norm_groups`, `dropout`, `tanh_out`, nor `resolution`; levels with attention
-    are therefore numbered, from full resolution down.
+    `norm_groups`, `dropout`, `tanh_out` and `resolution` are not determined. Attention is therefore
+    given by level (0: full resolution) instead of by resolution.
     """
 
     ch: int
@@ -51,7 +51,7 @@ class Architecture:
 
     @classmethod
     def of_params(cls, ddconfig: Mapping[str, Any], embed_dim: int | None) -> Architecture:
-        """The architecture that a whole ddconfig (each key given) and embed_dim describe."""
+        """Return the architecture of a complete ddconfig (all keys present) and embed_dim."""
         levels = range(len(ddconfig["ch_mult"]))
         attn_type = "linear" if ddconfig["use_linear_attn"] else ddconfig["attn_type"]
         attended = tuple(
@@ -70,13 +70,13 @@ class Architecture:
             z_channels=ddconfig["z_channels"],
             double_z=ddconfig["double_z"],
             embed_dim=embed_dim,
-            # of one level nothing is resampled
+            # with one level there is no resampling
             resamp_with_conv=ddconfig["resamp_with_conv"] or len(levels) == 1,
             context_channels=ddconfig["context_channels"],
         )
 
     def params(self) -> dict[str, Any]:
-        """`model.params` of a model with this architecture, and defaults for the rest."""
+        """Return `model.params` with this architecture and defaults for the other keys."""
         resolution = max(RESOLUTION, 2 ** (len(self.ch_mult) - 1))
         ddconfig = dataclasses.asdict(self)
         embed_dim = ddconfig.pop("embed_dim")
@@ -86,51 +86,51 @@ class Architecture:
         return {"ddconfig": ddconfig, "embed_dim": embed_dim}
 
     def differences(self, other: Architecture) -> str:
-        """What this one has that `other` has not: `ch=128 (not 64), ...`."""
+        """Describe how this architecture differs from `other`: `ch=128 (not 64), ...`."""
         fields = [field.name for field in dataclasses.fields(self)]
         pairs = {name: (getattr(self, name), getattr(other, name)) for name in fields}
         return ", ".join(
-            f"{name}={_show(own)} (not {_show(others)})"
+            f"{name}={_format(own)} (not {_format(others)})"
             for name, (own, others) in pairs.items()
             if own != others
         )
 
 
 def infer_architecture(tensors: Mapping[str, Tensor], source: str) -> Architecture:
-    """Infer the architecture of an autoencoder from its tensors alone.
+    """Infer the architecture of an autoencoder from the names and shapes of its tensors.
 
     Args:
-        tensors: of the CompVis layout, without prefixes.
-        source: where they come from, for errors.
+        tensors: state dict in the CompVis layout, without prefixes.
+        source: name of the file or model in error messages.
 
     Raises:
-        ValueError: not the whole of a KL autoencoder, or one that no ddconfig describes.
+        ValueError: The tensors are not a complete KL autoencoder, or no ddconfig describes it.
     """
     shapes = {key: tuple(x.shape) for key, x in tensors.items()}
     _check_kind(shapes, source)
     down, up = _levels(shapes, "encoder.down", source), _levels(shapes, "decoder.up", source)
     kinds = [_attention(shapes, side) for side in ("encoder", "decoder")]
-    for what, of_encoder, of_decoder in (
-        ("levels of {} channels", down.channels, up.channels),
+    for text, of_encoder, of_decoder in (
+        ("{} channels per level", down.channels, up.channels),
         ("attention in the levels {}", down.attention, up.attention),
-        ("{} residual blocks a level, less the decoder's one more", down.blocks, up.blocks - 1),
-        ("attention of the kind {} in the middle", *kinds),
+        ("num_res_blocks={}", down.blocks, up.blocks - 1),
+        ("attention of type {} in the middle block", *kinds),
     ):
         if of_encoder != of_decoder:
             raise ValueError(
-                f"{source}: its encoder has {what.format(of_encoder)}, its decoder "
-                f"{what.format(of_decoder)}: no ddconfig describes that"
+                f"{source}: its encoder has {text.format(of_encoder)}, its decoder "
+                f"{text.format(of_decoder)}: not supported by ddconfig"
             )
     if kinds[0] == "none" and down.attention:
         raise ValueError(
-            f"{source}: has attention in the levels {down.attention} and none in the middle: no "
-            "ddconfig describes that"
+            f"{source}: has attention in the levels {down.attention} and none in the middle block: "
+            "not supported by ddconfig"
         )
     ch, in_channels = shapes["encoder.conv_in.weight"][:2]
     if any(channels % ch for channels in down.channels):
         raise ValueError(
-            f"{source}: levels of {down.channels} channels are no multiples of the first "
-            f"convolution's {ch}: no ddconfig describes that"
+            f"{source}: its levels have {down.channels} channels, which are not all multiples of "
+            f"the {ch} channels of the first convolution: not supported by ddconfig"
         )
     z_channels = shapes["decoder.conv_in.weight"][1]
     return Architecture(
@@ -151,33 +151,36 @@ def infer_architecture(tensors: Mapping[str, Tensor], source: str) -> Architectu
 
 
 class _Levels(NamedTuple):
-    """One side's levels, from full resolution down."""
+    """Levels of the encoder or decoder, starting at full resolution."""
 
     channels: tuple[int, ...]
-    blocks: int  # of each level
-    attention: tuple[int, ...]  # which levels have it
+    blocks: int  # per level
+    attention: tuple[int, ...]  # levels with attention
 
 
 def _check_kind(shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
-    """Refuse what is no KL autoencoder of images."""
+    """Check that the tensors are those of a KL autoencoder of images.
+
+    Raises:
+        ValueError: They are not.
+    """
     if any(key.startswith("quantize.") for key in shapes):
         raise ValueError(
-            f"{source}: a VQ autoencoder, whose latents are entries of a codebook; kl_vae reads KL "
-            "autoencoders"
+            f"{source}: a VQ autoencoder, which is not supported; give a KL autoencoder"
         )
-    lacking = [key for key in _CONVOLUTIONS if key not in shapes]
-    if lacking:
+    missing = [key for key in _CONVOLUTIONS if key not in shapes]
+    if missing:
         some = ", ".join(ascii(key)[1:-1] for key in sorted(shapes)[:3])
         raise ValueError(
-            f"{source}: not the whole of a KL autoencoder: no {lacking[0]} among its tensors, "
-            f"{len(shapes)} in all, such as {some or 'none'}"
+            f"{source}: not a complete KL autoencoder: {missing[0]} is missing; it has "
+            f"{len(shapes)} tensors, such as {some or 'none'}"
         )
     for key in (*_CONVOLUTIONS, *_OPTIONAL, _CONTEXT):
         axes = ("out", "in") if key == _CONTEXT else ("out", "in", "height", "width")
         shape = shapes.get(key, (1,) * len(axes))
         if len(shape) != len(axes) or 0 in shape:
             raise ValueError(
-                f"{source}: not an autoencoder of images: {key} has the shape {list(shape)}, not "
+                f"{source}: not an autoencoder of images: {key} has shape {list(shape)}, expected "
                 f"[{', '.join(axes)}]"
             )
 
@@ -198,7 +201,7 @@ def _levels(shapes: Mapping[str, tuple[int, ...]], prefix: str, source: str) -> 
     numbers = set(blocks.values())
     if len(numbers) != 1 or not all(firsts) or not attention <= blocks.keys():
         raise ValueError(
-            f"{source}: not the whole of a KL autoencoder: {prefix} has "
+            f"{source}: not a complete KL autoencoder: {prefix} has "
             f"{[blocks[level] for level in sorted(blocks)]} residual blocks in the levels "
             f"{sorted(blocks)}"
         )
@@ -215,5 +218,5 @@ def _attention(shapes: Mapping[str, tuple[int, ...]], side: str) -> str:
     return "none"
 
 
-def _show(value: object) -> str:
+def _format(value: object) -> str:
     return str(list(value)) if isinstance(value, tuple) else "null" if value is None else str(value)

@@ -1,7 +1,8 @@
-"""diffusers' folders: names of files and tensors, `config.json`, and FLUX.2's batch norm.
+"""diffusers folders: file names, tensor names, `config.json`, and the batch norm of FLUX.2.
 
-The layouts differ in names, in the order of the decoder's levels (diffusers counts from the lowest
-resolution), and in attention's weights ([C, C] there, [C, C, 1, 1] here).
+The diffusers layout differs from the CompVis layout in the names, in the order of the decoder's
+levels (diffusers starts at the lowest resolution), and in the shape of attention weights ([C, C] in
+diffusers, [C, C, 1, 1] in CompVis).
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from kl_vae.checkpoints.architecture import MAX_LEVELS
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model"
-INDEX = f"{WEIGHTS}.safetensors.index.json"  # says which shard holds which tensor
-WEIGHT_FILES = (  # the first that exists is read
+INDEX = f"{WEIGHTS}.safetensors.index.json"  # maps tensors to shards
+WEIGHT_FILES = (  # in order of preference
     f"{WEIGHTS}.safetensors",
     INDEX,
     f"{WEIGHTS}.bin",
@@ -38,7 +39,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ValueError: it is none, too large, or cannot be read.
+        ValueError: The file is not a JSON object, is too large, or cannot be read.
     """
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
@@ -52,14 +53,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def shard_names(index: Path) -> list[str]:
-    """Return the names of the files that an index names; not checked, there may be none."""
+    """Return the file names in an index, unchecked; the list may be empty."""
     weight_map = read_json(index).get("weight_map")
     return sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
 
 
 # --- names of tensors
 
-# ours, diffusers'; {level} and {i} are numbers
+# (CompVis, diffusers); {level} and {i} are integers
 _PATHS = (
     ("encoder.mid.block_1", "encoder.mid_block.resnets.0"),
     ("encoder.mid.attn_1", "encoder.mid_block.attentions.0"),
@@ -76,7 +77,8 @@ _PATHS = (
     ("decoder.up.{level}.attn.{i}", "decoder.up_blocks.{level}.attentions.{i}"),
     ("decoder.up.{level}.upsample", "decoder.up_blocks.{level}.upsamplers.0"),
 )
-# within residual blocks, and within attention; its second name was diffusers' until 0.14
+# CompVis to diffusers names in residual blocks and in attention; the second attention name was used
+# up to diffusers 0.14
 _BLOCK = {"nin_shortcut": ("conv_shortcut",)}
 _ATTENTION = {
     "norm": ("group_norm",),
@@ -89,23 +91,23 @@ _PROJECTION = re.compile(r"(encoder|decoder)\..*attn(_1|\.\d+)\.(q|k|v|proj_out)
 
 
 def is_diffusers(keys: Iterable[str]) -> bool:
-    """Return whether keys are in diffusers' layout."""
+    """Return whether the keys of a state dict are in the diffusers layout."""
     return any(re.match(r"(encoder|decoder)\.(mid_block|down_blocks|up_blocks)\.", k) for k in keys)
 
 
 def from_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename diffusers' tensors to our names; what no rule names keeps its own."""
-    return with_kernels(_renamed(tensors, _OURS))
+    """Convert a state dict from the diffusers to the CompVis layout; unknown keys are kept."""
+    return with_kernels(_renamed(tensors, _TO_COMPVIS))
 
 
 def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename our tensors to diffusers' names."""
+    """Convert a state dict from the CompVis to the diffusers layout; unknown keys are kept."""
     flat = {key: x[..., 0, 0] if _PROJECTION.fullmatch(key) else x for key, x in tensors.items()}
-    return _renamed(flat, _THEIRS)
+    return _renamed(flat, _TO_DIFFUSERS)
 
 
 def with_kernels(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return our tensors with attention's projections as 1 x 1 kernels, [C, C, 1, 1]."""
+    """Reshape attention projections from [C, C] to 1 x 1 kernels [C, C, 1, 1]."""
     return {
         key: x[:, :, None, None] if x.ndim == 2 and _PROJECTION.fullmatch(key) else x
         for key, x in tensors.items()
@@ -116,15 +118,15 @@ _Rule = tuple[re.Pattern[str], str, dict[str, str]]
 
 
 def _rules() -> tuple[list[_Rule], list[_Rule]]:
-    """Return rules from diffusers' names to ours, and back: pattern, replacement, names within."""
-    ours, theirs = [], []
-    for own, other in _PATHS:
-        names = _ATTENTION if ".attn" in own else _BLOCK
-        to_own = {old: name for name, olds in names.items() for old in olds}
-        to_other = {name: olds[0] for name, olds in names.items()}
-        ours.append((_pattern(other), own, to_own))
-        theirs.append((_pattern(own), other, to_other))
-    return ours, theirs
+    """Return the rules to CompVis and to diffusers: pattern, replacement, names of submodules."""
+    to_compvis, to_diffusers = [], []
+    for compvis, diffusers in _PATHS:
+        names = _ATTENTION if ".attn" in compvis else _BLOCK
+        compvis_names = {old: name for name, olds in names.items() for old in olds}
+        diffusers_names = {name: olds[0] for name, olds in names.items()}
+        to_compvis.append((_pattern(diffusers), compvis, compvis_names))
+        to_diffusers.append((_pattern(compvis), diffusers, diffusers_names))
+    return to_compvis, to_diffusers
 
 
 def _pattern(path: str) -> re.Pattern[str]:
@@ -134,7 +136,7 @@ def _pattern(path: str) -> re.Pattern[str]:
     return re.compile(text + r"\.(?P<leaf>.*)")
 
 
-_OURS, _THEIRS = _rules()
+_TO_COMPVIS, _TO_DIFFUSERS = _rules()
 
 
 def _renamed(tensors: Mapping[str, Tensor], rules: list[_Rule]) -> dict[str, Tensor]:
@@ -158,8 +160,8 @@ def _rename(key: str, rules: list[_Rule], levels: int) -> str:
     return key
 
 
-# --- FLUX.2: its quant convolutions lie in encoder and decoder, and a batch norm over patches of
-# 2 x 2 latents, never trained further, says how they are normalised
+# --- FLUX.2: the quant convolutions are in the encoder and the decoder, and the running statistics
+# of a batch norm over patches of 2 x 2 latents define the normalisation of the latents
 
 EPS = 1.0e-4  # of the batch norm
 _MOVED = {"encoder.quant_conv.": "quant_conv.", "decoder.post_quant_conv.": "post_quant_conv."}
@@ -167,12 +169,12 @@ _MEAN, _VAR, _COUNT = "bn.running_mean", "bn.running_var", "bn.num_batches_track
 
 
 def with_quant_convolutions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors with FLUX.2's quant convolutions where CompVis has them."""
+    """Rename the quant convolutions of FLUX.2 to their names in the CompVis layout."""
     moved = {}
     for key, x in tensors.items():
-        for theirs, ours in _MOVED.items():
-            if key.startswith(theirs):
-                key = ours + key.removeprefix(theirs)
+        for old, new in _MOVED.items():
+            if key.startswith(old):
+                key = new + key.removeprefix(old)
         moved[key] = x
     return moved
 
@@ -180,7 +182,10 @@ def with_quant_convolutions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def take_batch_norm(
     tensors: Mapping[str, Tensor], eps: float = EPS
 ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Split the batch norm off: the other tensors, and it as `model.params.latents`, or None."""
+    """Return the tensors without the batch norm, and the batch norm as `model.params.latents`.
+
+    The second is None if there is no batch norm.
+    """
     rest = {key: x for key, x in tensors.items() if key not in (_MEAN, _VAR, _COUNT)}
     channels = _latent_channels(tensors)
     if _MEAN not in tensors or _VAR not in tensors or not channels:
@@ -196,7 +201,7 @@ def take_batch_norm(
 
 
 def batch_norm(latents: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of the batch norm that normalises as `latents` say."""
+    """Return the tensors of the batch norm for `model.params.latents`."""
     std = torch.tensor(latents["std"], dtype=torch.float64)
     return {
         _MEAN: torch.tensor(latents["mean"], dtype=torch.float64).float(),
@@ -206,7 +211,7 @@ def batch_norm(latents: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _latent_channels(tensors: Mapping[str, Tensor]) -> int:
-    """Return the channels of the first convolution that latents go through; 0 without one."""
+    """Return the number of latent channels, from the first convolution; 0: not found."""
     for key in ("post_quant_conv.weight", "decoder.conv_in.weight"):
         if key in tensors:
             return 0 if tensors[key].ndim < 2 else tensors[key].shape[1]
@@ -215,26 +220,26 @@ def _latent_channels(tensors: Mapping[str, Tensor]) -> int:
 
 # --- config.json
 
-SCALING_FACTOR = 0.18215  # diffusers' default, which the oldest config files leave out
+SCALING_FACTOR = 0.18215  # default of diffusers, missing in old config files
 PLAIN, FLUX2 = "AutoencoderKL", "AutoencoderKLFlux2"
-_DOWN = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}  # whether with attention
+_DOWN = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}  # value: has attention
 _UP = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
-_TYPES = {int: "a whole number", float: "a finite number", bool: "true or false", list: "a list"}
+_TYPES = {int: "an integer", float: "a finite number", bool: "true or false", list: "a list"}
 
 
 def params_of_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Return the `model.params` that a config.json describes.
+    """Return the `model.params` of a config.json.
 
     Args:
-        config: its content.
-        source: its name, for errors.
+        config: content of the file.
+        source: name of the file in error messages.
 
     Raises:
-        ValueError: not of a KL autoencoder, or of one that no ddconfig describes.
+        ValueError: The config is not that of a KL autoencoder, or ddconfig does not support it.
     """
     kind = config.get("_class_name", PLAIN)
     if kind not in (PLAIN, FLUX2):
-        raise ValueError(f"{source}: of {kind!r}; kl_vae reads {PLAIN} and {FLUX2}")
+        raise ValueError(f"{source}: _class_name={kind!r} is not supported; use {PLAIN} or {FLUX2}")
     reader = _Reader(config, source)
     channels = reader.get("block_out_channels", list, [64])
     down = reader.get("down_block_types", list, ["DownEncoderBlock2D"])
@@ -244,12 +249,12 @@ def params_of_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
             reader.refuse(key, types, f"give one of {', '.join(known)} for each level")
     attention = [_DOWN[name] for name in down]
     if attention != [_UP[name] for name in reversed(up)]:
-        reader.refuse("up_block_types", up, "attention in other levels than down_block_types has")
+        reader.refuse("up_block_types", up, "must have attention in the levels of down_block_types")
     in_middle = reader.get("mid_block_add_attention", bool, True)
     if any(attention) and not in_middle:
-        reader.refuse("mid_block_add_attention", False, "attention in levels, none in the middle")
+        reader.refuse("mid_block_add_attention", False, "must be true if levels have attention")
     if not channels or not all(type(c) is int and c > 0 for c in channels):
-        reader.refuse("block_out_channels", channels, "must be whole numbers above 0")
+        reader.refuse("block_out_channels", channels, "must be positive integers")
     if len(channels) > MAX_LEVELS:
         reader.refuse("block_out_channels", channels, f"more than {MAX_LEVELS} levels")
     if any(c % channels[0] for c in channels):
@@ -258,13 +263,13 @@ def params_of_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         reader.refuse(
             "decoder_block_out_channels",
             config["decoder_block_out_channels"],
-            f"must be as block_out_channels, {channels}",
+            f"must equal block_out_channels, {channels}",
         )
     if config.get("act_fn", "silu") not in ("silu", "swish"):
         reader.refuse("act_fn", config["act_fn"], "must be silu")
     quant = [reader.get(f"use_{name}_conv", bool, True) for name in ("quant", "post_quant")]
     if quant[0] != quant[1]:
-        reader.refuse("use_quant_conv", quant[0], f"use_post_quant_conv={quant[1]} differs")
+        reader.refuse("use_quant_conv", quant[0], f"must equal use_post_quant_conv={quant[1]}")
     z_channels = reader.get("latent_channels", int, 4)
     resolution = _resolution(config.get("sample_size"), len(channels))
     ddconfig = {
@@ -279,7 +284,7 @@ def params_of_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         "z_channels": z_channels,
         "norm_groups": reader.get("norm_num_groups", int, 32),
     }
-    # FLUX.2's lie in a batch norm among the tensors
+    # for FLUX.2 they are in a batch norm in the weights
     latents = _latents(reader, z_channels) if kind == PLAIN else None
     if "batch_norm_eps" in config and reader.get("batch_norm_eps", float, -1.0) < 0.0:
         reader.refuse("batch_norm_eps", config["batch_norm_eps"], "must be at least 0")
@@ -287,13 +292,13 @@ def params_of_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def config_of_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config.json of a model.
+    """Return the content of the config.json of a model.
 
     Args:
-        params: whole `model.params`, each key of the ddconfig given.
+        params: complete `model.params`, with all keys of ddconfig.
 
     Raises:
-        ValueError: what diffusers cannot express, all of it.
+        ValueError: diffusers does not support the model; the message lists all reasons.
     """
     ddconfig = params["ddconfig"]
     errors = inexpressible(params)
@@ -335,7 +340,7 @@ def config_of_params(params: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **config,
         "force_upcast": True,
-        # pipelines that know latents_mean multiply by scaling_factor as well
+        # pipelines that use latents_mean also multiply by scaling_factor
         "scaling_factor": 1.0 if per_channel else latents.get("scale_factor", 1.0),
         "shift_factor": None if per_channel else latents.get("shift_factor") or None,
         "latents_mean": list(latents["mean"]) if per_channel else None,
@@ -344,27 +349,25 @@ def config_of_params(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def inexpressible(params: Mapping[str, Any]) -> list[str]:
-    """Return what of a model diffusers cannot express, a text for each."""
+    """Return the reasons why diffusers cannot express a model; empty if it can."""
     ddconfig, embed_dim = params["ddconfig"], params["embed_dim"]
     kind = "linear" if ddconfig["use_linear_attn"] else ddconfig["attn_type"]
     errors = []
     if kind not in ("vanilla", "none"):
-        errors.append(f"attn_type={kind}: it has softmax attention only")
+        errors.append(f"attn_type={kind}: only softmax attention is supported")
     if embed_dim not in (None, ddconfig["z_channels"]):
-        errors.append(
-            f"embed_dim={embed_dim}: it has latents of z_channels={ddconfig['z_channels']} only"
-        )
+        errors.append(f"embed_dim={embed_dim}: must equal z_channels={ddconfig['z_channels']}")
     if ddconfig["ch_mult"][0] != 1:
-        errors.append(f"ch_mult={list(ddconfig['ch_mult'])}: its first level has ch channels")
+        errors.append(f"ch_mult={list(ddconfig['ch_mult'])}: the first level must have ch channels")
     if not ddconfig["resamp_with_conv"] and len(ddconfig["ch_mult"]) > 1:
-        errors.append("resamp_with_conv=false: it resamples with convolutions")
+        errors.append("resamp_with_conv=false: only resampling with convolutions is supported")
     if ddconfig["tanh_out"]:
-        errors.append("tanh_out=true: its decoder ends in a convolution")
+        errors.append("tanh_out=true: a tanh after the decoder is not supported")
     if ddconfig["context_channels"]:
-        errors.append(f"context_channels={ddconfig['context_channels']}: it takes no context")
+        errors.append(f"context_channels={ddconfig['context_channels']}: context is not supported")
     for key, only in (("norm_type", "group"), ("block_type", "resnet")):
         if ddconfig[key] != only:
-            errors.append(f"{key}={ddconfig[key]}: it has {only} only")
+            errors.append(f"{key}={ddconfig[key]}: only {only} is supported")
     return errors
 
 
@@ -379,7 +382,7 @@ class _Reader:
         value = self.config.get(key)
         if value is None:
             return default
-        if not _is(kind, value):
+        if not _is_type(kind, value):
             self.refuse(key, value, f"must be {_TYPES[kind]}")
         return float(value) if kind is float else value
 
@@ -387,8 +390,8 @@ class _Reader:
         raise ValueError(f"{self.source}: {key}={value!r:.80}: {why}")
 
 
-def _is(kind: type, value: object) -> bool:
-    if kind is float:  # a whole number as well, but no NaN nor one beyond 1e308
+def _is_type(kind: type, value: object) -> bool:
+    if kind is float:  # or an integer; rejects NaN, infinity and integers above the float maximum
         return type(value) in (int, float) and abs(cast(float, value)) <= sys.float_info.max
     return type(value) is kind
 
@@ -401,18 +404,18 @@ def _latents(reader: _Reader, z_channels: int) -> dict[str, Any]:
     for key, values in (("latents_mean", mean), ("latents_std", std)):
         if values is None:
             continue
-        if len(values) != z_channels or not all(_is(float, x) for x in values):
-            reader.refuse(key, values, f"must be {z_channels} numbers, as latent_channels")
+        if len(values) != z_channels or not all(_is_type(float, x) for x in values):
+            reader.refuse(key, values, f"must be {z_channels} numbers (latent_channels)")
         if key == "latents_std" and min(values) <= 0:
             reader.refuse(key, values, "must be above 0")
     if mean is None or std is None:
         return {"scale_factor": scale, "shift_factor": reader.get("shift_factor", float, 0.0)}
-    # (z - mean) * scaling_factor / std in its pipelines
+    # diffusers pipelines compute (z - mean) * scaling_factor / std
     return {"mean": tuple(mean), "std": tuple(x / scale for x in std), "per_channel": True}
 
 
 def _resolution(sample_size: object, levels: int) -> int:
-    """Return `sample_size` where it can be a resolution, else one that can."""
+    """Return `sample_size` if it is a valid resolution, otherwise a default."""
     size = sample_size[0] if isinstance(sample_size, list) and sample_size else sample_size
     f = 2 ** (levels - 1)
     return size if type(size) is int and size > 0 and size % f == 0 else max(256, f)

@@ -1,4 +1,4 @@
-"""Write an autoencoder alone: our checkpoint, a CompVis file, or a folder of diffusers'."""
+"""Export of an autoencoder to a kl_vae checkpoint, a CompVis file or a diffusers folder."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def export_checkpoint(
     source: str | Path, out: Path, ema: bool = True, given: Mapping[str, Any] | None = None
 ) -> str:
-    """Write an autoencoder's weights and its config alone, as one of our checkpoints.
+    """Export the weights and the config of an autoencoder to a kl_vae checkpoint.
 
     Args:
-        source: what `read_weights` takes.
+        source: as in `read_weights`.
         out: the file to write.
-        ema: the moving average of the weights, where there is one.
-        given: as for `complete_params`.
+        ema: export the moving average of the weights, if there is one.
+        given: as in `complete_params`.
 
     Returns:
-        What was written, in words.
+        A description of the exported weights.
 
     Raises:
-        ValueError: `source` holds no autoencoder, or `out` exists or cannot be written.
+        ValueError: `source` contains no autoencoder, or `out` exists or cannot be written.
     """
     weights = read_weights(source, ema)
     params = complete_params(weights, given)
@@ -61,19 +61,19 @@ def export_checkpoint(
 def write_export(
     out: Path, tensors: Mapping[str, Tensor], params: Mapping[str, Any], step: int | None = None
 ) -> None:
-    """Write a checkpoint of an autoencoder alone.
+    """Write a kl_vae checkpoint that contains only an autoencoder.
 
     Args:
         out: the file to write.
-        tensors: of the CompVis layout, without a loss.
-        params: `model.params`, plain values.
-        step: of the run that trained it, where that is known.
+        tensors: state dict in the CompVis layout, without a loss.
+        params: `model.params` as plain values.
+        step: training step; None: unknown.
 
     Raises:
         ValueError: `out` exists or cannot be written.
     """
     if out.exists():
-        raise ValueError(f"{out}: exists; name a file that does not")
+        raise ValueError(f"{out}: already exists; give another path")
     config = {"model": {"params": params}}
     try:
         write_checkpoint(out, {"model": dict(tensors), "config": config, "step": step})
@@ -84,22 +84,22 @@ def write_export(
 def write_compvis(
     out: Path, tensors: Mapping[str, Tensor], params: Mapping[str, Any], dtype: str = "fp32"
 ) -> None:
-    """Write one safetensors file with the original names, as ComfyUI and LDM trainers read it.
+    """Write a safetensors file in the CompVis layout, for ComfyUI and LDM trainers.
 
-    Its metadata hold `params`, by which we know what tensors do not tell.
+    `params` is stored in the metadata, because the tensors do not determine all of it.
 
     Args:
-        out: the file to write, .safetensors.
-        tensors: of an autoencoder alone.
-        params: its whole `model.params`.
+        out: the .safetensors file to write.
+        tensors: state dict of an autoencoder, without a loss.
+        params: complete `model.params`.
         dtype: fp32, fp16 or bf16.
 
     Raises:
-        ValueError: `out` exists, has another suffix or cannot be written, weights that fp16 cannot
-            hold, or safetensors is not installed.
+        ValueError: `out` exists, has another suffix or cannot be written, `dtype` is unknown or
+            cannot represent the weights, or safetensors is not installed.
     """
     if out.suffix != ".safetensors":
-        raise ValueError(f"{out}: name it {out.stem}.safetensors, since that is what is written")
+        raise ValueError(f"{out}: the output is a safetensors file; use {out.stem}.safetensors")
     _check_new(out)
     metadata = {"format": "pt", METADATA: json.dumps({"model": {"params": params}})}
     content = safetensors_bytes(_cast(tensors, dtype), metadata)
@@ -113,32 +113,32 @@ def write_compvis(
 def write_diffusers(
     out: Path, tensors: Mapping[str, Tensor], params: Mapping[str, Any], dtype: str = "fp32"
 ) -> None:
-    """Write a folder that `diffusers.AutoencoderKL.from_pretrained` loads.
+    """Write a diffusers folder for `diffusers.AutoencoderKL.from_pretrained`.
 
     Args:
-        out: the folder to make.
-        tensors: of an autoencoder alone; `colorize` has no place there, and is left out.
-        params: its whole `model.params`.
+        out: the folder to create.
+        tensors: state dict of an autoencoder, without a loss; `colorize` is not exported.
+        params: complete `model.params`.
         dtype: fp32, fp16 or bf16.
 
     Raises:
-        ValueError: diffusers cannot express the model, `out` exists or cannot be written, weights
-            that fp16 cannot hold, or safetensors is not installed.
+        ValueError: diffusers does not support the model, `out` exists or cannot be written, `dtype`
+            is unknown or cannot represent the weights, or safetensors is not installed.
     """
     _check_new(out)
     config = config_of_params(params)
     latents = params.get("latents")
     if latents is None:
         logger.warning(
-            "%s: the scale of its latents is not known, so scaling_factor=1.0 is written; measure "
-            "it first, with kl-vae encode --statistics",
+            "%s: the scale of the latents is unknown; writing scaling_factor=1.0. Measure it with "
+            "kl-vae encode --statistics before exporting",
             out,
         )
     modules = {key: x for key, x in tensors.items() if key != "colorize"}
     named = _cast(to_diffusers(modules), dtype)
     if "batch_norm_eps" in config:
         assert latents is not None
-        named |= batch_norm(latents)  # statistics, which stay float32
+        named |= batch_norm(latents)  # statistics remain float32
     content = safetensors_bytes(named, {"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
 
@@ -155,10 +155,10 @@ def write_diffusers(
 def _check_new(out: Path) -> None:
     try:
         exists = out.exists() and not (out.is_dir() and not any(out.iterdir()))
-    except OSError as error:  # a name too long, a folder that may not be read
+    except OSError as error:  # such as a name that is too long, or missing permissions
         raise ValueError(f"{out}: cannot be written ({error}); choose another place") from None
-    if exists or not out.name:  # the working directory, which cannot be replaced
-        raise ValueError(f"{out}: exists; name one that does not")
+    if exists or not out.name:  # "." has no name, and cannot be replaced
+        raise ValueError(f"{out}: already exists; give another path")
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
@@ -169,6 +169,8 @@ def _cast(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
         cast[key] = x.detach().to("cpu", DTYPES[dtype]).contiguous()
         if not cast[key].isfinite().all():
             largest = x.abs().max().item()
-            fix = "write bf16 or fp32" if x.isfinite().all() else "repair the weights"
-            raise ValueError(f"{key}: {dtype} cannot hold its values (up to {largest:g}); {fix}")
+            fix = "use bf16 or fp32" if x.isfinite().all() else "use weights that are finite"
+            raise ValueError(
+                f"{key}: {dtype} cannot represent its values (up to {largest:g}); {fix}"
+            )
     return cast

@@ -1,7 +1,7 @@
-"""The published autoencoders: architecture, scale of the latents, where the weights live, licence.
+"""Presets of published autoencoders: architecture, latent normalisation, weights and licence.
 
-Sources: the configs of latent-diffusion (Rombach et al. 2022), and the cards and config files of
-the models that `weights` names.
+Sources: the configs of latent-diffusion (Rombach et al. 2022), and the model cards and config files
+at the locations in `weights`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Preset:
     """A published autoencoder.
 
     Attributes:
-        name: how it is known.
+        name: name of the preset.
         ddconfig: the architecture.
         embed_dim: channels of the latents; None: z_channels, without quant convolutions.
-        latents: their scale; None: not published, or among the weights.
-        weights: where they live: `hf://ORG/NAME[/SUBFOLDER]`, or an address to download from.
-        licence: of the weights.
-        sha256: of published files that hold them; other files may hold them as well.
+        latents: normalisation of the latents; None: not published, or stored in the weights.
+        weights: location of the weights: `hf://ORG/NAME[/SUBFOLDER]`, or a URL.
+        licence: licence of the weights.
+        sha256: SHA-256 of known files with these weights; the list may be incomplete.
     """
 
     name: str
@@ -49,28 +49,28 @@ class Preset:
 
     @property
     def architecture(self) -> Architecture:
-        """What its tensors show."""
+        """The architecture that `infer_architecture` returns for these weights."""
         return Architecture.of_params(dataclasses.asdict(self.ddconfig), self.embed_dim)
 
     @property
     def location(self) -> str:
-        """`weights`, where they can be fetched from there.
+        """The name of the weights on the Hugging Face Hub.
 
         Raises:
-            ValueError: they have to be downloaded by hand.
+            ValueError: The weights must be downloaded manually.
         """
         if not is_hub_name(self.weights):
             raise ValueError(
-                f"{self.name}: download {self.weights}, unpack it and give weights=FILE"
+                f"{self.name}: download {self.weights}, unpack it and set weights=FILE"
             )
         return self.weights
 
     def params_of(self, weights: Weights) -> dict[str, Any]:
-        """Check that weights are this autoencoder's, and return its `model.params`.
+        """Check that the weights belong to this preset, and return its `model.params`.
 
         Raises:
-            ValueError: another architecture, another scale of the latents, or the sha256 of another
-                published file.
+            ValueError: The architecture or the latent normalisation differs, or the SHA-256 is that
+                of another preset.
         """
         shown = infer_architecture(weights.tensors, weights.source)
         if shown != self.architecture:
@@ -88,14 +88,14 @@ class Preset:
         return complete_params(weights, own)
 
     def _check_files(self, weights: Weights) -> None:
-        """Compare with the published files that are known."""
+        """Compare the SHA-256 of the files with those of all presets."""
         owners = {digest: preset.name for preset in PRESETS.values() for digest in preset.sha256}
         found = {owners.get(sha256_of(path)) for path in weights.files}
         if found == {self.name}:
             logger.info("%s: the published file of %s", weights.source, self.name)
         elif found == {None}:
             logger.info(
-                "%s: has the architecture of %s; its sha256 is not one that is known",
+                "%s: has the architecture of %s, but an unknown sha256",
                 weights.source,
                 self.name,
             )
@@ -112,16 +112,15 @@ class Preset:
 
     def _refuse(self, weights: Weights, reason: str) -> None:
         raise ValueError(
-            f"{weights.source}: not {self.name}: {reason}; name another preset, or use "
-            "from_checkpoint"
+            f"{weights.source}: not {self.name}: {reason}; use another preset or from_checkpoint"
         )
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of a name.
+    """Return the preset with this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: The name is unknown.
     """
     if name in PRESETS:
         return PRESETS[name]
@@ -135,7 +134,7 @@ def _architecture(
     ch_mult: tuple[int, ...] = (1, 2, 4, 4),
     attn_resolutions: tuple[int, ...] = (),
 ) -> DDConfig:
-    """What all of them have, and what differs."""
+    """Return the architecture of a preset; the parameters are the values that differ."""
     return DDConfig(
         ch=128,
         out_ch=3,
@@ -168,7 +167,7 @@ def _later(
     *sha256: str,
     has_quant_conv: bool = True,
 ) -> Preset:
-    """One of those that followed kl-f8, all of its width and depth."""
+    """Return a preset with the width and depth of kl-f8, for weights on the Hugging Face Hub."""
     return Preset(
         name=name,
         ddconfig=_architecture(z_channels),

@@ -1,4 +1,4 @@
-"""Which model the weights of a file belong to, and which of them fit into a given model."""
+"""Model parameters of pretrained weights, and matching of weights to a model."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from kl_vae.runtime.schema import from_mapping
 
 logger = logging.getLogger(__name__)
 
-# a loss has its own tensors: a model may be given another loss than it was trained with, or none
+# prefix of the tensors of a loss; a model may be loaded with another loss or without one
 _LOSS = "loss."
 
 
 def complete_params(weights: Weights, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return `model.params` of the autoencoder whose weights these are, without a loss.
+    """Return the complete `model.params` of an autoencoder's weights, without a loss.
 
     Args:
-        weights: as read from a file.
-        given: `model.params` that the user gives; None: as the file says, else as the names and
-            shapes of its tensors show.
+        weights: weights read from a file.
+        given: `model.params` given by the user; None: use the config in the file, or infer the
+            architecture from the tensors.
 
     Returns:
         ddconfig (a DDConfig), embed_dim, colorize_nlabels, monitor and latents.
 
     Raises:
-        ValueError: the tensors are of another architecture, or of none that can be described; each
-            line names the file.
+        ValueError: The config is invalid, the tensors have a different architecture, or it cannot
+            be inferred. Each line of the message begins with the file.
     """
     if given is not None and not {"ddconfig", "embed_dim"} <= given.keys():
         raise ValueError(
-            f"{weights.source}: its config lacks ddconfig or embed_dim; give its config"
+            f"{weights.source}: its config has no ddconfig or embed_dim; give a complete config"
         )
     own = weights.params or {}
     said = given or (own if {"ddconfig", "embed_dim"} <= own.keys() else None)
@@ -69,7 +69,7 @@ def complete_params(weights: Weights, given: Mapping[str, Any] | None = None) ->
 
 
 def has_published_parts(config: DDConfig) -> bool:
-    """Return whether no part of the model is one that the user has registered."""
+    """Return whether all parts of the model are built-in, none registered by the user."""
     kinds = (config.norm_type, config.block_type)
     return kinds == ("group", "resnet") and config.attention in ("vanilla", "linear", "none")
 
@@ -77,16 +77,16 @@ def has_published_parts(config: DDConfig) -> bool:
 def _inferred(weights: Weights) -> Mapping[str, Any]:
     params = infer_architecture(weights.tensors, weights.source).params()
     ch = params["ddconfig"]["ch"]
-    if ch % NORM_GROUPS:  # those of every published autoencoder
+    if ch % NORM_GROUPS:  # all published autoencoders use NORM_GROUPS
         raise ValueError(
-            f"{weights.source}: its tensors do not show into how many groups its {ch} channels are "
-            "normalised (norm_groups); give its config"
+            f"{weights.source}: cannot infer norm_groups for {ch} channels from its tensors; give "
+            "its config"
         )
     return params
 
 
 def _check(weights: Weights, config: DDConfig, embed_dim: int | None) -> None:
-    """Compare before anything is built: a config that lies could ask for any amount of memory."""
+    """Compare the config with the tensors before a model of unlimited size is built from it."""
     shown = infer_architecture(weights.tensors, weights.source)
     said = Architecture.of_params(dataclasses.asdict(config), embed_dim)
     if shown != said:
@@ -102,17 +102,17 @@ def match(
     ignore_keys: Iterable[str] = (),
     source: str = "",
 ) -> dict[str, Tensor]:
-    """Return those of `tensors` that fit `own`, and say in one log line what became of all.
+    """Return the tensors that match a model's state dict, and log the number of each kind.
 
     Args:
-        own: the model's state dict.
-        tensors: the checkpoint's, in the same layout.
-        ignore_keys: beginnings of keys that are left out, on both sides.
-        source: where the tensors come from, for log line and errors.
+        own: state dict of the model.
+        tensors: state dict of the checkpoint, in the same layout.
+        ignore_keys: prefixes of keys to ignore in both.
+        source: name of the checkpoint in log and error messages.
 
     Raises:
-        ValueError: missing, unexpected or differently shaped tensors that `ignore_keys` does not
-            name; those of a loss may be missing or unexpected.
+        ValueError: Tensors are missing, unexpected or of another shape and not in `ignore_keys`.
+            Tensors of a loss may be missing or unexpected.
     """
     prefixes = tuple(ignore_keys)
     given = {
@@ -143,14 +143,15 @@ def _mismatch(
     unexpected: list[str],
     missing: list[str],
 ) -> str:
-    """Return one line on weights that do not fit, and how to fix that."""
+    """Return an error message for weights that do not match the model."""
     try:
-        theirs, ours = infer_architecture(given, "the file"), infer_architecture(own, "the model")
-        if theirs != ours:
+        found, expected = infer_architecture(given, "the file"), infer_architecture(own, "model")
+        if found != expected:
             return (
-                f"its tensors have {theirs.differences(ours)}; use the config it was trained with"
+                f"its tensors have {found.differences(expected)}; use the config it was trained "
+                "with"
             )
-    except ValueError:  # part of an autoencoder, or one of the user's own blocks
+    except ValueError:  # incomplete, or with blocks registered by the user
         pass
     parts = []
     if misshapen:
@@ -163,4 +164,4 @@ def _mismatch(
         parts.append(f"{len(missing)} missing (such as {missing[0]})")
     if unexpected:
         parts.append(f"{len(unexpected)} unexpected (such as {ascii(unexpected[0])[1:-1]})")
-    return ", ".join(parts) + "; use the config it was trained with, or name them in ignore_keys"
+    return ", ".join(parts) + "; use the config it was trained with, or add them to ignore_keys"

@@ -1,4 +1,4 @@
-"""Read the weights of an autoencoder from any file, folder or run, in any layout."""
+"""Reading of autoencoder weights from files, folders and runs, in all supported layouts."""
 
 from __future__ import annotations
 
@@ -29,33 +29,32 @@ from kl_vae.checkpoints.run_files import check_digest, is_checkpoint, is_run, re
 from kl_vae.checkpoints.safetensors_file import is_safetensors, read_safetensors
 from kl_vae.checkpoints.torch_file import check_within_file
 
-METADATA = "kl_vae"  # key in our safetensors files; its value is the config, as JSON
+METADATA = "kl_vae"  # metadata key of exported safetensors files; its value is the config as JSON
 
 
 class Weights(NamedTuple):
-    """An autoencoder's tensors, and what came with them."""
+    """Tensors and metadata of an autoencoder."""
 
-    tensors: dict[str, Tensor]  # of the CompVis layout, mapped: writing to them copies
-    params: Mapping[str, Any] | None  # `model.params`, where they are said
-    latents: Mapping[str, Any] | None  # `model.params.latents`, where a batch norm says it
-    files: tuple[Path, ...]  # that hold them
-    source: str  # the file or folder, for messages
-    step: int | None  # of a run
-    averaged: bool  # a run's moving average
+    tensors: dict[str, Tensor]  # CompVis layout, memory-mapped copy-on-write
+    params: Mapping[str, Any] | None  # `model.params`, if stored
+    latents: Mapping[str, Any] | None  # `model.params.latents`, if stored as a batch norm
+    files: tuple[Path, ...]  # files that contain the tensors
+    source: str  # the file or folder in messages
+    step: int | None  # training step of a run
+    averaged: bool  # whether the tensors are the moving average of a run
 
 
 def read_weights(path: str | Path, ema: bool = True) -> Weights:
-    """Read an autoencoder's weights, in whatever layout and wrapping they are stored.
+    """Read the weights of an autoencoder in any supported layout; no code in files is executed.
 
     Args:
-        path: a run directory (its best checkpoint, else its newest), a checkpoint of ours, a file
-            of torch's or a safetensors file of an autoencoder or a whole pipeline, a folder of
-            diffusers' (or of a pipeline, with `vae/` in it), or `hf://ORG/NAME[/SUBFOLDER]`.
-        ema: take the moving average of the weights, where there is one.
+        path: a run directory (its best checkpoint, otherwise its newest), a kl_vae checkpoint, a
+            torch.save or safetensors file of an autoencoder or a pipeline, a diffusers folder (of
+            an autoencoder, or of a pipeline with `vae/`), or `hf://ORG/NAME[/SUBFOLDER]`.
+        ema: read the moving average of the weights, if there is one.
 
     Raises:
-        ValueError: none there, damaged, not safe to read, or not of an autoencoder; nothing that
-            lies in a file is executed.
+        ValueError: The path does not exist, or the file is damaged, unsafe, or not an autoencoder.
     """
     path = fetch(path) if is_hub_name(path) else Path(path)
     files, config, source = [path], None, path
@@ -79,11 +78,11 @@ def read_weights(path: str | Path, ema: bool = True) -> Weights:
 
 
 class _Content(NamedTuple):
-    """What one file holds."""
+    """Content of one file."""
 
     path: Path
-    tensors: dict[str, Tensor]  # the autoencoder's, without prefixes, in any layout
-    config: object = None  # of a run, or of an export
+    tensors: dict[str, Tensor]  # of the autoencoder, without prefixes, in any layout
+    config: object = None  # of a run or an export
     step: int | None = None
     averaged: bool = False
 
@@ -107,7 +106,7 @@ def _read_file(path: Path, ema: bool) -> _Content:
 
 
 def _read_safetensors(path: Path, ema: bool) -> _Content:
-    chosen: dict[str, str] = {}  # the autoencoder's key: the file's
+    chosen: dict[str, str] = {}  # key of the autoencoder to key of the file
 
     def choose(keys: list[str]) -> list[str]:
         chosen.update(select(keys, ema))
@@ -115,11 +114,11 @@ def _read_safetensors(path: Path, ema: bool) -> _Content:
 
     content = read_safetensors(path, choose)
     if not chosen:
-        raise ValueError(f"{path}: holds no tensors; give a file with a state dict")
+        raise ValueError(f"{path}: contains no tensors; give a file with a state dict")
     try:
         config = json.loads(content.metadata.get(METADATA, "null"))
     except (ValueError, RecursionError):
-        config = None  # not of ours
+        config = None  # written by other software
     return _Content(path, {key: content.tensors[name] for key, name in chosen.items()}, config)
 
 
@@ -130,32 +129,32 @@ def _params(config: object) -> Mapping[str, Any] | None:
     return config if isinstance(config, Mapping) else None
 
 
-# --- which files of a folder
+# --- select the files of a folder
 
 
 class FolderContent(NamedTuple):
-    """An autoencoder's files."""
+    """Files of an autoencoder."""
 
-    weights: list[Path]  # several, where they are sharded
-    config: dict[str, Any] | None  # of diffusers
-    source: Path  # what errors name
+    weights: list[Path]  # several if sharded
+    config: dict[str, Any] | None  # diffusers config
+    source: Path  # the file or folder in error messages
 
 
 def find_autoencoder(folder: Path, ema: bool = True) -> FolderContent:
-    """Find the files of diffusers' folders, of whole pipelines, and of folders with one file.
+    """Find the weights in a diffusers folder, a pipeline folder, or a folder with one weight file.
 
     Args:
-        folder: one without the checkpoints of a run.
-        ema: of a trainer's folder that holds averaged weights as well, those.
+        folder: a folder that is not a run directory.
+        ema: use the averaged weights of a trainer's folder that contains both.
 
     Raises:
-        ValueError: no weights in it, or several of which none has diffusers' name.
+        ValueError: The folder has no weights, or several files without a diffusers name.
     """
     trained = ("autoencoderkl_ema", "autoencoderkl") if ema else ("autoencoderkl",)
     for place in (folder, *(folder / name for name in ("vae", *trained))):
         if (place / CONFIG).is_file():
             config = read_json(place / CONFIG)
-            # a pipeline may have a config.json of something else beside its folders
+            # the config.json in a pipeline's folder may be that of another model
             if place != folder or str(config.get("_class_name", "Auto")).startswith("Auto"):
                 return FolderContent(_weights_of(place), config, place)
     files = sorted(path for path in folder.glob("*") if path.suffix in SUFFIXES and path.is_file())
@@ -163,8 +162,8 @@ def find_autoencoder(folder: Path, ema: bool = True) -> FolderContent:
         return FolderContent(files, None, files[0])
     if files:
         names = ", ".join(path.name for path in files[:5])
-        raise ValueError(f"{folder}: holds {len(files)} files of weights ({names}); name one")
-    raise ValueError(f"{folder}: no checkpoint in it; give a run directory or a file")
+        raise ValueError(f"{folder}: contains {len(files)} weight files ({names}); give one")
+    raise ValueError(f"{folder}: contains no checkpoint; give a run directory or a file")
 
 
 def _weights_of(folder: Path) -> list[Path]:
@@ -173,65 +172,66 @@ def _weights_of(folder: Path) -> list[Path]:
         if path.is_file():
             return _shards(path) if name == INDEX else [path]
     raise ValueError(
-        f"{folder}: a {CONFIG} and no weights; one of {', '.join(WEIGHT_FILES[:3])} belongs beside "
-        "it"
+        f"{folder}: contains a {CONFIG} but no weights; add one of {', '.join(WEIGHT_FILES[:3])}"
     )
 
 
 def _shards(index: Path) -> list[Path]:
-    """Return the files that an index names, all of which must lie beside it."""
+    """Return the files listed in an index, which must all be in its folder."""
     names = shard_names(index)
     beside = {path.name for path in index.parent.iterdir() if path.is_file()}
-    lacking = [repr(name) for name in names if name not in beside]
-    if lacking or not names:
-        what = f"{lacking[0]:.80}, which does not lie" if lacking else "no files"
-        raise ValueError(f"{index}: its weight_map names {what} beside it; copy the folder again")
+    missing = [repr(name) for name in names if name not in beside]
+    if missing or not names:
+        problem = f"{missing[0]:.80}, which is not in its folder" if missing else "no files"
+        raise ValueError(f"{index}: its weight_map lists {problem}; copy the folder again")
     return [index.parent / name for name in names]
 
 
-# --- which tensors of a file
+# --- select the tensors of a file
 
-# an autoencoder of either layout has these two
+# in every autoencoder, in both layouts
 _ENCODER, _DECODER = "encoder.conv_in.weight", "decoder.conv_in.weight"
 
-# parts of a key that wrappers of modules add, anywhere in the model
+# parts of a key that module wrappers add anywhere
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-_PIPELINES = ("", "module.", "first_stage_model.", "vae.")  # taken before any other prefix
-_AVERAGE = re.compile(r"EMA|Ema(?![a-z])|(?<![A-Za-z])ema(?![a-z])")  # not the one of "semantic"
-_SHADOW = "model_ema."  # latent-diffusion's averages: the parameters' names without dots
-_DEPTH = 4  # of mappings within mappings
+_PIPELINES = ("", "module.", "first_stage_model.", "vae.")  # preferred prefixes
+_AVERAGE = re.compile(r"EMA|Ema(?![a-z])|(?<![A-Za-z])ema(?![a-z])")  # but not in "semantic"
+_SHADOW = "model_ema."  # averages of latent-diffusion; followed by parameter names without dots
+_DEPTH = 4  # maximum depth of nested mappings
 
 
 def autoencoder_tensors(content: object, source: str, ema: bool = True) -> dict[str, Tensor]:
-    """Return the autoencoder's tensors of a loaded file, without wrappers and prefixes.
+    """Return the tensors of the autoencoder in a loaded file, without wrappers and prefixes.
 
     Args:
-        content: of the file.
-        source: its name, for errors.
-        ema: take the moving average of the weights, where there is one; what it lacks (a loss) is
-            taken from the weights.
+        content: content of the file.
+        source: name of the file in error messages.
+        ema: use the moving average of the weights, if there is one, and the raw weights for tensors
+            that it does not contain (those of a loss).
 
     Raises:
-        ValueError: there is no state dict in it.
+        ValueError: The file contains no state dict.
     """
     if not isinstance(content, Mapping):
-        raise ValueError(f"{source}: holds {type(content).__name__}, not a state dict")
+        raise ValueError(
+            f"{source}: contains {type(content).__name__}, not a state dict; save a state dict"
+        )
     raw: dict[str, Tensor] = {}
     average: dict[str, Tensor] = {}
     for path, tensors in _state_dicts(content):
         found = average if any(_AVERAGE.search(str(name)) for name in path) else raw
-        if not found:  # the outermost, of several
+        if not found:  # use the outermost
             found.update({key: tensors[name] for key, name in select(tensors, ema).items()})
     if not raw and not average:
-        raise ValueError(f"{source}: holds no tensors; give a file with a state dict")
+        raise ValueError(f"{source}: contains no tensors; give a file with a state dict")
     return {**raw, **average} if ema or not raw else raw
 
 
 def select(keys: Iterable[str], ema: bool = True) -> dict[str, str]:
-    """Choose the autoencoder's keys among a file's: {key of the autoencoder: key of the file}.
+    """Select the keys of the autoencoder in a file: {key of the autoencoder: key of the file}.
 
-    What DDP, torch.compile and whole pipelines put before the keys is removed; where such a prefix
-    marks the autoencoder within a pipeline, the rest is left out, and so are other autoencoders.
+    Prefixes of DDP, torch.compile and pipelines are removed. In a pipeline, the tensors of other
+    models and of other autoencoders are ignored.
     """
     bare = {_without_wrappers(key): key for key in keys}
     prefixes = _prefixes(bare)
@@ -255,7 +255,7 @@ def select(keys: Iterable[str], ema: bool = True) -> dict[str, str]:
 def _state_dicts(
     content: Mapping[Any, Any],
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Tensor]]]:
-    """Yield each mapping with an autoencoder's tensors, outermost first; else each with any."""
+    """Yield mappings with tensors of an autoencoder, or with any tensors; outermost first."""
     found = list(_mappings(content))
     with_autoencoder = [
         (path, tensors)
@@ -268,9 +268,9 @@ def _state_dicts(
 def _mappings(
     content: Mapping[Any, Any],
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Tensor]]]:
-    """Yield each mapping with tensors, and the keys that lead to it, outermost first."""
+    """Yield (path of keys, tensors) of each mapping with tensors, outermost first."""
     queue: list[tuple[tuple[Any, ...], Mapping[Any, Any]]] = [((), content)]
-    seen = set()  # a file's mappings may hold one another
+    seen = set()  # mappings may contain each other
     for path, mapping in queue:
         if id(mapping) in seen:
             continue
@@ -288,9 +288,9 @@ def _without_wrappers(key: str) -> str:
 
 
 def _prefixes(keys: Iterable[str]) -> set[str]:
-    """Return what precedes the keys of each autoencoder."""
+    """Return the prefix of each autoencoder."""
     encoders, decoders = (_beginnings(keys, end) for end in (_ENCODER, _DECODER))
-    # both, or of a file that holds a half of one alone, either
+    # a file may contain only an encoder or only a decoder
     return encoders & decoders or encoders | decoders
 
 
@@ -299,14 +299,14 @@ def _choose(prefixes: set[str], keys: Iterable[str], ema: bool) -> str:
     prefixes = averaged if averaged and (ema or averaged == prefixes) else prefixes - averaged
     if prefixes:
         return min(prefixes, key=lambda prefix: (prefix not in _PIPELINES, len(prefix), prefix))
-    # of other tensors, those of a wrapped module
+    # not an autoencoder: remove only the prefix of DDP
     return "module." if all(key.startswith("module.") for key in keys) else ""
 
 
 def _under(prefixes: set[str], keys: Iterable[str]) -> set[str]:
-    """Return the keys that begin with one of the prefixes, in time n log n of both."""
+    """Return the keys that begin with one of the prefixes, in O(n log n)."""
     under, found = None, set()
-    for key in sorted(prefixes.union(keys)):  # a prefix stands before all that it begins
+    for key in sorted(prefixes.union(keys)):  # a prefix sorts before the keys that begin with it
         if under is None or not key.startswith(under):
             under = key if key in prefixes else None
         if under is not None:

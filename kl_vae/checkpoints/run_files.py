@@ -1,7 +1,8 @@
-"""A run's own files: the layout of its directory, and its checkpoints.
+"""Files of a run: the layout of its directory, and its checkpoints.
 
-A checkpoint is a dict of tensors and plain values: "format" is `FORMAT`, "model" the raw weights,
-"config" the resolved config, and the other keys are what resuming needs (`TrainingState.content`).
+A checkpoint is a dict of tensors and plain values. "format" is `FORMAT`, "model" contains the raw
+weights and "config" the resolved config. The other keys are needed to resume
+(`TrainingState.content`).
 """
 
 from __future__ import annotations
@@ -28,27 +29,27 @@ FORMAT = "kl_vae.checkpoint.1"
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a checkpoint atomically, then its sha256 beside it.
+    """Write a checkpoint atomically, then its SHA-256 to `NAME.sha256`.
 
     Raises:
-        OSError: it cannot be written; what was there is as it was.
+        OSError: The file cannot be written; an existing file is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
 
     def write(file: BinaryIO) -> None:
         with ThreadPoolExecutor(1) as thread:
-            stream = _Digesting(file, digest, thread)
+            stream = _HashingFile(file, digest, thread)
             try:
                 torch.save({"format": FORMAT, **content}, cast(BinaryIO, stream))
-            except RuntimeError:  # what torch makes of an OSError
+            except RuntimeError:  # torch replaces an OSError by a RuntimeError
                 if stream.error is None:
                     raise
                 raise stream.error from None
         file.flush()
         os.fsync(file.fileno())
-        # the sha256 of an earlier file of this name; if that is damaged it is removed first, since
-        # nothing but its sha256 says so
+        # remove the old SHA-256; remove a damaged old file first, because without its SHA-256 the
+        # damage would not be detected
         try:
             check_digest(path)
         except ValueError:
@@ -60,51 +61,61 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def complete_checkpoint(path: Path) -> None:
-    """Write the sha256 of a checkpoint that is whole, if the save was cut short before it."""
+    """Write the SHA-256 of a complete checkpoint if the save was interrupted before writing it."""
     if not _digest_path(path).is_file():
         _write_digest(path, sha256_of(path))
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint, then its sha256: a damaged one is never left without it."""
+    """Remove a checkpoint, then its SHA-256, so that a damaged file keeps its SHA-256."""
     path.unlink(missing_ok=True)
     _digest_path(path).unlink(missing_ok=True)
 
 
 def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
-    """Read a checkpoint of ours; with `mmap` leave tensors in the file until they are used.
+    """Read a kl_vae checkpoint.
+
+    Args:
+        path: the file.
+        mmap: memory-map the tensors.
 
     Raises:
-        ValueError: it is missing, damaged, or not one of ours.
+        ValueError: The file is missing, damaged, or not a kl_vae checkpoint.
     """
     check_digest(path)
     content = read_torch_file(path, mmap=mmap)
     if not is_checkpoint(content):
-        raise ValueError(f"{path}: not a checkpoint of kl_vae")
+        raise ValueError(f"{path}: not a checkpoint of kl_vae; give a file written by kl-vae")
     return dict(content)
 
 
 def check_digest(path: Path) -> None:
-    """Raise ValueError if the file does not match the sha256 beside it, if there is one."""
+    """Compare a file with its `.sha256` file, if both exist.
+
+    Raises:
+        ValueError: They do not match, or one of them cannot be read.
+    """
     digest = _digest_path(path)
     try:
         known = digest.read_bytes()[:64] if path.is_file() and digest.is_file() else None
         damaged = known is not None and known != sha256_of(path).encode()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); fix that") from None
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}); check its permissions and the disk"
+        ) from None
     if damaged:
         raise ValueError(
-            f"{path}: does not match its sha256, it is damaged; use another checkpoint"
+            f"{path}: does not match its sha256, so it is damaged; use another checkpoint"
         )
 
 
 def is_checkpoint(content: object) -> bool:
-    """Return whether a loaded file is one of our checkpoints."""
+    """Return whether the content of a file is a kl_vae checkpoint."""
     return isinstance(content, Mapping) and content.get("format") == FORMAT
 
 
-class _Digesting:
-    """A file that a thread hashes while it is written; `error` is why a write failed."""
+class _HashingFile:
+    """A file wrapper that hashes written data in a thread; `error` is the last write error."""
 
     def __init__(self, file: BinaryIO, digest: hashlib._Hash, thread: ThreadPoolExecutor) -> None:
         self._file = file
@@ -113,7 +124,7 @@ class _Digesting:
         self.error: OSError | None = None
 
     def write(self, block: bytes) -> int:
-        large = len(block) > 1 << 16  # else the thread costs more than it saves
+        large = len(block) > 1 << 16  # smaller blocks do not pay for the thread
         digesting = self._thread.submit(self._digest.update, block) if large else None
         try:
             return self._file.write(block)
@@ -146,18 +157,18 @@ LOCK = ".lock"
 SAMPLES = "samples"
 TENSORBOARD = "tensorboard"
 FOLDER = "checkpoints"
-BEST = "best.json"  # in FOLDER: names the checkpoint with the best monitored metric
+BEST = "best.json"  # in FOLDER; contains the name of the best checkpoint by the monitored metric
 
 _NAME = re.compile(r"step_(\d+)\.pt")
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
-    """Return the path of the checkpoint of a step."""
+    """Return the checkpoint path for a step."""
     return run / FOLDER / f"step_{step:08d}.pt"
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Return the checkpoints of a run directory, newest first."""
+    """Return the checkpoint paths of a run directory, newest first."""
     steps = {path: _NAME.fullmatch(path.name) for path in (run / FOLDER).glob("step_*.pt")}
     return sorted(
         (path for path, name in steps.items() if name),
@@ -167,19 +178,19 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest checkpoint of a run that can be read, with its content; None: none exists.
+    """Return path and content of the newest readable checkpoint of a run, or None without any.
 
-    Damaged ones are skipped, each with a warning.
+    A damaged checkpoint is skipped with a warning.
 
     Raises:
-        ValueError: there are checkpoints, and none of them can be read.
+        ValueError: There are checkpoints, but none can be read.
     """
     paths = list_checkpoints(run)
-    return _first_whole(paths, run) if paths else None
+    return _first_readable(paths, run) if paths else None
 
 
 def best_checkpoint(run: Path) -> Path | None:
-    """Return the checkpoint with the best monitored metric; None if the run has named none."""
+    """Return the checkpoint with the best monitored metric, or None if the run has none."""
     try:
         name = json.loads((run / FOLDER / BEST).read_text())["checkpoint"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -189,7 +200,7 @@ def best_checkpoint(run: Path) -> Path | None:
 
 
 def read_status(run: Path) -> dict[str, Any]:
-    """Return the content of status.json; empty where it is missing or damaged."""
+    """Return the content of status.json; empty if it is missing or damaged."""
     try:
         return dict(json.loads((run / STATUS).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
@@ -197,13 +208,13 @@ def read_status(run: Path) -> dict[str, Any]:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl that can be read, each with its `step`."""
+    """Return the readable lines of metrics.jsonl that have an integer `step`."""
     path = run / METRICS
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             line = json.loads(text)
-        except (ValueError, RecursionError):  # cut short when its process was killed
+        except (ValueError, RecursionError):  # truncated when the process was killed
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
@@ -211,21 +222,25 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a folder is a run directory, with checkpoints or without."""
+    """Return whether a folder is a run directory, with or without checkpoints."""
     return (folder / FOLDER).is_dir()
 
 
 def read_chosen(path: Path, *, mmap: bool = False) -> tuple[Path, Any]:
-    """Read a checkpoint: of a run directory the best one, else the newest; or a file of torch's.
+    """Read a checkpoint of a run directory or a torch.save file.
 
-    Damaged checkpoints of a run are skipped, each with a warning.
+    In a run directory, the best checkpoint is read if it is known, otherwise the newest. A damaged
+    checkpoint is skipped with a warning.
 
     Args:
         path: a run directory or a file.
-        mmap: leave tensors in the file until they are used.
+        mmap: memory-map the tensors.
+
+    Returns:
+        The path of the file and its content.
 
     Raises:
-        ValueError: a directory without a checkpoint that can be read, or a damaged file.
+        ValueError: The directory has no readable checkpoint, or the file is damaged.
     """
     if not path.is_dir():
         check_digest(path)
@@ -236,19 +251,19 @@ def read_chosen(path: Path, *, mmap: bool = False) -> tuple[Path, Any]:
         *(other for other in list_checkpoints(path) if other != best),
     ]
     if not paths:
-        raise ValueError(f"{path}: no checkpoint in it; give a run directory or a file")
-    return _first_whole(paths, path, mmap=mmap)
+        raise ValueError(f"{path}: contains no checkpoint; give a run directory or a file")
+    return _first_readable(paths, path, mmap=mmap)
 
 
-def _first_whole(
+def _first_readable(
     paths: Iterable[Path], run: Path, *, mmap: bool = False
 ) -> tuple[Path, dict[str, Any]]:
     for path in paths:
         try:
             return path, read_checkpoint(path, mmap=mmap)
         except ValueError as error:
-            logger.warning("skipping a checkpoint: %s", error)
+            logger.warning("skipping checkpoint: %s", error)
     raise ValueError(
-        f"{run}: none of its checkpoints can be read; copy them from a backup, or start in a new "
-        "directory"
+        f"{run}: none of its checkpoints can be read; restore them from a backup, or start a new "
+        "run in another directory"
     )

@@ -1,4 +1,4 @@
-"""Read and write safetensors files, whatever their name."""
+"""Reading and writing of safetensors files."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from kl_vae.checkpoints.torch_file import one_line
 
 _SUFFIX = ".safetensors"
 _INSTALL = 'pip install "kl-vae[formats]"'
-_LENGTH_BYTES = 8  # of the header's length, little-endian, at the start of a file
-_HEADER_BYTES = 16 * 2**20  # at most; SDXL's takes 300 kB, the format allows 100 MB
+_LENGTH_BYTES = 8  # size of the little-endian header length at the start of a file
+_HEADER_BYTES = 16 * 2**20  # maximum; SDXL's header has 300 kB, the format allows 100 MB
 
 
 class SafetensorsContent(NamedTuple):
-    """What was read of a file; the tensors are mapped, to be read when they are used."""
+    """Content of a file; the tensors are memory-mapped."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
 
 
 def is_safetensors(path: Path) -> bool:
-    """Say whether a file is meant as safetensors: by its content, then by its name."""
+    """Return whether a file is a safetensors file, by its content or else by its suffix."""
     start, size = b"", 0
     if path.is_file():
         try:
             with open(path, "rb") as file:
                 start, size = file.read(_LENGTH_BYTES + 1), os.fstat(file.fileno()).st_size
         except OSError:
-            pass  # to be reported by whoever reads it
+            pass  # reading the file will raise the error
     length = int.from_bytes(start[:_LENGTH_BYTES], "little")
     if start[_LENGTH_BYTES:] == b"{" and length <= size - _LENGTH_BYTES:
         return True
@@ -45,17 +45,21 @@ def is_safetensors(path: Path) -> bool:
 def read_safetensors(
     path: Path, choose: Callable[[list[str]], Iterable[str]]
 ) -> SafetensorsContent:
-    """Map the tensors that `choose` picks from a file's keys; the others are not read.
+    """Memory-map some tensors of a file.
+
+    Args:
+        path: the file.
+        choose: returns the keys to read, given all keys of the file.
 
     Raises:
-        ValueError: no such file, safetensors is not installed, or the file is damaged.
+        ValueError: The file does not exist or is damaged, or safetensors is not installed.
     """
     if not path.is_file():
         raise ValueError(f"no such checkpoint: {path}; give an existing file or run directory")
     try:
         from safetensors import safe_open
     except ImportError:
-        raise ValueError(f"{path}: a safetensors file; {_INSTALL}") from None
+        raise ValueError(f"{path}: reading safetensors files needs: {_INSTALL}") from None
     with _reading(path):
         _check_header(path)
         opened: Any = safe_open(path, framework="pt", device="cpu")
@@ -71,7 +75,7 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     """Return the content of a safetensors file.
 
     Raises:
-        ValueError: safetensors is not installed.
+        ValueError: The package safetensors is not installed.
     """
     try:
         from safetensors.torch import save
@@ -83,7 +87,9 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         x = x.detach().contiguous()
         storage = x.untyped_storage()
         if storage.data_ptr() in storages or storage.nbytes() != x.numel() * x.element_size():
-            x = x.clone(memory_format=torch.contiguous_format)  # it refuses storages in common
+            x = x.clone(
+                memory_format=torch.contiguous_format
+            )  # safetensors rejects shared storages
         storages.add(storage.data_ptr())
         own[key] = x
     return bytes(save(own, dict(metadata) or None))
@@ -95,28 +101,28 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # each version has its own; a panic of Rust is no Exception
+    except BaseException as error:  # types differ by version; a Rust panic is not an Exception
         raise ValueError(
-            f"{path}: cannot be read as safetensors ({one_line(error)}); is the file whole? "
-            "Copy or download it again"
+            f"{path}: cannot be read as safetensors ({one_line(error)}); it may be incomplete, "
+            "copy or download it again"
         ) from None
 
 
 def _check_header(path: Path) -> None:
-    """Check what the library does not: that no key stands twice, and that the header is small."""
+    """Check that the header is small and has unique keys, which safetensors does not check."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         if size < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
-            raise ValueError(f"its header of {length} bytes does not fit into {size}")
+            raise ValueError(f"its header of {length} bytes exceeds the file size of {size}")
         if length > _HEADER_BYTES:
             raise ValueError(f"its header takes {length} bytes, more than {_HEADER_BYTES}")
         header = file.read(length).decode()
     if not isinstance(json.loads(header, object_pairs_hook=_without_doubles), dict):
-        raise ValueError("its header is no JSON object")
+        raise ValueError("its header is not a JSON object")
 
 
 def _without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key stands twice in its header")
+        raise ValueError("its header has a duplicate key")
     return dict(pairs)

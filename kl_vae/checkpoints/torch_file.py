@@ -1,8 +1,8 @@
-"""Read files of torch.save with `weights_only=True`: nothing in them is executed.
+"""Safe loading of torch.save files with `weights_only=True`; no code in them is executed.
 
-Checkpoints of trainers hold instances of other packages' classes beside the weights. Those of
-well-known packages become inert `StandIn`s; the classes themselves are never imported, and a file
-that names anything else is refused.
+Checkpoints of trainers contain instances of other packages' classes in addition to the weights.
+Instances of classes of well-known packages are replaced by inert `StandIn` objects, without
+importing the classes. A file that refers to any other class or function is rejected.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-# of what torch itself allows, what dense tensors and plain values need; not bytearray (which takes
-# any length), nor sparse, quantised and meta tensors
+# the globals allowed by torch that dense tensors and plain values need; without bytearray (of any
+# length) and without sparse, quantised and meta tensors
 _PLAIN = re.compile(
     r"collections\.(OrderedDict|Counter)|builtins\.(set|complex)|_codecs\.encode"
     r"|torch\.(Size|device|nn\.parameter\.Parameter)"
@@ -48,23 +48,23 @@ _STAND_INS = re.compile(
     r"|collections\.(defaultdict|deque)|copyreg\._reconstructor|functools\.partial"
     r"|types\.SimpleNamespace"
 )
-# torch fills no other types than these with items
+# torch adds items only to dicts and lists
 _DICTS = re.compile(r".*(\.defaultdict|Dict|DictConfig|CfgNode)")
 _LISTS = re.compile(r"collections\.deque|.*List")
-_OF_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # as protocol 2 writes them
-_OF_PYTHON_2 |= {"builtins.long": "builtins.int", "builtins.unicode": "builtins.str"}
-_OF_PYTHON_2 |= {"builtins.xrange": "builtins.range"}
+_PYTHON_2_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # names that protocol 2 writes
+_PYTHON_2_NAMES |= {"builtins.long": "builtins.int", "builtins.unicode": "builtins.str"}
+_PYTHON_2_NAMES |= {"builtins.xrange": "builtins.range"}
 
 _ZIP = b"PK\x03\x04"
-_PICKLE_BYTES = 64 * 2**20  # and of any entry that is no tensor; SDXL's pickle takes 1 MB
-_OPCODES = 1_000_000  # of a file; a tensor takes some 50, and an opcode up to 230 bytes of memory
-_LEGACY_PICKLES = 5  # magic number, protocol, system, content, keys of the storages that follow
+_PICKLE_BYTES = 64 * 2**20  # maximum size of an entry other than a tensor; SDXL's pickle has 1 MB
+_OPCODES = 1_000_000  # maximum per pickle; about 50 per tensor, each up to 230 bytes of memory
+_LEGACY_PICKLES = 5  # magic number, protocol, system information, content, storage keys
 
-_LOCK = threading.Lock()  # torch's list of safe globals belongs to the whole process
+_LOCK = threading.Lock()  # torch's list of safe globals is global to the process
 
 
 class StandIn:
-    """An inert instance in place of another package's: takes anything, does nothing."""
+    """An inert replacement for an instance of another package's class; ignores its arguments."""
 
     def __new__(cls, *args: object, **kwargs: object) -> Any:
         return super().__new__(cls)
@@ -77,45 +77,51 @@ class StandIn:
 
 
 def read_torch_file(path: Path, *, mmap: bool = False) -> Any:
-    """Load a file of torch.save, zip or legacy, with `weights_only=True`, on the CPU.
+    """Load a torch.save file, in the zip or legacy format, with `weights_only=True` to the CPU.
 
-    Instances of well-known packages' classes come as `StandIn`s or, where they are dicts or lists,
-    as OrderedDicts and lists.
+    Instances of classes of well-known packages are replaced by `StandIn` objects. Subclasses of
+    dict and list are replaced by OrderedDict and list.
 
     Args:
-        path: of the file.
-        mmap: map a zip file's tensors, to be read when they are used; not one that may be
-            overwritten meanwhile. Legacy files are read plainly.
+        path: the file.
+        mmap: memory-map the tensors of a zip file, which must not be overwritten while they are in
+            use; ignored for legacy files.
 
     Raises:
-        ValueError: no such file, not a file of torch.save, damaged, or one that holds more than
-            tensors and plain values (which is never unpickled).
+        ValueError: The file does not exist, is not a torch.save file, is damaged, or contains more
+            than tensors and plain values; in the last case nothing is unpickled.
     """
     if not path.is_file():
         raise ValueError(f"no such checkpoint: {path}; give an existing file or run directory")
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's advice on its own old formats
+            warnings.simplefilter("ignore")  # torch's warnings about old formats
             return _load(path, file, mmap)
     except RefusedError as error:
         raise ValueError(f"{path}: {error}") from None
     except UnpicklingError as error:
         raise ValueError(
-            f"{path}: not a checkpoint of tensors and plain values ({one_line(error)}); nothing in "
-            "it was executed; export its state_dict alone with torch.save"
+            f"{path}: not a checkpoint of tensors and plain values ({one_line(error)}); no code in "
+            "it was executed; save only its state_dict with torch.save"
         ) from None
-    except Exception as error:  # on damaged bytes torch fails in any way, IndexError too
+    except Exception as error:  # torch raises many different types for damaged files
         raise ValueError(
-            f"{path}: cannot be read as a checkpoint ({one_line(error)}); is the file whole? "
-            "Copy or download it again"
+            f"{path}: cannot be read as a checkpoint ({one_line(error)}); it may be incomplete, "
+            "copy or download it again"
         ) from None
 
 
 def check_within_file(tensors: Mapping[str, Tensor], size: int, source: str) -> None:
-    """Check that tensors are dense ones on the CPU that a file of `size` bytes can hold.
+    """Check that tensors are dense, on the CPU, and not larger than their file.
+
+    Args:
+        tensors: the tensors of the file, by name.
+        size: size of the file in bytes.
+        source: name of the file in error messages.
 
     Raises:
-        ValueError: they are not; it names `source` and the tensor.
+        ValueError: A tensor is not dense or not on the CPU, or the tensors take more memory than
+            their storages or the file.
     """
     total = 0
     for name, x in tensors.items():
@@ -128,28 +134,29 @@ def check_within_file(tensors: Mapping[str, Tensor], size: int, source: str) -> 
         count, held = prod(x.shape) * x.element_size(), x.untyped_storage().nbytes()
         if count > held:
             raise ValueError(
-                f"{source}: {one_line(name)} {list(x.shape)} repeats values (its {count} bytes "
-                f"are views of {held}); save its clone"
+                f"{source}: {one_line(name)} {list(x.shape)} repeats values ({count} bytes in a "
+                f"storage of {held} bytes); save a clone of it"
             )
         total += count
     if total > size:
         raise ValueError(
-            f"{source}: unpacks to more than it holds (its tensors take {total} bytes, the file "
+            f"{source}: unpacks to more than its size (its tensors take {total} bytes, the file "
             f"has {size}); save clones of its tensors"
         )
 
 
 def one_line(error: object) -> str:
-    """Return the first line of an error's text, or its type, without control characters."""
-    text = "" if isinstance(error, LookupError) else str(error)  # "134", or "pop from empty list"
-    text = text.split("WeightsUnpickler error:")[-1].strip()  # before it is torch's advice
+    """Return the first line of an error message, or the type, printable, up to 300 characters."""
+    # the message of a LookupError is not helpful: "134", or "pop from empty list"
+    text = "" if isinstance(error, LookupError) else str(error)
+    text = text.split("WeightsUnpickler error:")[-1].strip()  # removes torch's general advice
     line = text.splitlines()[0] if text else type(error).__name__
     line = "".join(x if x.isprintable() else "?" for x in line[:301])
     return line if len(line) <= 300 else f"{line[:300]}..."
 
 
 class RefusedError(ValueError):
-    """Why a file is not loaded, in words for its user; without its path."""
+    """Error for a rejected file; the message is for the user and does not contain the path."""
 
 
 def _load(path: Path, file: BinaryIO, mmap: bool) -> Any:
@@ -157,11 +164,12 @@ def _load(path: Path, file: BinaryIO, mmap: bool) -> Any:
     is_zip = file.read(len(_ZIP)) == _ZIP
     names = _check_zip(file, size) if is_zip else _check_legacy(file)
     file.seek(0)
-    # torch maps by path alone, and takes a path with safetensors' suffix for a file of theirs
+    # torch maps files only by path, and reads a path that ends in .safetensors as safetensors
     mapped = is_zip and path.suffix != ".safetensors"
-    with _standing_in(name for name in names if _STAND_INS.fullmatch(name)):
+    with _allow_stand_ins(name for name in names if _STAND_INS.fullmatch(name)):
         content = torch.load(
-            # mapped even if it is to be copied: torch 2.6 otherwise reads beyond a storage's end
+            # mapped even if the tensors are copied: otherwise torch 2.6 may read beyond the end of
+            # a storage
             path if mapped else file,
             map_location="cpu",
             weights_only=True,
@@ -172,7 +180,7 @@ def _load(path: Path, file: BinaryIO, mmap: bool) -> Any:
 
 
 def _clean(content: object, copy: bool) -> None:
-    """Remove loaded attributes that hide methods, and on request copy mapped tensors to memory."""
+    """Remove loaded attributes that shadow methods; if `copy`, copy mapped tensors to memory."""
     copies: dict[int, torch.UntypedStorage] = {}  # by address
     seen: set[int] = set()
     waiting = [content]
@@ -198,10 +206,10 @@ def _clean(content: object, copy: bool) -> None:
 
 
 @contextmanager
-def _standing_in(names: Iterable[str]) -> Iterator[None]:
-    """Let torch.load make a stand-in for each dotted name, within this block only.
+def _allow_stand_ins(names: Iterable[str]) -> Iterator[None]:
+    """Context manager in which torch.load creates a `StandIn` for each dotted name.
 
-    Only a class that this process has itself declared safe may be used in its place.
+    A class that this process has registered as a safe global takes precedence.
     """
     stand_ins: list[Any] = [(_stand_in(name), name) for name in names]
     with _LOCK, torch.serialization.safe_globals(stand_ins):
@@ -227,11 +235,11 @@ def _other_kind(x: Tensor) -> str | None:
     return None if x.device.type == "cpu" else f"on {x.device}"
 
 
-# --- checks before anything is loaded
+# --- checks before loading
 
 
 def _check_zip(file: BinaryIO, size: int) -> set[str]:
-    """Check a zip file's directory and its pickle, and return the names in that."""
+    """Check the directory and the pickle of a zip file, and return the globals in the pickle."""
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
     folder = entries[0].orig_filename.split("/")[0] if entries else ""
@@ -240,25 +248,25 @@ def _check_zip(file: BinaryIO, size: int) -> set[str]:
         raise RefusedError("a TorchScript archive; save its state_dict with torch.save")
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-            raise RefusedError(_more_than_it_holds(f"{entry.orig_filename} is compressed"))
+            raise RefusedError(_unpacks_to_more(f"{entry.orig_filename} is compressed"))
     total = sum(entry.file_size for entry in entries)
     if total > size:
-        raise RefusedError(_more_than_it_holds(f"its entries take {total} bytes of {size}"))
+        raise RefusedError(_unpacks_to_more(f"its entries take {total} bytes, the file has {size}"))
     if len({entry.orig_filename.lower() for entry in entries}) < len(entries):
-        raise ValueError("a zip file with two entries of one name")
+        raise ValueError("a zip file with two entries of the same name")
     if "data.pkl" not in records:
         raise ValueError("a zip file without data.pkl")
     for name, entry in records.items():
         if entry.file_size > _PICKLE_BYTES and not name.startswith("data/"):
             raise RefusedError(
-                f"{one_line(name)} in it takes {entry.file_size} bytes, more than {_PICKLE_BYTES}; "
-                "save the tensors alone, in a dict, with torch.save"
+                f"its entry {one_line(name)} takes {entry.file_size} bytes, more than "
+                f"{_PICKLE_BYTES}; save only a dict of tensors with torch.save"
             )
     return _check_pickle(BytesIO(_content(file, records["data.pkl"])))
 
 
 def _content(file: BinaryIO, entry: zipfile.ZipInfo) -> bytes:
-    """Read a stored entry as torch does: without its CRC, which torch.save may leave out."""
+    """Read a stored entry without checking its CRC, which torch.save may omit."""
     file.seek(entry.header_offset + 26)
     name, extra = struct.unpack("<2H", file.read(4))
     file.seek(name + extra, os.SEEK_CUR)
@@ -266,7 +274,7 @@ def _content(file: BinaryIO, entry: zipfile.ZipInfo) -> bytes:
 
 
 def _check_legacy(file: BinaryIO) -> set[str]:
-    """Check the pickles with which a legacy file begins, and return the names in them."""
+    """Check the pickles at the start of a legacy file, and return the globals in them."""
     file.seek(0)
     head = file.read(_PICKLE_BYTES)
     if not head.startswith(b"\x80"):
@@ -276,16 +284,16 @@ def _check_legacy(file: BinaryIO) -> set[str]:
 
 
 def _check_pickle(stream: BinaryIO) -> set[str]:
-    """Check one pickle without unpickling it, and return the names of the globals in it.
+    """Check one pickle without unpickling it, and return the dotted names of its globals.
 
     Raises:
-        UnpicklingError: it names a global that is not allowed, or takes too much to load.
-        Exception: of any other kind, where it is damaged.
+        UnpicklingError: The pickle contains a global that is not allowed, or is too large.
+        Exception: The pickle is damaged; any type is possible.
     """
     names: set[str] = set()
     texts: set[str] = set()
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-        if opcode.proto > 2:  # of another protocol than torch.save's
+        if opcode.proto > 2:  # torch.save uses protocol 2
             raise UnpicklingError(f"pickle opcode {opcode.name}")
         if count > _OPCODES:
             raise UnpicklingError(f"more than {_OPCODES} opcodes")
@@ -294,19 +302,23 @@ def _check_pickle(stream: BinaryIO) -> set[str]:
         elif isinstance(argument, str):
             texts.add(argument)
     if "_codecs.encode" in names and any(map(_is_binary_codec, texts)):
-        raise UnpicklingError("_codecs.encode to other than text")  # hex of hex doubles a string
+        raise UnpicklingError("_codecs.encode with a binary codec")  # each hex doubles the size
     return names
 
 
 def _name(argument: str) -> str:
-    """Return the dotted name of a GLOBAL, if it is allowed."""
+    """Return the dotted name of a GLOBAL opcode.
+
+    Raises:
+        UnpicklingError: The name is not allowed.
+    """
     module, _, attribute = argument.partition(" ")
-    name = f"{_OF_PYTHON_2.get(module, module)}.{attribute}"
-    name = _OF_PYTHON_2.get(name, name)
+    name = f"{_PYTHON_2_NAMES.get(module, module)}.{attribute}"
+    name = _PYTHON_2_NAMES.get(name, name)
     is_dtype = module == "torch" and isinstance(vars(torch).get(attribute), torch.dtype)
     if is_dtype or any(known.fullmatch(name) for known in (_PLAIN, _STORAGE, _STAND_INS)):
         return name
-    raise UnpicklingError(f"it names {name}")
+    raise UnpicklingError(f"it refers to {name}")
 
 
 def _is_binary_codec(text: str) -> bool:
@@ -314,5 +326,8 @@ def _is_binary_codec(text: str) -> bool:
     return aliases.aliases.get(name, name).endswith("_codec")
 
 
-def _more_than_it_holds(how: str) -> str:
-    return f"unpacks to more than it holds ({one_line(how)}); torch.save does not write such files"
+def _unpacks_to_more(reason: str) -> str:
+    return (
+        f"unpacks to more than its size ({one_line(reason)}); torch.save does not write such "
+        "files: save its tensors again"
+    )
