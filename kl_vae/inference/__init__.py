@@ -1,1 +1,1 @@
-"""Use a trained autoencoder: reconstruct images, measure reconstructions, decode the prior."""
+"""Inference with a trained autoencoder: reconstruction, evaluation, encoding and sampling."""

@@ -1,7 +1,7 @@
-"""Images of many sizes: padded to sizes that the model takes, in batches of one size each.
+"""Batches of images of different sizes: each batch holds images of one padded size.
 
-C channels, H and W the image's height and width, z latent channels, h and w the latents' height and
-width, f = H / h once the image is padded.
+Shapes: C channels, H and W image height and width, z latent channels, h and w latent height and
+width, f = H / h after padding.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from torch import Tensor
 
 from kl_vae.model import AutoEncoderKL, padded_size
 
-# pixels of an image up to which a batch has its full number of images; fewer of larger ones
+# largest image for which a batch holds `batch_size` images; batches of larger images are smaller
 FULL_BATCH_PIXELS = 512 * 512
-# pixels of the images that wait for others of their size: 200 MB of RGB
+# limit on the pixels of buffered images in incomplete batches: 200 MB of RGB
 WAITING_PIXELS = 2**24
 
 Size = tuple[int, int]
-Numbered = tuple[int, Tensor]  # an image [C, H, W] by its index
+Numbered = tuple[int, Tensor]  # index and image [C, H, W]
 
 
 def latent_noise(model: AutoEncoderKL, image: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw standard normal noise for a sample of the posterior of [C, H, W], [z, h, w]."""
+    """Draw standard normal noise [z, h, w] to sample the posterior of an image [C, H, W]."""
     factor = model.downsampling_factor
     height, width = padded_size(image, factor)
     shape = (model.latent_channels, height // factor, width // factor)
@@ -37,16 +37,17 @@ def batches_of_a_size(
     *,
     consecutive: bool = False,
 ) -> Iterator[list[Numbered]]:
-    """Group images of one size; the batches depend on the images alone.
+    """Group images of the same size into batches.
 
-    A batch holds `batch_size` images of up to 512 x 512 pixels, and of larger ones as many as have
-    the pixels of those, at least one. No more images wait than fit into 200 MB.
+    The batches depend only on the images. A batch holds `batch_size` images of up to 512 x 512
+    pixels; for larger images it holds as many as have the same total number of pixels, and at
+    least one. Buffered images take at most 200 MB.
 
     Args:
-        images: in their order, which is also that within a batch.
-        size_of: gives the height and width that images of one batch share.
-        batch_size: images in a batch, at most.
-        consecutive: only neighbours share a batch, so that the order of all images is kept.
+        images: indexed images; their order is kept within each batch.
+        size_of: returns the height and width by which images are grouped.
+        batch_size: maximum number of images in a batch.
+        consecutive: group only consecutive images, which keeps the overall order.
     """
     waiting: dict[Size, list[Numbered]] = {}
     for number, image in images:
@@ -55,7 +56,7 @@ def batches_of_a_size(
             yield waiting.popitem()[1]
         group = waiting.setdefault(size, [])
         group.append((number, image))
-        if len(group) >= _most(size, batch_size):
+        if len(group) >= _batch_limit(size, batch_size):
             yield waiting.pop(size)
         elif not consecutive and _pixels(waiting) > WAITING_PIXELS:
             largest = max(waiting, key=lambda size: _pixels({size: waiting[size]}))
@@ -63,7 +64,7 @@ def batches_of_a_size(
     yield from waiting.values()
 
 
-def _most(size: Size, batch_size: int) -> int:
+def _batch_limit(size: Size, batch_size: int) -> int:
     height, width = size
     return max(1, min(batch_size, batch_size * FULL_BATCH_PIXELS // (height * width)))
 

@@ -1,8 +1,8 @@
-"""Encode, decode and reconstruct images of any size.
+"""Encoding, decoding and reconstruction of images of any size.
 
-What has NaN or infinity in half precision is computed again in fp32.
+Results that contain NaN or infinity in half precision are recomputed in fp32.
 
-B batch, C channels, H and W the image's height and width, z latent channels, h and w the latents'
+Shapes: B batch, C channels, H and W image height and width, z latent channels, h and w latent
 height and width, f = H / h.
 """
 
@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 _AUTO = Tiling()
 _DAMAGED = (
-    "in fp32 has NaN or infinity: the checkpoint's weights are damaged, or not what they are taken "
-    "for; give another"
+    "contains NaN or infinity in fp32: the checkpoint's weights are damaged or belong to another "
+    "architecture; use another checkpoint"
 )
 
 
@@ -39,17 +39,18 @@ def encode_images(
     tiling: Tiling = _AUTO,
     names: Sequence[str] | None = None,
 ) -> DiagonalGaussianDistribution:
-    """Encode images [B, C, H, W] in [-1, 1], or uint8; the posteriors are on the CPU.
+    """Encode images [B, C, H, W] and return their posteriors on the CPU.
 
     Args:
-        model: in eval mode.
-        images: on any device; f divides their sides. uint8 is mapped to [-1, 1] on the model's.
+        model: the autoencoder, in eval mode.
+        images: float in [-1, 1], or uint8, which is mapped to [-1, 1] on the model's device. May
+            be on any device. H and W are multiples of f.
         precision: fp32, bf16 or fp16.
-        tiling: how images that are large for the memory are cut up.
-        names: of the B images, for messages.
+        tiling: how large images are split to fit into memory.
+        names: names of the B images, used in messages.
 
     Raises:
-        ValueError: moments are not finite in fp32, or the memory does not suffice.
+        ValueError: the moments are not finite in fp32, or the device runs out of memory.
     """
     device = _device(model)
 
@@ -75,10 +76,10 @@ def decode_latents(
 ) -> Tensor:
     """Decode latents [B, z, h, w] to images [B, C, H, W] in [-1, 1], float32 on the CPU.
 
-    The arguments are those of `encode_images`.
+    The arguments are the same as for `encode_images`.
 
     Raises:
-        ValueError: an image is not finite in fp32, or the memory does not suffice.
+        ValueError: an image is not finite in fp32, or the device runs out of memory.
     """
     device, f = _device(model), model.downsampling_factor
 
@@ -93,12 +94,12 @@ def decode_latents(
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """The reconstruction of one image, or why there is none.
+    """Reconstruction of one image, or the reason for its failure.
 
     Attributes:
-        image: [C, H, W] in [-1, 1], float32 on the model's device; None: there is none.
-        reason: why there is none.
-        redone_in_fp32: the precision asked for gave NaN or infinity.
+        image: [C, H, W] in [-1, 1], float32 on the model's device; None on failure.
+        reason: reason for the failure; empty on success.
+        redone_in_fp32: whether the requested precision produced NaN or infinity.
     """
 
     image: Tensor | None
@@ -114,23 +115,24 @@ def reconstruct_batch(
     noise: Sequence[Tensor] | None,
     tiling: Tiling,
 ) -> list[Reconstruction]:
-    """Reconstruct images of any sizes that have one `padded_size`.
+    """Reconstruct images of any sizes that share one `padded_size`.
 
-    Their edges are repeated to the right and below, and what that adds is cut off again. What half
-    precision makes NaN or infinite is computed again in fp32.
+    Images are padded at the right and bottom by repeating their edges, and the results are cropped
+    to the original sizes. Results that contain NaN or infinity in half precision are recomputed in
+    fp32.
 
-    Where the memory does not suffice each is tried alone, then, even if it is to be done whole, in
-    strips that change nothing.
+    If the device runs out of memory, each image is retried alone and then, even in mode `whole`,
+    in strips, which give the same result.
 
     Args:
-        model: in eval mode.
+        model: the autoencoder, in eval mode.
         images: each [C, H, W] in [-1, 1].
         precision: fp32, bf16 or fp16.
-        noise: of samples of the posteriors, each [z, h, w]; None: decode the modes.
-        tiling: how images that are large for the memory are cut up.
+        noise: standard normal noise for posterior samples, each [z, h, w]; None decodes the modes.
+        tiling: how large images are split to fit into memory.
     """
     device = _device(model)
-    may_blend = len(images) == 1  # rather one by one, which changes nothing
+    may_blend = len(images) == 1  # larger batches are split first, which is exact
 
     def autoencode(part: slice) -> Tensor:
         factor = model.downsampling_factor
@@ -141,7 +143,7 @@ def reconstruct_batch(
         else:
             z = posterior.sample(noise=torch.stack([draw.to(device) for draw in noise[part]]))
         decoded = decode_tiled(model, z, tiling, may_blend=may_blend).float()
-        # what the decoder makes of NaN may look finite
+        # the decoder may map NaN to finite values
         finite = posterior.parameters.isfinite().flatten(1).all(1)
         decoded[~finite.to(decoded.device)] = torch.nan
         return decoded
@@ -163,7 +165,7 @@ def reconstruct_batch(
         return reconstruct_batch(model, images, precision, noise, replace(tiling, mode="exact"))
     height, width = images[0].shape[1:]
     reason = f"{width} x {height} pixels do not fit into the memory of {device}"
-    return [Reconstruction(None, f"{reason}; resize or crop, or leave it out")]
+    return [Reconstruction(None, f"{reason}; resize, crop or exclude the image")]
 
 
 def _can_be_exact(model: AutoEncoderKL) -> bool:
@@ -184,24 +186,24 @@ def _cropped(decoded: Tensor, image: Tensor, bad: bool, redone: bool) -> Reconst
 @dataclass(frozen=True)
 class _Computed:
     values: Tensor  # [B, ...], float32 on the model's device
-    redone: list[int]  # the positions that were computed again in fp32
-    bad: list[int]  # those that are not finite in fp32 either
+    redone: list[int]  # positions that were recomputed in fp32
+    bad: list[int]  # positions that are not finite in fp32 either
 
 
 def _compute(
     function: Callable[[slice], Tensor], number: int, device: torch.device, precision: str
 ) -> _Computed | None:
-    """Compute `function` of a batch, and of what is not finite once more in fp32.
+    """Apply `function` to a batch, and recompute non-finite results in fp32.
 
     Args:
-        function: gives [n, ...] of a part of the batch.
-        number: B.
-        device: the model's.
+        function: maps a slice of the batch to values [n, ...].
+        number: batch size B.
+        device: device of the model.
         precision: fp32, bf16 or fp16.
 
     Returns:
-        None: the memory does not suffice. The error's frames hold what was computed, and so the
-        caller, which tries something smaller, does not see it.
+        The values; None if the device runs out of memory. The error itself is not passed on,
+        because its stack frames would keep the computed tensors alive while the caller retries.
     """
     try:
         with autocast(device, precision):
@@ -226,15 +228,19 @@ def _checked(
     names: Sequence[str] | None,
     result: str,
 ) -> Tensor:
-    """Return the values on the CPU, unless there are none or they are not finite."""
+    """Return the values on the CPU.
+
+    Raises:
+        ValueError: the device ran out of memory, or a value is not finite.
+    """
     if computed is None:
         raise ValueError(
             f"a batch of {number} images of {size[1]} x {size[0]} does not fit into the memory of "
-            f"{device}; lower the batch size"
+            f"{device}; reduce the batch size"
         )
     if computed.redone:
         subject = _subject(computed.redone, number, names)
-        logger.warning("%s: NaN or infinity in %s; redone in fp32", subject, precision)
+        logger.warning("%s: NaN or infinity in %s; recomputed in fp32", subject, precision)
     if computed.bad:
         raise ValueError(f"{_subject(computed.bad, number, names)}: the {result} {_DAMAGED}")
     return computed.values.cpu()
@@ -243,8 +249,8 @@ def _checked(
 def _subject(positions: Sequence[int], number: int, names: Sequence[str] | None) -> str:
     if names is None:
         return f"{len(positions)} of {number} images"
-    others = f" and {len(positions) - 1} more of its batch" if len(positions) > 1 else ""
-    return f"{names[positions[0]]}{others}"
+    rest = f" and {len(positions) - 1} more in its batch" if len(positions) > 1 else ""
+    return f"{names[positions[0]]}{rest}"
 
 
 def _not_finite(x: Tensor) -> list[int]:

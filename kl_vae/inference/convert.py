@@ -1,4 +1,4 @@
-"""Write the weights of an autoencoder for other libraries, or alone."""
+"""Conversion of an autoencoder's weights to other layouts, and export without training state."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Layout = Literal["compvis", "diffusers"]
 
 @dataclass(frozen=True)
 class ConversionResult:
-    """What `convert` wrote.
+    """Result of `convert`.
 
     Attributes:
-        path: the file or folder.
+        path: the file or folder written.
         parameters: number of parameters.
     """
 
@@ -29,11 +29,11 @@ class ConversionResult:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What `export` wrote.
+    """Result of `export`.
 
     Attributes:
-        path: the file.
-        weights: which weights they are, in words: averaged or not, of which step.
+        path: the file written.
+        weights: description of the weights: averaged or not, and their training step.
     """
 
     path: Path
@@ -52,17 +52,17 @@ def convert(
     """Write an autoencoder's weights in the layout of another library.
 
     Args:
-        checkpoint: what `AutoEncoderKL.from_checkpoint` takes, or a model.
-        out: compvis: a file to write, .safetensors; diffusers: a folder to make.
-        to: compvis: one file with the original names (latent-diffusion, ComfyUI); diffusers: a
-            folder for `AutoencoderKL.from_pretrained`.
-        dtype: of the weights there.
-        config: a config file or the name of a shipped config; None: as the checkpoint says.
-        ema: take the moving average of the weights, where the checkpoint has one.
+        checkpoint: a checkpoint accepted by `AutoEncoderKL.from_checkpoint`, or a model.
+        out: a new .safetensors file for `compvis`, a new folder for `diffusers`.
+        to: `compvis`: one file with the original key names (latent-diffusion, ComfyUI);
+            `diffusers`: a folder for `AutoencoderKL.from_pretrained`.
+        dtype: data type of the written weights.
+        config: a config file or the name of a shipped config; None: taken from the checkpoint.
+        ema: use the EMA weights if the checkpoint has them.
 
     Raises:
-        ValueError: no autoencoder there, the layout cannot express it, or `out` exists or cannot be
-            written.
+        ValueError: the checkpoint holds no autoencoder, the layout cannot represent it, or `out`
+            exists or cannot be written.
     """
     if to not in get_args(Layout):
         raise ValueError(f"to={to!r}: give one of {', '.join(get_args(Layout))}")
@@ -82,16 +82,16 @@ def export(
     config: str | None = None,
     ema: bool = True,
 ) -> ExportResult:
-    """Write a checkpoint's weights and architecture alone, without optimisers and losses.
+    """Write a checkpoint's weights and architecture, without optimisers and losses.
 
     Args:
-        checkpoint: what `AutoEncoderKL.from_checkpoint` takes, or a model.
-        out: the file to write, .pt.
-        config: a config file or the name of a shipped config; None: as the checkpoint says.
-        ema: take the moving average of the weights, where the checkpoint has one.
+        checkpoint: a checkpoint accepted by `AutoEncoderKL.from_checkpoint`, or a model.
+        out: the .pt file to write.
+        config: a config file or the name of a shipped config; None: taken from the checkpoint.
+        ema: use the EMA weights if the checkpoint has them.
 
     Raises:
-        ValueError: no autoencoder there, or `out` exists or cannot be written.
+        ValueError: the checkpoint holds no autoencoder, or `out` exists or cannot be written.
     """
     out = Path(out)
     if isinstance(checkpoint, AutoEncoderKL):

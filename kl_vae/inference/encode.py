@@ -1,9 +1,9 @@
-"""Encode a data set: into a folder of latents, to measure their statistics, or both.
+"""Encoding of a data set into a latent folder, measurement of latent statistics, or both.
 
-The result is a function of the images and settings alone: not of the number of ranks, nor of
-whether the command was killed and resumed.
+The result depends only on the images and settings, not on the number of ranks or on whether the
+command was killed and resumed.
 
-B batch, n images of a shard, z latent channels, h and w height and width of the latents.
+Shapes: B batch, z latent channels, h and w latent height and width.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ logger = logging.getLogger(__name__)
 
 What = Literal["moments", "sample", "mode"]
 
-_WHOLE = Tiling("whole")  # the last bits of other modes depend on how much memory is free
+_WHOLE = Tiling("whole")  # with other modes, rounding would depend on the free memory
 
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """How images are encoded and what is stored: arguments of `encode_dataset`.
+    """Settings for encoding and storage; see the arguments of `encode_dataset`.
 
     Raises:
-        ValueError: an impossible value.
+        ValueError: a value is invalid.
     """
 
     what: What = "moments"
@@ -84,15 +84,16 @@ class EncodeConfig:
 
 @dataclass(frozen=True)
 class EncodingResult:
-    """What `encode_dataset` did, over all ranks.
+    """Result of `encode_dataset`, over all ranks.
 
     Attributes:
-        images: number of images that were encoded, now or before.
-        skipped: number of images that could not be used; a warning names each.
-        latents: statistics of the raw latents, as `AutoEncoderKL.latents` takes them.
-        index: the content of index.json in `out`; None: latents were not stored.
-        verified: the folder was complete before, and its checksums are right.
-        exported: the weights were written to `statistics`; False: not wanted, or there already.
+        images: number of encoded images, including those of earlier commands.
+        skipped: number of unusable images; a warning names each of them.
+        latents: statistics of the raw latents, for `AutoEncoderKL.latents`.
+        index: the content of index.json in `out`; None if latents were not stored.
+        verified: the folder was already complete, and its checksums are correct.
+        exported: the weights were written to `statistics`; false if not requested or if the file
+            already existed.
     """
 
     images: int
@@ -132,44 +133,45 @@ def encode_dataset(
     compile: bool = False,
     resume: bool = False,
 ) -> EncodingResult:
-    """Encode images into a folder of latents that `kl_vae.data.LatentDataset` reads.
+    """Encode images into a latent folder for `kl_vae.data.LatentDataset`.
 
     Under torchrun all ranks call this and share the work.
 
     Args:
-        checkpoint: what `AutoEncoderKL.from_checkpoint` takes; or a model, which is put into eval
-            mode and else left as it is, on its device (`config`, `ema`, `device`, `fast` and
-            `compile` are about checkpoints).
-        images: folders of images or tar shards, single files, or patterns of them.
-        out: the folder to write; None: the statistics alone are measured.
-        statistics: a file to write: the weights, as `kl_vae.export` writes them, with the
-            statistics of the latents in their config.
-        per_channel: in `statistics` normalise each channel by its own mean and std.
+        checkpoint: a checkpoint accepted by `AutoEncoderKL.from_checkpoint`, or a model. A model
+            is switched to eval mode and stays on its device; `config`, `ema`, `device`, `fast` and
+            `compile` do not apply to it.
+        images: folders of images or tar shards, single files, or glob patterns.
+        out: output folder; None: only measure statistics.
+        statistics: file to write the weights to, as `kl_vae.export` does, with the latent
+            statistics in their config.
+        per_channel: in `statistics`, normalise each channel by its own mean and std.
         what: store moments (mean, then log variance), a sample of the posterior, or its mode.
-        normalize: store what the model's `normalize_latents` gives.
-        flip: encode the mirrored images as well.
-        dtype: of what is stored: fp32, fp16 or bf16.
-        shard_size: images per file.
-        labels: store the images' classes: the label that each comes with, or its first folder.
-        seed: of samples; each also depends on its image's key, and on whether it is mirrored.
-        resize: short side that images are resized to, in pixels; None: the crop.
-        crop: side of the square cut out of the middle; None: the resolution of the model's config.
-        include: patterns of the files of folders to take; none: all.
-        exclude: patterns of the files of folders to leave out.
-        max_pixels: larger images are skipped before they are decoded.
-        batch_size: images that a process encodes at once.
-        num_workers: processes that decode images, for each process that encodes.
-        config: a config file or the name of a shipped config; None: as the checkpoint says.
-        ema: load the moving average of the weights, where the checkpoint has one.
+        normalize: store latents normalised by the model's `normalize_latents`.
+        flip: also encode the horizontally flipped images.
+        dtype: data type of the stored latents: fp32, fp16 or bf16.
+        shard_size: number of images per file.
+        labels: store class labels: the stored label of each image, or its top-level folder.
+        seed: random seed of samples; each sample also depends on the key of its image and on
+            whether the image is flipped.
+        resize: resize the short side of images to this many pixels; None: the crop.
+        crop: side of the centre crop in pixels; None: the resolution in the model's config.
+        include: glob patterns of files in folders to include; empty: all files.
+        exclude: glob patterns of files in folders to exclude.
+        max_pixels: larger images are skipped before decoding.
+        batch_size: number of images that each process encodes at once.
+        num_workers: number of image loading processes per rank.
+        config: a config file or the name of a shipped config; None: taken from the checkpoint.
+        ema: load the EMA weights if the checkpoint has them.
         device: auto, cuda, cuda:N, mps or cpu.
-        precision: of the encoder: fp32, bf16 or fp16.
+        precision: precision of the encoder: fp32, bf16 or fp16.
         fast: auto, exact or off; see `accelerate_as`.
         compile: use `torch.compile`.
-        resume: continue what is unfinished in `out`, or verify and repair what is complete.
+        resume: continue an unfinished folder `out`, or verify and repair a complete one.
 
     Raises:
-        ValueError: an argument is impossible or the images cannot be used; finished shards are kept
-            for `resume`.
+        ValueError: an argument is invalid or the images are unusable; finished shards are kept for
+            `resume`.
         RunError: a rank or a data worker was lost.
     """
     settings = EncodeConfig(
@@ -194,7 +196,7 @@ def encode_dataset(
         resize = crop if resize is None else resize
         check_size(crop, model.downsampling_factor, "crop")
         check_crop_fits(resize, crop)
-        # listed once, so that all ranks share out the same images
+        # list the files once, so that all ranks divide the same images
         channels = model.config.in_channels
         source, _ = ranks.on_rank_zero(
             lambda: open_sources(as_roots(images), channels, include, exclude, max_pixels)
@@ -219,28 +221,28 @@ def encode_dataset(
 
 
 def _check_new(path: Path, resume: bool) -> None:
-    """Raise ValueError unless a new file can be made: hours may pass before it is written."""
+    """Raise ValueError unless a new file can be created at `path`, before hours of encoding."""
     if path.exists() and not resume:
-        raise ValueError(f"statistics={path}: exists; name a file that does not")
+        raise ValueError(f"statistics={path}: already exists; give a new file")
     if not path.parent.is_dir():
         raise ValueError(f"statistics={path}: no such folder: {path.parent}; create it")
 
 
 def check_size(size: int, factor: int, name: str = "size") -> None:
-    """Raise ValueError unless the side of an image is a multiple of `factor` (f)."""
+    """Raise ValueError unless the image size `size` is a multiple of `factor` (f)."""
     if size < 1 or size % factor:
         nearest = max(1, round(size / factor)) * factor
         raise ValueError(f"{name}={size}: must be a multiple of {factor}; give {nearest}")
 
 
 def _export(model: AutoEncoderKL, path: Path, result: EncodingResult) -> EncodingResult:
-    if path.exists():  # only with `resume`: the same command has written it before
+    if path.exists():  # only with `resume`: written by an earlier run of the same command
         return result
     tensors = {key: x.cpu() for key, x in model.without_loss().state_dict().items()}
     try:
         write_export(path, tensors, {**model.params, "latents": dataclasses.asdict(result.latents)})
     except ValueError:
-        logger.error("statistics that were measured and could not be written: %s", result.latents)
+        logger.error("could not write the measured statistics: %s", result.latents)
         raise
     return dataclasses.replace(result, exported=True)
 
@@ -252,12 +254,12 @@ def measure_latents(
     ranks: Ranks,
     per_channel: bool = False,
 ) -> EncodingResult:
-    """Measure the statistics of a data set's latents, which are not kept.
+    """Measure the latent statistics of a data set without storing its latents.
 
     Raises:
-        ValueError: moments are not finite, the memory does not suffice, or no image can be used.
+        ValueError: moments are not finite, the device runs out of memory, or no image is usable.
     """
-    # units of one batch, of which nothing is stored that a dtype could not hold
+    # one batch per unit; fp32 cannot overflow
     config = dataclasses.replace(config, what="mode", normalize=False, flip=False, dtype="fp32")
     units = units_of(len(dataset), config.batch_size)[ranks.rank :: ranks.world_size]
     moments, images, skipped = RunningMoments.empty(model.latent_channels), 0, 0
@@ -265,9 +267,9 @@ def measure_latents(
         moments = moments.merge(shard.moments)
         images += len(shard.positions)
         skipped += len(shard.bad)
-    of_ranks = ranks.gather((moments, images, skipped))
-    moments = functools.reduce(RunningMoments.merge, (moments for moments, _, _ in of_ranks))
-    images, skipped = (sum(counts) for counts in list(zip(*of_ranks, strict=True))[1:])
+    gathered = ranks.gather((moments, images, skipped))
+    moments = functools.reduce(RunningMoments.merge, (moments for moments, _, _ in gathered))
+    images, skipped = (sum(counts) for counts in list(zip(*gathered, strict=True))[1:])
     if not images:
         raise nothing_usable(skipped)
     return EncodingResult(images, skipped, latent_normalization(moments, per_channel))
@@ -284,27 +286,27 @@ def encode_folder(
     per_channel: bool = False,
     resume: bool = False,
 ) -> EncodingResult:
-    """Encode a data set into a folder of latents; all ranks call this.
+    """Encode a data set into a latent folder; all ranks must call this.
 
     Args:
-        model: in eval mode.
-        dataset: the images, with nothing drawn at random.
-        out: the folder, which is created.
-        config: how.
-        ranks: they share the work.
-        checkpoint: the name of the model in the index.
-        per_channel: of the result's `latents`.
-        resume: continue what is there, or verify what is complete.
+        model: the autoencoder, in eval mode.
+        dataset: the images, without random augmentation.
+        out: the folder, which is created if necessary.
+        config: settings for encoding and storage.
+        ranks: the ranks that share the work.
+        checkpoint: name of the model, stored in the index.
+        per_channel: `per_channel` of the result's `latents`.
+        resume: continue an unfinished folder, or verify a complete one.
 
     Raises:
-        ValueError: as `LatentFolder` and `encode_units`; a label or the scale of the latents is
-            missing; safetensors is not installed.
+        ValueError: see `LatentFolder` and `encode_units`; or a label or the scale of the latents
+            is missing, or safetensors is not installed.
     """
-    safetensors_bytes({}, {})  # an error now rather than after the first shard
+    safetensors_bytes({}, {})  # raises if safetensors is not installed
     if config.normalize and model.latents is None:
         raise ValueError(
-            "normalize: the scale of this model's latents is not known; measure it with "
-            "kl-vae encode --statistics FILE and give that FILE as the checkpoint, or store raw "
+            "normalize: the scale of this model's latents is unknown; measure it with "
+            "kl-vae encode --statistics FILE and use that FILE as the checkpoint, or store raw "
             "latents"
         )
     labels = ranks.on_rank_zero(lambda: class_labels(dataset.source) if config.labels else None)
@@ -322,9 +324,9 @@ def encode_folder(
 def latent_settings(
     model: AutoEncoderKL, dataset: ImageDataset, config: EncodeConfig, labels: Labels | None
 ) -> LatentSettings:
-    """Return all that the latents of a data set depend on, but for the batch size and device.
+    """Return all settings that the latents of a data set depend on.
 
-    Those two change the last bits only.
+    Batch size and device are not included, since they only affect rounding.
     """
     return LatentSettings(
         what=config.what,
@@ -347,17 +349,17 @@ def latent_settings(
 
 
 def weights_sha256(model: AutoEncoderKL) -> str:
-    """Return 64 hex digits of the names, shapes and bits of a model's tensors, without its loss."""
+    """Return the SHA-256 of the names, shapes and values of a model's tensors, without its loss."""
     digest = hashlib.sha256()
     for key, x in sorted(model.without_loss().state_dict().items()):
         digest.update(f"{key} {x.dtype} {list(x.shape)}\n".encode())
-        # as bytes: NumPy has no bf16
+        # viewed as bytes, since NumPy has no bf16
         digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 class _Batches(Sampler[list[Key]]):
-    """The batches of units; none has images of two units."""
+    """Sampler of batches that never span two units."""
 
     def __init__(self, units: Sequence[range], batch_size: int) -> None:
         self._units = units
@@ -379,18 +381,18 @@ def encode_units(
     config: EncodeConfig,
     ranks: Ranks,
 ) -> Iterator[EncodedShard]:
-    """Encode ranges of a data set's images in their order, with a progress bar on rank 0.
+    """Encode units of a data set in order, with a progress bar on rank 0.
 
-    Images are decoded ahead, also those of the next units.
+    Image files are decoded ahead, across units.
 
     Raises:
-        ValueError: as `encode_images` and `stored_latents`.
+        ValueError: see `encode_images` and `stored_latents`.
     """
     if not units:
         return
     batches = _Batches(units, config.batch_size)
     pin_memory = ranks.device.type == "cuda"
-    # no time-out: a slow disk is waited for
+    # no timeout, since disks may be slow
     loader = batch_loader(dataset, batches, config.num_workers, pin_memory, timeout_seconds=0)
     loaded = iter(loader)
     with show_progress(sum(map(len, units)), ranks) as update:
@@ -416,7 +418,7 @@ def _encode_batch(
     batch: Batch,
     config: EncodeConfig,
 ) -> None:
-    """Encode a batch of usable images, and add it to the shard."""
+    """Encode a batch of usable images, and append it to the shard."""
     positions = batch.positions.tolist()
     keys = [dataset.source.key(i) for i in positions]
     posterior = encode_images(model, batch.images, config.precision, _WHOLE, batch.names)
@@ -437,21 +439,21 @@ def stored_latents(
     names: Sequence[str],
     view: str,
 ) -> Tensor:
-    """Compute what is stored of the posteriors of B images: [B, z, h, w] or [B, 2z, h, w], on CPU.
+    """Convert posteriors to the stored latents, [B, z, h, w] or [B, 2z, h, w], on the CPU.
 
-    Normalised moments are those of the normalised latents: the log variance is shifted by
+    Normalised moments are the moments of the normalised latents: the log variance is shifted by
     2 log(scale).
 
     Args:
-        model: the model that made the posteriors.
-        posterior: of B images.
-        config: what is stored.
-        keys: of the B images; samples depend on seed, key and view.
-        names: of the B images, for errors.
+        model: the model that computed the posteriors.
+        posterior: posteriors of B images.
+        config: settings for storage.
+        keys: keys of the B images; samples depend on seed, key and view.
+        names: names of the B images, used in errors.
         view: latents or flipped.
 
     Raises:
-        ValueError: a value is beyond the range of the dtype.
+        ValueError: a value is out of range for the dtype.
     """
     latents = posterior.mode()
     if config.what == "sample":
@@ -467,8 +469,8 @@ def stored_latents(
     if not all(finite):
         bad = finite.index(False)
         raise ValueError(
-            f"{names[bad]}: has a latent of {latents[bad].abs().max().item():.6g}, beyond what "
-            f"{config.dtype} holds; give --dtype bf16 or fp32"
+            f"{names[bad]}: a latent of {latents[bad].abs().max().item():.6g} is out of range for "
+            f"{config.dtype}; give --dtype bf16 or fp32"
         )
     return stored
 
@@ -478,7 +480,7 @@ def _stored_logvar(
 ) -> Tensor:
     if not normalized:
         return posterior.parameters.chunk(2, dim=1)[1]  # not clamped
-    # std of raw latents, [1, z, h, w]; in float64, so that a large shift costs no precision
+    # std of raw latents, [1, z, h, w]; in float64, so that a large shift does not lose precision
     one = torch.ones(posterior.mean.shape[1:], dtype=torch.float64)[None]
     std = model.denormalize_latents(one) - model.denormalize_latents(torch.zeros_like(one))
     return posterior.logvar - 2.0 * std.log().to(posterior.logvar)

@@ -1,6 +1,6 @@
-"""Measure autoencoders, one or several side by side, by how well they reconstruct images.
+"""Evaluation of one or several autoencoders by reconstruction metrics.
 
-B batch, C channels, H and W the images' height and width, d Inception's features.
+Shapes: B batch, C channels, H and W image height and width, d Inception features.
 """
 
 from __future__ import annotations
@@ -62,20 +62,20 @@ from kl_vae.visual.image_files import as_saved
 logger = logging.getLogger(__name__)
 
 METRICS = ("psnr", "ssim", "ms_ssim", "lpips", "rfid")
-IN_COLOUR = ("lpips", "rfid")  # of networks that were trained on RGB
+IN_COLOUR = ("lpips", "rfid")  # metrics of networks that were trained on RGB images
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """The metrics of an evaluation, and which part of the images they are of.
+    """Settings of an evaluation.
 
     Attributes:
-        resize: short side that images are resized to first, in pixels; None: as they are.
-        crop: side of the square that is then cut out of the middle; None: the whole image.
-        mode: decode the posterior's `mode`, or a `sample` of it.
-        seed: of the samples; each also depends on its image's path.
+        resize: resize the short side of images to this many pixels; None: no resizing.
+        crop: side of the centre crop in pixels, after resizing; None: no crop.
+        mode: decode the `mode` of the posterior, or a `sample` from it.
+        seed: random seed of samples; each sample also depends on the key of its image.
         precision: fp32, bf16 or fp16.
-        metrics: some of psnr, ssim, ms_ssim, lpips and rfid.
+        metrics: any of psnr, ssim, ms_ssim, lpips and rfid.
     """
 
     resize: int | None
@@ -88,14 +88,14 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What `evaluate` measured, over all ranks.
+    """Result of `evaluate`, over all ranks.
 
     Attributes:
-        models: of each checkpoint, in their order.
-        count: number of images that were measured.
-        skipped: path and reason of each image that could not be used; a warning names each.
-        folder: the output folder; None: nothing was written.
-        lpips_net: the network of LPIPS; None: it was not measured.
+        models: results of the checkpoints, in the given order.
+        count: number of evaluated images.
+        skipped: path and reason of each unusable image; a warning names each of them.
+        folder: the output folder; None if nothing was written.
+        lpips_net: the network of LPIPS; None if LPIPS was not measured.
     """
 
     models: tuple[Evaluation, ...]
@@ -105,7 +105,7 @@ class EvaluationResult:
     lpips_net: str | None
 
     def table(self) -> str:
-        """Return a table for a terminal: a column for each model, a row for each metric."""
+        """Format the results for the terminal: one column per model, one row per metric."""
         rows = rows_of(self.models, self.lpips_net or "")
         return as_text([model.name for model in self.models], rows)
 
@@ -139,62 +139,65 @@ def evaluate(
     fid_weights: str | Path | None = None,
     resume: bool = False,
 ) -> EvaluationResult:
-    """Measure checkpoints on images: reconstruction metrics, KL and statistics of the latents.
+    """Evaluate checkpoints on images: reconstruction metrics, KL and latent statistics.
 
     Under torchrun all ranks call this and share the work.
 
     Args:
-        checkpoints: each what `AutoEncoderKL.from_checkpoint` takes; or models on one device, which
-            are put into eval mode and else left as they are (`configs`, `ema`, `device`, `fast` and
-            `compile` are about checkpoints).
-        images: folders of images or tar shards, single files, or patterns of them.
-        out: the folder to write results.md, results.json and per_image.csv to; None: nothing is
-            written, which ranks on several machines cannot do.
-        names: of the checkpoints in the results; None: what differs in their paths.
-        metrics: some of psnr, ssim, ms_ssim, lpips and rfid; KL and latents always are measured.
-        resize: short side that images are resized to first, in pixels; None: the crop.
-        crop: side of the square that is then cut out of the middle; None: the models' resolution.
-        whole: measure whole images of any size, without a crop.
-        include: patterns of the files of folders to take; none: all.
-        exclude: patterns of the files of folders to leave out.
-        max_pixels: larger images are skipped before they are decoded.
-        mode: decode the posterior's mode, or a sample of it.
-        seed: of the samples; each also depends on its image's key.
-        batch_size: images that a process encodes at once.
-        num_workers: processes that decode images, for each process that encodes.
-        configs: a config file or the name of a shipped config, one for all checkpoints or one each;
-            None: as the checkpoint says.
-        ema: load the moving average of the weights, where a checkpoint has one.
+        checkpoints: one or several checkpoints accepted by `AutoEncoderKL.from_checkpoint`, or
+            models on one device. Models are switched to eval mode; `configs`, `ema`, `device`,
+            `fast` and `compile` do not apply to them.
+        images: folders of images or tar shards, single files, or glob patterns.
+        out: output folder for results.md, results.json and per_image.csv; None: write no files,
+            which is not supported for ranks on several machines.
+        names: names of the checkpoints in the results; None: the parts in which their paths differ.
+        metrics: any of psnr, ssim, ms_ssim, lpips and rfid; KL and latent statistics are always
+            measured.
+        resize: resize the short side of images to this many pixels; None: the crop.
+        crop: side of the centre crop in pixels, after resizing; None: the models' resolution.
+        whole: evaluate whole images of any size, without a crop.
+        include: glob patterns of files in folders to include; empty: all files.
+        exclude: glob patterns of files in folders to exclude.
+        max_pixels: larger images are skipped before decoding.
+        mode: decode the mode of the posterior, or a sample from it.
+        seed: random seed of samples; each sample also depends on the key of its image.
+        batch_size: number of images that each process encodes at once.
+        num_workers: number of image loading processes per rank.
+        configs: a config file or the name of a shipped config, either one for all checkpoints or
+            one per checkpoint; None: taken from the checkpoint.
+        ema: load the EMA weights if a checkpoint has them.
         device: auto, cuda, cuda:N, mps or cpu.
-        precision: fp32, bf16 or fp16; what is not finite is computed again in fp32.
+        precision: fp32, bf16 or fp16; non-finite results are recomputed in fp32.
         fast: auto, exact or off; see `accelerate_as`.
         compile: use `torch.compile`.
-        lpips_net: the network of LPIPS: vgg, alex or squeeze.
-        lpips_features: file of its weights; None: torchvision's, downloaded once.
-        lpips_heads: file of its linear heads; None: the published ones, downloaded once.
-        fid_weights: file of the weights of rfid's network; None: downloaded once.
-        resume: continue what is unfinished in `out`.
+        lpips_net: network of LPIPS: vgg, alex or squeeze.
+        lpips_features: weights file of the LPIPS network; None: the torchvision weights,
+            downloaded once.
+        lpips_heads: weights file of the LPIPS linear heads; None: the published ones, downloaded
+            once.
+        fid_weights: weights file of the Inception network; None: downloaded once.
+        resume: continue unfinished work in `out`.
 
     Raises:
-        ValueError: an argument is impossible or the images cannot be used; what was measured is
-            kept in `out` for `resume`.
+        ValueError: an argument is invalid or the images are unusable; finished units are kept in
+            `out` for `resume`.
         RunError: a rank or a data worker was lost.
     """
     given: list[Checkpoint]
     given = [checkpoints] if isinstance(checkpoints, Checkpoint) else list(checkpoints)
     names = _column_names(given, names)
-    configs = _one_each(configs, len(given))
+    configs = _broadcast_configs(configs, len(given))
     roots = as_roots(images)
     for metric in metrics:
         if metric not in METRICS:
-            raise ValueError(f"metrics: {metric!r}: give some of {', '.join(METRICS)}")
+            raise ValueError(f"metrics: {metric!r} is unknown; give any of {', '.join(METRICS)}")
     with connect_ranks(given, device) as ranks, ExitStack() as stack:
-        # weights that are missing are noticed first
+        # load the metric networks first, so that missing weights fail early
         lpips = inception = None
         if "lpips" in metrics:
             lpips = load_lpips(lpips_net, lpips_features, lpips_heads, ranks.device)
         if "rfid" in metrics:
-            # first on one rank: the others find what it downloaded, or download it on their machine
+            # rank 0 downloads first; ranks on other machines download their own copy
             ranks.on_rank_zero(lambda: find_inception(fid_weights))
             inception = load_inception(find_inception(fid_weights), ranks.device)
         models = [
@@ -212,10 +215,10 @@ def evaluate(
             if folder is not None:
                 check_output_folder(folder, folders)
                 check_outputs(folder, FILES, source.files, earlier=RESULTS)
-            _ = source.fingerprint  # goes to the other ranks with it
+            _ = source.fingerprint  # cached, so that it is sent to the other ranks
             return source
 
-        source = ranks.on_rank_zero(open_images)  # once, so that the ranks share out the same list
+        source = ranks.on_rank_zero(open_images)  # once, so that all ranks divide the same images
         evaluator = Evaluator(models, names, source, settings, batch_size, lpips, inception)
         networks: dict[str, Any] = {}
         if lpips is not None:
@@ -223,7 +226,7 @@ def evaluate(
             networks["lpips"] = [lpips_net, *files]
         if inception is not None:
             networks["rfid"] = [None if fid_weights is None else str(fid_weights)]
-        # all that the metrics depend on, but for rounding: devices and batch sizes may change
+        # everything the metrics depend on; device and batch size only affect rounding
         identity = {
             "command": "evaluate",
             "checkpoints": [
@@ -238,7 +241,7 @@ def evaluate(
         units = units_of(len(source), unit_size(len(source)))
         progress = Progress(folder or _temporary_folder(ranks, stack), identity, resume, ranks)
         _measure(evaluator, settings, source, units, progress, ranks, num_workers)
-        ranks.gather(None)  # all units are done
+        ranks.gather(None)  # wait until all units are finished
 
         def finish() -> EvaluationResult:
             skipped = skipped_images(progress.read(len(units)), source)
@@ -301,7 +304,7 @@ def evaluate(
 
 
 def _temporary_folder(ranks: Ranks, stack: ExitStack) -> Path:
-    """Make a folder for the records of ranks of one machine; it goes with `stack`."""
+    """Create a folder for the records of all ranks on one machine, removed with `stack`."""
     return Path(
         ranks.on_rank_zero(
             lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="kl_vae-"))
@@ -309,11 +312,12 @@ def _temporary_folder(ranks: Ranks, stack: ExitStack) -> Path:
     )
 
 
-def _one_each(configs: str | None | Sequence[str | None], number: int) -> list[str | None]:
+def _broadcast_configs(configs: str | None | Sequence[str | None], number: int) -> list[str | None]:
     configs = [configs] if configs is None or isinstance(configs, str) else list(configs)
     if len(configs) not in (1, number):
         raise ValueError(
-            f"configs: {len(configs)} for {number} checkpoints; give one for all, or one each"
+            f"configs: {len(configs)} for {number} checkpoints; give one for all checkpoints, or "
+            "one per checkpoint"
         )
     return configs * number if len(configs) == 1 else configs
 
@@ -327,7 +331,7 @@ def _measure(
     ranks: Ranks,
     num_workers: int,
 ) -> None:
-    """Do this rank's units."""
+    """Evaluate this rank's units."""
     loading = loaded_units(
         source,
         units,
@@ -365,54 +369,55 @@ def choose_size(
     crop: int | None,
     whole: bool,
 ) -> tuple[int | None, int | None]:
-    """Choose what images are resized to and what is cut out: by default the models' resolution.
+    """Return the resize and crop sizes, by default the resolution of the models.
 
     Args:
-        models: that are to be compared.
-        names: of them.
-        resize: as asked for; None: to the crop.
-        crop: as asked for; None: the resolution.
-        whole: neither, but for a resize that is asked for.
+        models: models to compare.
+        names: names of the models.
+        resize: requested resize; None: the crop.
+        crop: requested crop; None: the resolution of the models.
+        whole: use whole images, resized only if `resize` is given.
 
     Raises:
-        ValueError: models that cannot be compared, or sizes that exclude each other.
+        ValueError: the models cannot be compared, or the sizes contradict each other.
     """
-    _check_alike("in_channels", models, names, "give checkpoints for the same kind of images")
+    _check_equal("in_channels", models, names, "give checkpoints with equal in_channels")
     if whole and crop is not None:
-        raise ValueError(f"crop={crop}: whole images have none; give crop or whole")
+        raise ValueError(f"crop={crop}: whole images are not cropped; give either crop or whole")
     if whole:
         return resize, None
     if crop is None:
-        _check_alike("resolution", models, names, "give crop for all of them, or whole")
+        _check_equal("resolution", models, names, "give crop, or whole")
         crop = models[0].config.resolution
     check_crop_fits(crop if resize is None else resize, crop)
     return resize or crop, crop
 
 
-def _check_alike(key: str, models: Sequence[AutoEncoderKL], names: Sequence[str], fix: str) -> None:
+def _check_equal(key: str, models: Sequence[AutoEncoderKL], names: Sequence[str], fix: str) -> None:
     values = [getattr(model.config, key) for model in models]
     for name, value in zip(names, values, strict=True):
         if value != values[0]:
-            raise ValueError(f"{key}={values[0]} of {names[0]} and {value} of {name}: {fix}")
+            raise ValueError(f"{key}={values[0]} of {names[0]} and {value} of {name} differ; {fix}")
 
 
 def _column_names(checkpoints: Sequence[Checkpoint], names: Sequence[str] | None) -> list[str]:
-    """Return the given names of checkpoints, or their short ones, no two alike.
+    """Return the given names of checkpoints or, if None, their `short_names`.
 
     Raises:
-        ValueError: not one for each, one without letters, or two alike.
+        ValueError: the number of names is wrong, or a name is unprintable or a duplicate.
     """
     chosen = short_names([*map(_path_of, checkpoints)]) if names is None else list(names)
     if len(chosen) != len(checkpoints):
         raise ValueError(
-            f"names: {len(chosen)} for {len(checkpoints)} checkpoints; give one for each"
+            f"names: {len(chosen)} for {len(checkpoints)} checkpoints; give one for each checkpoint"
         )
     for i, name in enumerate(chosen):
         if not name.strip() or not name.isprintable():
-            raise ValueError(f"names: {name!r} cannot head a column; give printable letters")
+            raise ValueError(f"names: {name!r} is not printable; give printable characters")
         if name in chosen[:i]:
             raise ValueError(
-                f"two checkpoints are called {name}; give names, one for each, or leave one out"
+                f"two checkpoints are named {name}; give names, one for each checkpoint, or remove "
+                "one"
             )
     return chosen
 
@@ -422,10 +427,10 @@ def _path_of(checkpoint: Checkpoint) -> str:
 
 
 def short_names(checkpoints: Sequence[str]) -> list[str]:
-    """Return each checkpoint by that part of its path in which it differs from the others.
+    """Return the part of each checkpoint's path that differs between the checkpoints.
 
-    `runs/a/checkpoints/last.pt` and `runs/b/checkpoints/last.pt` are `a` and `b`; one alone is
-    its file's or folder's name. Suffixes that all have are left out.
+    For `runs/a/checkpoints/last.pt` and `runs/b/checkpoints/last.pt` these are `a` and `b`. The
+    name of a single checkpoint is its file or folder name. A common suffix is removed.
     """
     paths = [_parts(checkpoint) for checkpoint in checkpoints]
     while _all_agree(paths, 0):
@@ -434,7 +439,7 @@ def short_names(checkpoints: Sequence[str]) -> list[str]:
         paths = [path[:-1] for path in paths]
     names = ["/".join(path) for path in paths]
     suffixes = {os.path.splitext(name)[1] for name in names}
-    # of a number, such as that of version-1.5, it is no suffix
+    # a numeric suffix, as in version-1.5, is part of the name
     if len(suffixes) == 1 and (suffix := suffixes.pop())[1:].isalpha():
         names = [name.removesuffix(suffix) for name in names]
     return names
@@ -446,24 +451,24 @@ def _parts(checkpoint: str) -> list[str]:
 
 
 def _all_agree(paths: list[list[str]], position: int) -> bool:
-    """Whether one part is the same in all of them, and none would be left empty without it."""
+    """Return whether all paths share this part and have other parts."""
     return min(map(len, paths)) > 1 and len({path[position] for path in paths}) == 1
 
 
 class Evaluator:
-    """Measures units of images; what a unit gives depends on no other.
+    """Evaluator of units of images; the result of a unit does not depend on other units.
 
     Args:
-        models: on one device, in eval mode, of images with the same number of channels.
-        names: what they are called.
-        source: of the images.
-        config: what is measured.
-        batch_size: images of one size that are encoded at once.
-        lpips: what `load_lpips` gives, where it is among the metrics.
-        inception: what `load_inception` gives, where rfid is among them.
+        models: models on one device, in eval mode, with equal in_channels.
+        names: names of the models.
+        source: source of the images.
+        config: settings of the evaluation.
+        batch_size: number of images of equal size that are encoded at once.
+        lpips: result of `load_lpips` if lpips is among the metrics.
+        inception: result of `load_inception` if rfid is among the metrics.
 
     Raises:
-        ValueError: the images have no colours, and a metric needs them.
+        ValueError: a metric needs RGB images, and the images cannot be converted.
     """
 
     def __init__(
@@ -479,8 +484,8 @@ class Evaluator:
         for metric in IN_COLOUR:
             if metric in config.metrics and source.channels not in (1, 3, 4):
                 raise ValueError(
-                    f"{metric}: images of {source.channels} channels have no colours for its "
-                    "network to see; leave it out of metrics"
+                    f"{metric}: its network needs RGB, and images of {source.channels} channels "
+                    f"cannot be converted; remove {metric} from metrics"
                 )
         self._models = list(zip(models, names, strict=True))
         self._source = source
@@ -491,18 +496,18 @@ class Evaluator:
 
     @torch.inference_mode()
     def unit(self, images: Iterable[LoadedImage]) -> tuple[Record, Tensor | None]:
-        """Measure the images of a unit.
+        """Evaluate the images of a unit.
 
         Returns:
-            The record, and where they are asked for the features of the images and of each model's
-            reconstructions, [1 + models, images, d].
+            The record; and, if rfid is requested, the Inception features of the images and of each
+            model's reconstructions, [1 + models, images, d].
 
         Raises:
-            ValueError: a reconstruction has NaN or infinity, also in fp32.
+            ValueError: a reconstruction contains NaN or infinity in fp32.
         """
         sizes: list[list[int]] = []
         skipped: list[tuple[int, str]] = []
-        measured = [ModelRecord(model.latent_channels) for model, _ in self._models]
+        model_records = [ModelRecord(model.latent_channels) for model, _ in self._models]
         features = []
         device = next(self._models[0][0].parameters()).device
         usable = _usable(images, skipped)
@@ -510,21 +515,21 @@ class Evaluator:
         for batch in batches:
             indices, x = [index for index, _ in batch], torch.stack([image for _, image in batch])
             sizes += [[index, *x.shape[2:]] for index in indices]
-            pictures = [_as_saved(x.to(device))]
-            for (model, name), of_model in zip(self._models, measured, strict=True):
+            saved = [_as_saved(x.to(device))]
+            for (model, name), model_record in zip(self._models, model_records, strict=True):
                 posterior, decoded = self._autoencode(model, name, indices, x)
-                pictures.append(_as_saved(decoded.to(device)))
-                of_model.add(posterior, self._metrics(pictures[0], pictures[-1]))
+                saved.append(_as_saved(decoded.to(device)))
+                model_record.add(posterior, self._metrics(saved[0], saved[-1]))
             if self._inception is not None:
-                features.append(torch.stack([self._inception(_rgb(x)) for x in pictures]))
-        models = [of_model.values() for of_model in measured]
+                features.append(torch.stack([self._inception(_rgb(x)) for x in saved]))
+        models = [model_record.values() for model_record in model_records]
         record = {"images": sizes, "skipped": skipped, "models": models}
         return record, torch.cat(features, 1) if features else None
 
     def _autoencode(
         self, model: AutoEncoderKL, name: str, indices: Sequence[int], x: Tensor
     ) -> tuple[DiagonalGaussianDistribution, Tensor]:
-        """The posteriors of [B, C, H, W], and what they are decoded to, as large."""
+        """Encode and decode images x [B, C, H, W]; return the posterior and the reconstructions."""
         config, source = self._config, self._source
         tiling = Tiling("auto" if config.crop is None else "whole")
         names = [f"{name}: {source.name(index)}" for index in indices]
@@ -540,12 +545,12 @@ class Evaluator:
         return posterior, decoded[:, :, : x.shape[2], : x.shape[3]]
 
     def _metrics(self, before: Tensor, after: Tensor) -> dict[str, Tensor]:
-        """[B] of each metric, for pictures [B, C, H, W] as files hold them."""
+        """Compute metrics, [B] each, between images [B, C, H, W] as returned by `as_saved`."""
         data_range = (0.0, 255.0 if before.dtype == torch.uint8 else 1.0)
         metrics = {}
         if before.shape[2] * before.shape[3] > MEASURED_ON_DEVICE:
             before, after = before.cpu(), after.cpu()
-        # PSNR follows from the MSE, which is finite also where both are the same
+        # PSNR is computed from the MSE, which is finite also for identical images
         measures = {"psnr": ("mse", mse), "ssim": ("ssim", ssim), "ms_ssim": ("ms_ssim", ms_ssim)}
         for metric, (key, measure) in measures.items():
             if metric in self._config.metrics:
@@ -569,10 +574,10 @@ def _size_of(image: Tensor) -> tuple[int, int]:
 
 
 def _as_saved(x: Tensor) -> Tensor:
-    """[B, C, H, W] in [-1, 1] as files hold it: see `as_saved`."""
+    """Apply `as_saved` to each image of a batch [B, C, H, W] in [-1, 1]."""
     return torch.stack([as_saved(image) for image in x])
 
 
-def _rgb(pictures: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, 3, H, W]: grey three times, or without transparency."""
-    return pictures.expand(-1, 3, -1, -1) if pictures.shape[1] == 1 else pictures[:, :3]
+def _rgb(saved: Tensor) -> Tensor:
+    """Convert [B, C, H, W] to RGB [B, 3, H, W]: repeat grey, or drop the alpha channel."""
+    return saved.expand(-1, 3, -1, -1) if saved.shape[1] == 1 else saved[:, :3]

@@ -1,15 +1,16 @@
-"""What an evaluation records, what the records come to, and the files that hold it.
+"""Evaluation records, their aggregation, and the report files.
 
-A record is of a unit of images, plain values: `images`, [index, height, width] of each; `skipped`,
-[index, reason]; and for each of `models` its `figures`, lists of one value per image (None: it has
-none), and as `RunningMoments` its `latents`, of samples of the posteriors, and their `means`.
+A record holds the results of one unit of images as plain values: `images`, a list of
+[index, height, width]; `skipped`, a list of [index, reason]; and `models`. Each model has
+`figures`, a list of one value per image for each metric (None: undefined), and, as
+`RunningMoments` values, `latents` (of posterior samples) and `means` (of posterior means).
 
-results.md has a table of all models, results.json all numbers with their `DEFINITIONS`, and
+results.md contains a table of all models, results.json all values and their `DEFINITIONS`, and
 per_image.csv one line per image and model: `checkpoint, path, width, height`, then the metrics.
-Width and height are those after resize and crop. psnr is `inf` where the reconstruction is exact; a
-metric that an image does not have is empty.
+Width and height are measured after resize and crop. psnr is `inf` for an exact reconstruction;
+an undefined metric is an empty cell.
 
-n images, d features of each.
+Shapes: n images, d features per image.
 """
 
 from __future__ import annotations
@@ -40,85 +41,86 @@ from kl_vae.runtime.outputs import make_folder, replace_file
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
-Rows = list[tuple[str, list[str]]]  # of a table: a label, and a cell for each model
+Rows = list[tuple[str, list[str]]]  # table rows: a label, and one cell per model
 
 TABLE, RESULTS, PER_IMAGE = "results.md", "results.json", "per_image.csv"
 FILES = (TABLE, RESULTS, PER_IMAGE)
 
-# the metrics of an image in the order of the table: label, digits
+# per-image metrics in table order: label, number of digits
 IMAGE_METRICS = {
     "psnr": ("PSNR (dB)", 2),
     "ssim": ("SSIM", 4),
     "ms_ssim": ("MS-SSIM", 4),
     "lpips": ("LPIPS", 4),
-    "kl_nats": ("KL (nats an image)", 1),
-    "kl_bits_per_pixel": ("KL (bits a pixel)", 4),
+    "kl_nats": ("KL (nats per image)", 1),
+    "kl_bits_per_pixel": ("KL (bits per pixel)", 4),
 }
 ACTIVE_VARIANCE = 0.01
-_FEW_IMAGES = 10_000  # of 2048 features; published figures are of 5,000 to 50,000
+_FEW_IMAGES = 10_000  # for 2048 features; published values use 5,000 to 50,000 images
 
 DEFINITIONS = {
-    "compared": "the reconstruction as a picture file would hold it, rounded to 8 bits and clamped "
-    "to [0, 255], with the image after resize and crop in 8 bits; images of other than 1, 3 or 4 "
-    "channels as float32 in [0, 1]. A whole image whose side is no multiple of f is continued to "
-    "one by repeating its edge, which is cut off again",
-    "mean": "over the images that have the figure (`number`; the others are `left_out`); "
-    "`standard_error` is that of this mean, the images' standard deviation (n - 1) over sqrt(n)",
-    "psnr": "10 log10(255^2 / MSE) of each image in dB, the MSE over all pixels and channels; an "
-    "exact reconstruction has none",
-    "psnr_of_mean_mse": "10 log10(255^2 / MSE) in dB of the mean of the images' MSE: by Jensen's "
-    "inequality never above the mean of psnr",
+    "compared": "the reconstruction rounded to 8 bits and clamped to [0, 255], as in an image "
+    "file, against the 8-bit image after resize and crop; images that do not have 1, 3 or 4 "
+    "channels as float32 in [0, 1]. A whole image whose sides are not multiples of f is padded by "
+    "repeating its edges, and the reconstruction is cropped to the original size",
+    "mean": "over the images for which the metric is defined (`number`; all other images are "
+    "counted in `left_out`); `standard_error` is the standard error of this mean, the sample "
+    "standard deviation (n - 1) divided by sqrt(n)",
+    "psnr": "10 log10(255^2 / MSE) of each image in dB, the MSE over all pixels and channels; "
+    "undefined for an exact reconstruction",
+    "psnr_of_mean_mse": "10 log10(255^2 / MSE) in dB, with the mean MSE over all images; by "
+    "Jensen's inequality at most the mean of psnr",
     "ssim": "Wang et al. 2004: Gaussian window 11 x 11, sigma 1.5, K1 0.01, K2 0.03, population "
-    "variances, range 255, windows inside the image, mean over windows and channels (RGB as it "
-    f"is); none below {WINDOW} pixels a side. As scikit-image's with gaussian_weights=True, "
-    "use_sample_covariance=False",
-    "ms_ssim": "Wang et al. 2003: SSIM's window and constants, five scales of 2 x 2 means, weights "
-    "0.0448, 0.2856, 0.3001, 0.2363, 0.1333, range 255, negative terms count as 0; none below "
-    f"{MS_SSIM_SIDE} pixels a side. As torchmetrics' MultiScaleStructuralSimilarityIndexMeasure "
-    "with its defaults",
-    "lpips": "Zhang et al. 2018, version 0.1 with linear heads, at the pictures' own size; one "
-    "channel three times, of four the first three; none where the network cannot see so small "
-    "an image",
+    "variances, range 255, windows inside the image, mean over windows and channels (RGB is not "
+    f"converted); undefined below {WINDOW} pixels per side. Same as scikit-image with "
+    "gaussian_weights=True, use_sample_covariance=False",
+    "ms_ssim": "Wang et al. 2003: window and constants of ssim, five scales by 2 x 2 average "
+    "pooling, weights 0.0448, 0.2856, 0.3001, 0.2363, 0.1333, range 255, negative terms count as "
+    f"0; undefined below {MS_SSIM_SIDE} pixels per side. Same as the torchmetrics "
+    "MultiScaleStructuralSimilarityIndexMeasure with default arguments",
+    "lpips": "Zhang et al. 2018, version 0.1 with linear heads, without resizing; a single "
+    "channel is repeated three times, and only the first three of four channels are used; "
+    "undefined for images that are too small for the network",
     "rfid": "Heusel et al. 2017, between the images and their reconstructions: 2048 features of "
-    "torch-fidelity's InceptionV3 (TensorFlow's weights of 2015, its resize to 299 x 299 without "
-    "antialiasing) in fp32, means and covariances (n - 1) in float64. It is biased upwards by few "
-    "images: compare it with that of the same number alone",
-    "kl_nats": "KL(posterior || N(0, I)) of an image's latents, summed, in nats",
-    "kl_bits_per_pixel": "kl_nats / (ln 2 * H * W), H x W the image's pixels",
-    "latents": "of samples of the posteriors, over all images and positions: mean and std of each "
-    "channel; over the channels as well, shift_factor is the mean and scale_factor is 1 / std",
+    "the torch-fidelity InceptionV3 (TensorFlow weights of 2015, resized to 299 x 299 without "
+    "antialiasing) in fp32, means and covariances (n - 1) in float64. Few images bias it upwards: "
+    "compare only values for the same number of images",
+    "kl_nats": "KL(posterior || N(0, I)), summed over the latents of an image, in nats",
+    "kl_bits_per_pixel": "kl_nats / (ln 2 * H * W) for an image of H x W pixels",
+    "latents": "statistics of posterior samples over all images and positions: mean and std of "
+    "each channel; over all channels, shift_factor is the mean and scale_factor is 1 / std",
     "active_channels": "Burda et al. 2016: latent channels whose posterior mean has a variance "
     f"above {ACTIVE_VARIANCE} over all images and positions",
 }
 
 
 class ModelRecord:
-    """One model's part of a record, made from batches."""
+    """Part of a record for one model, accumulated over batches."""
 
     def __init__(self, latent_channels: int) -> None:
         self._metrics: dict[str, list[float | None]] = {}
         self._latents = self._means = RunningMoments.empty(latent_channels)
 
     def add(self, posterior: DiagonalGaussianDistribution, metrics: Mapping[str, Tensor]) -> None:
-        """Add a batch: B posteriors, and [B] of each metric; of PSNR `mse`, which is finite."""
+        """Add a batch of B posteriors and metrics, [B] each; `mse` stands for PSNR."""
         for key, values in {**metrics, "kl": posterior.kl()}.items():
             finite = [value if math.isfinite(value) else None for value in values.tolist()]
             self._metrics.setdefault(key, []).extend(finite)
         self._latents = self._latents.merge(latent_moments(posterior))
-        # what varies without the noise
-        points = DiagonalGaussianDistribution(posterior.parameters, deterministic=True)
-        self._means = self._means.merge(latent_moments(points))
+        # variation of the posterior means, without sampling noise
+        modes = DiagonalGaussianDistribution(posterior.parameters, deterministic=True)
+        self._means = self._means.merge(latent_moments(modes))
 
     def values(self) -> Record:
-        """Return plain values for JSON."""
+        """Return the record as plain values for JSON."""
         latents, means = self._latents.values(), self._means.values()
         return {"figures": self._metrics, "latents": latents, "means": means}
 
 
 def image_metrics(record: Record, model: int) -> Iterator[dict[str, float | None]]:
-    """Yield those of `IMAGE_METRICS` that were asked for, of each image; None: it has none.
+    """Yield the requested metrics of each image, keyed as in `IMAGE_METRICS`.
 
-    psnr is inf where the reconstruction is exact.
+    A value of None means that the metric is undefined. psnr is inf for an exact reconstruction.
     """
     metrics = record["models"][model]["figures"]
     for i, (_, height, width) in enumerate(record["images"]):
@@ -131,22 +133,22 @@ def image_metrics(record: Record, model: int) -> Iterator[dict[str, float | None
 
 
 def psnr_of(mse: float) -> float:
-    """Return the PSNR in dB of an MSE of images from 0 to 1; inf of 0."""
+    """Return the PSNR in dB for an MSE of images in [0, 1]; inf for an MSE of 0."""
     return -10.0 * math.log10(mse) if mse else math.inf
 
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of a metric over images, with its standard error."""
+    """Mean of a metric over images, with its standard error."""
 
-    mean: float | None  # None: no image has it
-    standard_error: float | None  # None: fewer than two have
+    mean: float | None  # None: undefined for all images
+    standard_error: float | None  # None: defined for fewer than two images
     number: int
     left_out: int
 
     @classmethod
     def of(cls, values: Sequence[float | None]) -> Mean:
-        """Compute the mean of the values that are there and finite."""
+        """Compute the mean of all finite values; None, NaN and infinity are left out."""
         kept = [value for value in values if value is not None and math.isfinite(value)]
         number, left_out = len(kept), len(values) - len(kept)
         if not kept:
@@ -160,15 +162,15 @@ class Mean:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The metrics of one model.
+    """Metrics of one model.
 
     Attributes:
-        name: of the model.
-        metrics: those of `IMAGE_METRICS` that were asked for.
-        psnr_of_mean_mse: in dB; None: not asked for, or every reconstruction is exact.
-        rfid: None: not asked for.
-        latents: statistics of samples of the posteriors.
-        variances: of the posteriors' means, over images and positions, of each channel.
+        name: name of the model.
+        metrics: the requested metrics, keyed as in `IMAGE_METRICS`.
+        psnr_of_mean_mse: in dB; None if not requested or if every reconstruction is exact.
+        rfid: reconstruction FID; None if not requested.
+        latents: statistics of posterior samples.
+        variances: variance of the posterior mean over images and positions, per channel.
     """
 
     name: str
@@ -180,7 +182,7 @@ class Evaluation:
 
     @property
     def active_channels(self) -> int:
-        """Number of channels that carry information (Burda et al. 2016, section 5.2)."""
+        """Number of active latent channels (Burda et al. 2016, section 5.2)."""
         return sum(variance > ACTIVE_VARIANCE for variance in self.variances)
 
 
@@ -189,30 +191,30 @@ def evaluate_records(
     features: Callable[[int], Iterable[Tensor]] | None,
     names: Sequence[str],
 ) -> list[Evaluation]:
-    """Sum up the records of all units, in their order.
+    """Aggregate the records of all units, in order.
 
     Args:
-        records: gives those that `Evaluator.unit` made; called once a model.
-        features: gives those [n_i, d] of the images (0) and of each model's reconstructions (from
-            1 on), unit by unit; None: rfid is not asked for.
-        names: of the models.
+        records: returns the records of `Evaluator.unit`; called once per model.
+        features: returns the features [n_i, d] of each unit, for the images (0) or for the
+            reconstructions of a model (1, 2, ...); None if rfid is not requested.
+        names: names of the models.
 
     Raises:
-        ValueError: rfid of fewer than two images.
+        ValueError: rfid is requested for fewer than two images.
     """
     evaluations = [_evaluation(records(), model, name) for model, name in enumerate(names)]
     if features is None:
         return evaluations
-    of_images = FeatureStatistics.of(lambda: features(0))
-    if of_images.number < _FEW_IMAGES:
+    image_statistics = FeatureStatistics.of(lambda: features(0))
+    if image_statistics.number < _FEW_IMAGES:
         logger.warning(
-            "rfid of %d images is biased upwards: compare it with that of the same number alone",
-            of_images.number,
+            "rfid of %d images is biased upwards: compare it only with rfid of as many images",
+            image_statistics.number,
         )
     distances = []
     for model in range(len(names)):
-        of_model = FeatureStatistics.of(lambda i=model + 1: features(i))  # type: ignore[misc]
-        distances.append(frechet_distance(of_images, of_model))
+        statistics = FeatureStatistics.of(lambda i=model + 1: features(i))  # type: ignore[misc]
+        distances.append(frechet_distance(image_statistics, statistics))
     return [replace(x, rfid=d) for x, d in zip(evaluations, distances, strict=True)]
 
 
@@ -221,17 +223,17 @@ def _evaluation(records: Iterable[Record], model: int, name: str) -> Evaluation:
     errors: list[float] = []
     latents = means = None
     for record in records:
-        of_model = record["models"][model]
+        model_record = record["models"][model]
         for metrics in image_metrics(record, model):
             for key, value in metrics.items():
                 columns.setdefault(key, []).append(value)
-        errors += of_model["figures"].get("mse", [])
-        ours, our_means = (
-            RunningMoments.from_values(of_model[key]) for key in ("latents", "means")
+        errors += model_record["figures"].get("mse", [])
+        unit_latents, unit_means = (
+            RunningMoments.from_values(model_record[key]) for key in ("latents", "means")
         )
-        latents = ours if latents is None else latents.merge(ours)
-        means = our_means if means is None else means.merge(our_means)
-    assert latents is not None and means is not None  # there is an image
+        latents = unit_latents if latents is None else latents.merge(unit_latents)
+        means = unit_means if means is None else means.merge(unit_means)
+    assert latents is not None and means is not None  # there is at least one image
     mean_error = math.fsum(errors) / len(errors) if errors else 0.0
     return Evaluation(
         name,
@@ -244,7 +246,7 @@ def _evaluation(records: Iterable[Record], model: int, name: str) -> Evaluation:
 
 
 def skipped_images(records: Iterable[Record], source: Source) -> list[dict[str, str]]:
-    """Return the images that could not be used, each its `path` and the `reason`."""
+    """Return the `path` of each skipped image and the `reason`."""
     return [
         {"path": source.name(index), "reason": reason}
         for record in records
@@ -262,16 +264,17 @@ def write_files(
     about: Mapping[str, Any],
     about_models: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Write all three.
+    """Write results.md, results.json and per_image.csv.
 
     Args:
-        out: the output folder; what an earlier evaluation left there is replaced.
-        evaluations: of the models.
-        rows: their table.
-        records: of all units.
-        source: of the images.
-        about: what results.json begins with, plain values; `heading` in it heads results.md.
-        about_models: what each model's part of results.json begins with.
+        out: output folder; files of an earlier evaluation are replaced.
+        evaluations: results of the models.
+        rows: table of the models.
+        records: records of all units.
+        source: source of the images.
+        about: first entries of results.json, plain values; its `heading` is also the first line of
+            results.md.
+        about_models: first entries of each model in results.json.
 
     Raises:
         ValueError: a file cannot be written.
@@ -291,8 +294,8 @@ def write_files(
 def _page(heading: str, evaluations: Sequence[Evaluation], rows: Rows) -> str:
     parts = [heading, as_markdown([x.name for x in evaluations], rows)]
     parts.append(
-        "Mean ± standard error of the mean, over the images. What is compared, and how each figure "
-        f"is defined, is in {RESULTS}. The latents of each channel:"
+        "Mean ± standard error of the mean, over the images. The definition of each metric is in "
+        f"{RESULTS}. Latent statistics per channel:"
     )
     for evaluation in evaluations:
         columns = (f"mean of {evaluation.name}", "std", "variance of the posterior mean")
@@ -326,10 +329,10 @@ def _plain(evaluation: Evaluation) -> dict[str, Any]:
 def write_per_image(
     out: Path, records: Iterable[Record], source: Source, names: Sequence[str]
 ) -> None:
-    """Write per_image.csv, in the order of the images and of the models.
+    """Write per_image.csv, in the order of the images, then of the models.
 
     Raises:
-        ValueError: it cannot be written.
+        ValueError: the file cannot be written.
     """
 
     def write(file: BinaryIO) -> None:
@@ -337,17 +340,17 @@ def write_per_image(
         writer = csv.writer(text, lineterminator="\n")
         metrics: list[str] | None = None
         for record in records:
-            of_models = [image_metrics(record, model) for model in range(len(names))]
+            iterators = [image_metrics(record, model) for model in range(len(names))]
             for index, height, width in record["images"]:
-                for name, of_model in zip(names, of_models, strict=True):
-                    values = next(of_model)
+                for name, metrics_of_images in zip(names, iterators, strict=True):
+                    values = next(metrics_of_images)
                     if metrics is None:
                         metrics = list(values)
                         writer.writerow(["checkpoint", "path", "width", "height", *metrics])
                     cells = ("" if x is None else f"{x:.8g}" for x in values.values())
                     writer.writerow([name, source.name(index), width, height, *cells])
         text.flush()
-        text.detach()  # the file is not ours to close
+        text.detach()  # the caller closes the file
 
     make_folder(out)
     try:
@@ -355,12 +358,12 @@ def write_per_image(
     except OSError as error:
         raise ValueError(
             f"cannot write {display_name(out / PER_IMAGE)} ({error.strerror}); "
-            "make room and permission for it, or give another folder"
+            "check free space and permissions, or give another folder"
         ) from error
 
 
 def write_features(path: Path, features: Tensor) -> None:
-    """Keep a unit's features [1 + models, images, d].
+    """Save the features [1 + models, images, d] of a unit.
 
     Raises:
         ValueError: the file cannot be written.
@@ -371,7 +374,10 @@ def write_features(path: Path, features: Tensor) -> None:
 
 
 def read_features(paths: Iterable[Path], position: int) -> Iterator[Tensor]:
-    """Those [images, d] of the images (0), or of a model's reconstructions (from 1 on), by unit."""
+    """Yield the features [images, d] of each unit.
+
+    `position` selects the images (0) or the reconstructions of a model (1, 2, ...).
+    """
     for path in paths:
         if path.exists():  # a unit without a usable image has none
             features = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -379,7 +385,7 @@ def read_features(paths: Iterable[Path], position: int) -> Iterator[Tensor]:
 
 
 def rows_of(evaluations: Sequence[Evaluation], lpips_net: str = "") -> Rows:
-    """Return the rows of the table: a label, and a cell for each model; `mean ± standard error`."""
+    """Return the rows of the table; cells of averaged metrics read `mean ± standard error`."""
     rows: Rows = []
 
     def add(label: str, cell: Callable[[Evaluation], str]) -> None:
@@ -402,7 +408,7 @@ def rows_of(evaluations: Sequence[Evaluation], lpips_net: str = "") -> Rows:
 
 
 def as_text(names: Sequence[str], rows: Rows) -> str:
-    """Return a table for a terminal."""
+    """Format a table for the terminal."""
     lines = [["", *names], *([label, *cells] for label, cells in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
@@ -415,13 +421,13 @@ def as_text(names: Sequence[str], rows: Rows) -> str:
 
 
 def as_markdown(names: Sequence[str], rows: Rows) -> str:
-    """Return the same in Markdown."""
+    """Format a table in Markdown."""
     head = [_line(["", *names]), "|---|" + "---:|" * len(names)]
     return "\n".join([*head, *(_line([label, *cells]) for label, cells in rows)])
 
 
 def channel_rows(evaluation: Evaluation) -> Rows:
-    """Return a row for each latent channel: mean, std, variance of the posteriors' means."""
+    """Return one row per latent channel: mean, std, variance of the posterior mean."""
     latents = evaluation.latents
     values = zip(latents.mean or (), latents.std or (), evaluation.variances, strict=True)
     return [(str(i), [f"{value:.4g}" for value in row]) for i, row in enumerate(values)]

@@ -1,6 +1,6 @@
-"""Images decoded ahead of the model that uses them.
+"""Loading of images in worker processes, ahead of the model.
 
-C channels, H and W height and width.
+Shapes: C channels, H and W height and width.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from kl_vae.runtime.memory import is_out_of_memory
 
 @dataclass(frozen=True)
 class LoadedImage:
-    """An image, or why it cannot be used."""
+    """An image, or the reason why it cannot be used."""
 
-    index: int  # in the source
+    index: int  # position in the source
     image: Tensor | None  # [C, H, W], float32 in [-1, 1]
-    reason: str  # without the image's name; empty where there is an image
+    reason: str  # without the name of the image; empty on success
 
 
 def load_images(
@@ -43,26 +43,27 @@ def load_images(
     crop: int | None = None,
     num_workers: int = 0,
 ) -> Generator[LoadedImage, None, None]:
-    """Give images of a source in the order of `indices`, each of its own size.
+    """Load images in the order of `indices`, without batching.
 
-    The processes are started by this call: to fork later, beside threads, would not be safe.
+    The worker processes start in this call, since a later fork is unsafe once threads exist.
 
     Args:
-        source: of the images.
-        indices: which.
-        resize: short side that images are resized to first, in pixels; None: as they are.
-        crop: side of the square that is then cut out of the middle; None: the whole image.
-        num_workers: processes that decode ahead, two images each; 0: this one, when asked.
+        source: source of the images.
+        indices: positions of the images in the source.
+        resize: resize the short side of each image to this many pixels; None: no resizing.
+        crop: side of the centre crop in pixels, after resizing; None: no crop.
+        num_workers: number of processes, each of which decodes two images ahead; 0: decode in this
+            process on demand.
     """
     num_workers = min(workers_that_fit(num_workers), len(indices))
     loader = DataLoader(
         _Prepared(source, resize, crop),
         sampler=indices,
-        batch_size=None,  # one by one
+        batch_size=None,  # no batching
         num_workers=num_workers,
         multiprocessing_context=START_METHOD if num_workers else None,
-        collate_fn=_as_it_is,
-        generator=torch.Generator(),  # else the workers' seeds come from the global one
+        collate_fn=_identity,
+        generator=torch.Generator(),  # keeps worker seeds from advancing the global generator
         worker_init_fn=partial(start_worker, parent=os.getpid()),
     )
     return _loaded(indices, iter(loader))
@@ -87,16 +88,19 @@ def loaded_units(
     crop: int | None,
     num_workers: int,
 ) -> Iterator[Iterator[tuple[int, Iterator[LoadedImage]]]]:
-    """Yield this rank's units that are not done, each with its images, and show the progress.
+    """Load the images of this rank's unfinished units and show the progress.
 
     Args:
-        source: of the images.
-        units: the indices of the images of each unit.
-        progress: knows which units are done.
-        ranks: they share the units.
-        resize: as in `load_images`.
-        crop: as in `load_images`.
-        num_workers: as in `load_images`.
+        source: source of the images.
+        units: indices of the images of each unit.
+        progress: records of the finished units.
+        ranks: the ranks that share the units.
+        resize: see `load_images`.
+        crop: see `load_images`.
+        num_workers: see `load_images`.
+
+    Yields:
+        An iterator of units, each with an iterator of its images.
     """
     own = progress.share(len(units))
     indices = [index for unit in own for index in units[unit]]
@@ -113,12 +117,12 @@ def loaded_units(
 
 
 def resize_and_crop(image: Tensor, resize: int | None, crop: int | None) -> Tensor:
-    """Resize [C, H, W], uint8 or float32 in [0, 1], and cut a square out of its middle.
+    """Resize and centre-crop an image [C, H, W], uint8 or float32 in [0, 1].
 
-    The arguments are those of `load_images`.
+    See `load_images` for `resize` and `crop`.
 
     Raises:
-        ValueError: the image is smaller than the crop, or too long and thin to be resized.
+        ValueError: the image is smaller than the crop, or its aspect ratio is too extreme.
     """
     if resize is not None:
         image = resize_short_side(image, resize)
@@ -126,18 +130,18 @@ def resize_and_crop(image: Tensor, resize: int | None, crop: int | None) -> Tens
         return image
     height, width = image.shape[1:]
     if min(height, width) < crop:
-        raise ValueError(f"{width} x {height} is smaller than the crop of {crop}; resize it")
+        raise ValueError(f"{width} x {height} is smaller than the crop of {crop}; resize the image")
     return center_crop(image, crop)
 
 
 class _Pixels(NamedTuple):
-    """What a worker hands over.
+    """Result of a worker process.
 
-    Arrays go through a pipe, tensors through /dev/shm: in a container it holds 64 MB, less than
-    one photograph, and each tensor there is an open file.
+    Arrays are sent through a pipe. Tensors would be sent through /dev/shm, which holds only 64 MB
+    in a container, and each tensor would keep a file open.
     """
 
-    image: npt.NDArray[np.generic] | None  # [C, H, W], as decoded: a quarter of float32's size
+    image: npt.NDArray[np.generic] | None  # [C, H, W], as decoded: uint8 is 1/4 of float32
     reason: str
 
 
@@ -150,15 +154,15 @@ class _Prepared(Dataset[_Pixels]):
     def __getitem__(self, index: int) -> _Pixels:
         try:
             image = resize_and_crop(self._source.read(index), self._resize, self._crop)
-        except ValueError as error:  # ImageError, or of resize and crop, which know no names
+        except ValueError as error:  # ImageError, or an error of resize or crop without a name
             reason = str(error).removeprefix(f"{self._source.name(index)}: ")
             return _Pixels(None, reason)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            return _Pixels(None, "to decode it takes more memory than there is; leave it out")
+            return _Pixels(None, "not enough memory to decode the image; exclude it")
         return _Pixels(np.ascontiguousarray(image.numpy()), "")
 
 
-def _as_it_is(pixels: Any) -> Any:
+def _identity(pixels: Any) -> Any:
     return pixels

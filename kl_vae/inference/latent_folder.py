@@ -1,6 +1,6 @@
-"""Write a folder of latents: the classes of its images, its shards and its index.
+"""Writing of latent folders: class labels, shards and index.
 
-B batch, n images of a shard, z latent channels, h and w height and width of the latents.
+Shapes: B batch, N images, z latent channels, h and w latent height and width.
 """
 
 from __future__ import annotations
@@ -44,33 +44,33 @@ class Labels:
     """The class of each image of a source."""
 
     values: Tensor  # [N], int64, at least 0
-    classes: tuple[str, ...] | None  # the names of 0, 1, ...; None: they have none
+    classes: tuple[str, ...] | None  # names of the classes 0, 1, ...; None: no names
 
     @property
     def checksum(self) -> str:
-        """32 hex digits of labels and names."""
+        """Hash of labels and class names, 32 hex digits."""
         digest = hashlib.blake2b(self.values.numpy().tobytes(), digest_size=16)
         digest.update(b"\0".join(map(name_bytes, self.classes or ())))
         return digest.hexdigest()
 
 
 def class_labels(source: Source) -> Labels:
-    """Return the label that each image comes with; where none does, the folder that it lies in.
+    """Return the class labels of a source: stored labels if there are any, otherwise folders.
 
-    Folders are taken as torchvision's ImageFolder does: the first of the image's relative path,
-    numbered in the order of their names' bytes.
+    As in torchvision's ImageFolder, the class is the first folder of an image's relative path;
+    classes are numbered in the byte order of their names.
 
     Raises:
-        ValueError: an image has no label.
+        ValueError: an image has no label, or its label is not a non-negative integer.
     """
     texts = [source.label_text(i) for i in range(len(source))]
     if any(text is not None for text in texts):
         for i, text in enumerate(texts):
             if text is None or not text.strip().isdecimal():
-                what = "has no label" if text is None else f"its label is {text.strip()!r:.40}"
+                problem = "has no label" if text is None else f"its label is {text.strip()!r:.40}"
                 raise ValueError(
-                    f"{source.name(i)}: {what}; give each image an integer of at least 0, or leave "
-                    "--labels out"
+                    f"{source.name(i)}: {problem}; label each image with an integer of at least 0, "
+                    "or omit --labels"
                 )
         return Labels(torch.tensor([int(text) for text in texts if text is not None]), None)
     folders = []
@@ -78,8 +78,8 @@ def class_labels(source: Source) -> Labels:
         folder, slash, _ = source.key(i).partition("/")
         if not slash:
             raise ValueError(
-                f"{source.name(i)}: has no label, since it lies in no subfolder of what is given "
-                "as --images; put the images of each class into a folder, or leave --labels out"
+                f"{source.name(i)}: has no label, because it is not in a subfolder of --images; "
+                "put the images of each class into a subfolder, or omit --labels"
             )
         folders.append(folder)
     classes = tuple(sorted(set(folders), key=name_bytes))
@@ -89,36 +89,36 @@ def class_labels(source: Source) -> Labels:
 
 @dataclass
 class EncodedShard:
-    """The images of a shard, as they are encoded."""
+    """Encoded images of one shard."""
 
-    moments: RunningMoments  # of raw latents of the images that are not mirrored, per channel
+    moments: RunningMoments  # per channel, of the raw latents of the unflipped images
     latents: list[Tensor] = field(default_factory=list)  # [B, z, h, w] or [B, 2z, h, w] each
-    flipped: list[Tensor] = field(default_factory=list)  # likewise, of the mirrored images
-    positions: list[int] = field(default_factory=list)  # in the source
+    flipped: list[Tensor] = field(default_factory=list)  # same shapes, for the flipped images
+    positions: list[int] = field(default_factory=list)  # positions in the source
     bad: list[BadImage] = field(default_factory=list)
 
 
 class LatentFolder:
-    """A folder of latents that is being written or verified; all ranks do the same calls.
+    """Latent folder that is written or verified; all ranks must make the same calls.
 
-    Shards that are there are compared with their sha256, and written again where they differ.
+    Existing shards are verified by their sha256, and encoded again if it differs.
 
     Args:
-        out: the folder, which is created.
+        out: the folder, which is created if necessary.
         settings: everything that the latents depend on.
-        source: of the images.
-        labels: of the images; None: they are not stored.
-        ranks: they share the work.
-        resume: continue what is there, or verify what is complete.
+        source: source of the images.
+        labels: class labels to store; None: no labels.
+        ranks: the ranks that share the work.
+        resume: continue an unfinished folder, or verify a complete one.
 
     Attributes:
-        units: of the images in the source; each becomes a shard.
-        todo: the units that this rank has to encode.
-        verified: the folder was complete before and no unit has to be encoded.
+        units: ranges of images in the source, one per shard.
+        todo: units that this rank has to encode.
+        verified: the folder was complete and no unit has to be encoded.
 
     Raises:
-        ValueError: the folder holds something else, or work that `resume` would continue; or it
-            cannot be written to.
+        ValueError: the folder contains other latents, or latents without `resume`; or it cannot be
+            written to.
     """
 
     def __init__(
@@ -135,36 +135,36 @@ class LatentFolder:
         self._out, self._settings, self._ranks = out, settings, ranks
         self._source, self._labels = source, labels
         self._earlier = ranks.on_rank_zero(lambda: _open(out, settings, resume))
-        self._ledger = Progress(out, dataclasses.asdict(settings), resume, ranks)
+        self._progress = Progress(out, dataclasses.asdict(settings), resume, ranks)
         known = ranks.on_rank_zero(lambda: [self._find(unit) for unit in range(len(self.units))])
         if any(known):
-            logger.info("verifying the shards that are there")
-        missing = []  # each rank reads a part of the files
+            logger.info("verifying existing shards")
+        missing = []  # each rank checks its share of the files
         for unit in range(ranks.rank, len(self.units), ranks.world_size):
             entry = known[unit]
             if entry is None:
                 missing.append(unit)
             elif entry.file != self._file(unit) or not entry.is_intact(out):
-                logger.warning("%s: damaged or missing, to be encoded again", entry.file)
+                logger.warning("%s: damaged or missing; it will be encoded again", entry.file)
                 missing.append(unit)
-        todo = sorted(unit for of_rank in ranks.gather(missing) for unit in of_rank)
+        todo = sorted(unit for units in ranks.gather(missing) for unit in units)
         self.verified = self._earlier is not None and not todo
         self.todo = todo[ranks.rank :: ranks.world_size]
 
     def write(self, unit: int, shard: EncodedShard) -> None:
-        """Write the file of a unit, and record that it is done.
+        """Write the shard of a unit, and record that it is finished.
 
         Raises:
             ValueError: a file cannot be written.
         """
-        # of no images, too, tensors with all dimensions
-        none = torch.empty(0, *self._settings.shape, dtype=DTYPES[self._settings.dtype])
-        tensors = {"latents": torch.cat([none, *shard.latents])}
+        # keeps the shape and dtype if the shard has no images
+        empty = torch.empty(0, *self._settings.shape, dtype=DTYPES[self._settings.dtype])
+        tensors = {"latents": torch.cat([empty, *shard.latents])}
         if self._settings.flipped:
-            tensors["flipped"] = torch.cat([none, *shard.flipped])
+            tensors["flipped"] = torch.cat([empty, *shard.flipped])
         if self._labels is not None:
             tensors["labels"] = self._labels.values[shard.positions]
-        # a single entry, since the library's order of several differs from run to run
+        # one metadata entry, since safetensors writes several in an order that varies between runs
         keys = json.dumps([self._source.key(i) for i in shard.positions])
         content = safetensors_bytes(tensors, {KEYS: keys})
         path = self._out / self._file(unit)
@@ -177,38 +177,38 @@ class LatentFolder:
             skipped=tuple(SkippedImage(*image) for image in shard.bad),
             **shard.moments.values(),
         )
-        self._ledger.write(unit, dataclasses.asdict(entry))
+        self._progress.write(unit, dataclasses.asdict(entry))
 
     def finish(self, checkpoint: str) -> LatentIndex:
         """Wait for all ranks, then write and return the index.
 
         Args:
-            checkpoint: the name of the model in the index.
+            checkpoint: name of the model, stored in the index.
 
         Raises:
-            ValueError: no image could be used, or the index cannot be written.
+            ValueError: no image is usable, or the index cannot be written.
         """
-        self._ranks.gather(None)  # all shards are written
+        self._ranks.gather(None)  # wait until all shards are written
         return self._ranks.on_rank_zero(lambda: self._write_index(checkpoint))
 
     def _find(self, unit: int) -> ShardEntry | None:
-        """Return the entry of a shard that was written, now or in a complete folder."""
-        record = self._ledger.find(unit)
+        """Return the entry of a shard that was already written; None if there is none."""
+        record = self._progress.find(unit)
         if record is None and self._earlier is not None:
             record = dataclasses.asdict(self._earlier.shards[unit])
-            self._ledger.write(unit, record)
+            self._progress.write(unit, record)
         return None if record is None else from_mapping(ShardEntry, record)
 
     def _file(self, unit: int) -> str:
         return f"latents-{unit:05d}-of-{len(self.units):05d}.safetensors"
 
     def _write_index(self, checkpoint: str) -> LatentIndex:
-        entries = tuple(from_mapping(ShardEntry, x) for x in self._ledger.read(len(self.units)))
+        entries = tuple(from_mapping(ShardEntry, x) for x in self._progress.read(len(self.units)))
         number = sum(entry.number for entry in entries)
         if not number:
             for entry in entries:
                 (self._out / entry.file).unlink(missing_ok=True)
-            self._ledger.close()
+            self._progress.close()
             raise nothing_usable(self._settings.images)
         moments = (RunningMoments.from_values(vars(entry)) for entry in entries)
         latents = latent_normalization(functools.reduce(RunningMoments.merge, moments))
@@ -227,65 +227,66 @@ class LatentFolder:
         )
         if self._earlier is None or self._earlier.shards != entries:
             _write(self._out / INDEX, index.to_json().encode())
-        self._ledger.close()
+        self._progress.close()
         return index
 
 
 def nothing_usable(images: int) -> ValueError:
-    """Return the error to raise where all images were skipped."""
+    """Return the error to raise if all images were skipped."""
     return ValueError(
-        f"none of the {images} images can be used, for the reasons above; give others to --images"
+        f"none of the {images} images can be used, for the reasons logged above; give other images "
+        "to --images"
     )
 
 
 def _open(out: Path, settings: LatentSettings, resume: bool) -> LatentIndex | None:
-    """Check that latents may be written to `out`, and remove what a killed process left.
+    """Check that latents may be written to `out`, and remove temporary files of killed processes.
 
     Returns:
-        The index of a folder that was complete before; None: it was not.
+        The index of a complete folder; None if the folder is new or unfinished.
 
     Raises:
-        ValueError: it holds other latents, or complete ones without `resume`.
+        ValueError: the folder contains other latents, or is complete and `resume` is false.
     """
     name = display_name(out)
     if not (out / INDEX).exists():
-        begun = (out / FOLDER).exists()
+        unfinished = (out / FOLDER).exists()
         stray = sorted(out.glob("latents-*-of-*.safetensors"))
-        if stray and not begun:
+        if stray and not unfinished:
             raise ValueError(
-                f"{name}: holds {display_name(stray[0].name)} and no {INDEX}; remove the latents "
-                "there, or give another --out"
+                f"{name}: contains {display_name(stray[0].name)} but no {INDEX}; remove the "
+                "latents there, or give another --out"
             )
-        if begun and resume:
+        if unfinished and resume:
             remove_temporaries(out)
         return None
     if not resume:
         raise ValueError(
-            f"{name}: holds latents already; give --resume to verify and repair them, or another "
-            "--out"
+            f"{name}: already contains latents; give --resume to verify and repair them, or "
+            "another --out"
         )
     index = read_index(out)
     plain = (json.loads(json.dumps(dataclasses.asdict(x))) for x in (index.settings, settings))
     changed = differences(*plain)
     if changed:
         raise ValueError(
-            f"{name}: holds other latents ({changed}); give the same again to verify them, or "
-            "another --out"
+            f"{name}: contains latents with different settings ({changed}); use the same settings "
+            "to verify them, or another --out"
         )
     remove_temporaries(out)
     return index
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all.
+    """Write a file atomically.
 
     Raises:
-        ValueError: it cannot be written.
+        ValueError: the file cannot be written.
     """
     try:
         write_atomically(path, lambda file: file.write(content))
     except OSError as error:
         raise ValueError(
-            f"cannot write {display_name(path)} ({error.strerror}); make room and permission for "
-            "it, and continue with --resume"
+            f"cannot write {display_name(path)} ({error.strerror}); check free space and "
+            "permissions, and continue with --resume"
         ) from error

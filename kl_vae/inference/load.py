@@ -1,4 +1,4 @@
-"""The model that a command was asked to use."""
+"""Loading of the model for a command."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from kl_vae.runtime.distributed import COMMAND, Ranks, checksums, connect
 from kl_vae.runtime.files import display_name
 
 Checkpoint = str | Path | AutoEncoderKL
-WAIT_SECONDS = 86_400  # for other ranks: the slowest may have far more to do than the others
+WAIT_SECONDS = 86_400  # timeout for other ranks, whose shares of the work may take far longer
 
 
 @contextmanager
 def connect_ranks(checkpoints: Sequence[Checkpoint], device: str) -> Iterator[Ranks]:
-    """Join the ranks of a command, as `connect`; a model in place of a checkpoint says the device.
+    """Connect the ranks of a command.
+
+    A model given in place of a checkpoint determines the device.
 
     Raises:
-        ValueError, RunError: as `connect`.
+        ValueError, RunError: see `connect`.
     """
     for checkpoint in checkpoints:
         if isinstance(checkpoint, AutoEncoderKL):
@@ -41,12 +43,12 @@ def load_model_on(
     fast: str = "auto",
     compile: bool = False,
 ) -> AutoEncoderKL:
-    """Load a model on each rank's device; all ranks call this.
+    """Load a model on the device of each rank; all ranks must call this.
 
-    A model that is given in place of a checkpoint is put into eval mode and stays where it is.
+    A model given in place of a checkpoint is switched to eval mode and stays on its device.
 
     Raises:
-        ValueError: as `load_model`, or the ranks have read different weights.
+        ValueError: see `load_model`; or the ranks read different weights.
     """
     if isinstance(checkpoint, AutoEncoderKL):
         return checkpoint.eval()
@@ -54,21 +56,21 @@ def load_model_on(
     found = model_fingerprint(model)
     if ranks.on_rank_zero(lambda: found) != found:
         raise ValueError(
-            f"{checkpoint}: rank {ranks.rank} has read other weights than rank 0, since its run "
-            "continues; give one file of its checkpoints"
+            f"{checkpoint}: rank {ranks.rank} read different weights than rank 0, because the run "
+            "is still training; give one checkpoint file of the run"
         )
     return model
 
 
 def checkpoint_name(checkpoint: Checkpoint) -> str:
-    """Return what a checkpoint, or a model in place of one, is called in results."""
+    """Return the display name of a checkpoint or model."""
     if isinstance(checkpoint, AutoEncoderKL):
         return "a model in memory"
     return display_name(checkpoint)
 
 
 def model_fingerprint(model: AutoEncoderKL) -> str:
-    """32 hex digits that change when the architecture or the weights do."""
+    """Return a hash of architecture and weights, 32 hex digits."""
     text = json.dumps([model.params, checksums(model)], sort_keys=True, default=str)
     return blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -81,30 +83,32 @@ def load_model(
     fast: str = "auto",
     compile: bool = False,
 ) -> AutoEncoderKL:
-    """Load a checkpoint in eval mode, to encode and decode without a context.
+    """Load a checkpoint in eval mode, for encoding and decoding without a context.
 
     Args:
-        checkpoint: what `AutoEncoderKL.from_checkpoint` takes.
-        config: a config file, or a shipped config's name; None: as the checkpoint says or shows.
-        device: where the model goes.
-        ema: the moving average of the weights, where the checkpoint has one.
-        fast: auto, exact or off: which fast variants are used; see `accelerate_as`.
-        compile: torch.compile encoder and decoder.
+        checkpoint: a checkpoint accepted by `AutoEncoderKL.from_checkpoint`.
+        config: a config file or the name of a shipped config; None: read or inferred from the
+            checkpoint.
+        device: target device.
+        ema: load the EMA weights if the checkpoint has them.
+        fast: auto, exact or off; see `accelerate_as`.
+        compile: apply `torch.compile` to encoder and decoder.
 
     Raises:
-        ValueError: the checkpoint cannot be loaded, the model needs a context, or no such `fast`.
+        ValueError: the checkpoint cannot be loaded, the model needs a context, or `fast` is
+            unknown.
     """
     model = read_model(checkpoint, config, ema)
     if model.config.context_channels:
         raise ValueError(
             f"{checkpoint}: this model needs a context (context_channels="
-            f"{model.config.context_channels}), which no command gives; call it from Python"
+            f"{model.config.context_channels}), which commands do not support; use it from Python"
         )
     return accelerate_as(fast, model.to(device), compile=compile)
 
 
 def read_model(checkpoint: str, config: str | None, ema: bool = True) -> AutoEncoderKL:
-    """Load a checkpoint in eval mode, on the CPU; the arguments are those of `load_model`."""
+    """Load a checkpoint in eval mode on the CPU; see `load_model` for the arguments."""
     params = None
     if config is not None:
         from kl_vae.runtime.config_file import load_model_params

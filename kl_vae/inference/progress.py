@@ -1,8 +1,7 @@
-"""Work in numbered units, done by any number of ranks, shown, and resumed where it was ended.
+"""Numbered units of work, shared by any number of ranks, with a progress bar and resumption.
 
-What a unit gives is a function of the unit alone: not of the rank that does it, of how many ranks
-there are, nor of when. So a command that is killed and resumed, on other ranks, ends as if it had
-not been.
+The result of a unit depends only on the unit, not on the rank or the number of ranks. A command
+that is killed and resumed on a different number of ranks therefore gives the same results.
 """
 
 from __future__ import annotations
@@ -24,40 +23,40 @@ from kl_vae.runtime.files import display_name, remove_temporaries, write_text_at
 
 logger = logging.getLogger(__name__)
 
-LOG_SECONDS = 30.0  # between log lines where there is no progress bar
+LOG_SECONDS = 30.0  # interval of log lines if no progress bar is shown
 FOLDER = ".unfinished"
 _IDENTITY = "identity.json"
 
 
 def units_of(number: int, size: int) -> list[range]:
-    """Cut the images 0 to `number` - 1 into units of `size` consecutive ones; the last has fewer.
+    """Split the images 0 to `number` - 1 into units of `size` images; the last may be smaller.
 
     Raises:
         ValueError: `size` is less than 1.
     """
     if size < 1:
-        raise ValueError(f"size={size}: give at least 1 image a unit")
+        raise ValueError(f"size={size}: give at least 1 image per unit")
     return [range(start, min(start + size, number)) for start in range(0, number, size)]
 
 
 @contextmanager
 def show_progress(total: int, ranks: Ranks) -> Iterator[Callable[[int], None]]:
-    """Show how many of this rank's images are done, on rank 0: a bar, or a log line every 30 s.
+    """Show the progress of rank 0: a bar if stderr is a terminal, otherwise a log line every 30 s.
 
-    The bar is shown where stderr is a terminal. Yields the function to call with the number of
-    images that were done since its last call.
+    Yields:
+        A function that takes the number of images processed since its last call.
     """
     title = f"rank 0 of {ranks.world_size}" if ranks.world_size > 1 else None
-    hidden = None if ranks.is_rank_zero else True  # None: hidden where stderr is no terminal
+    hidden = None if ranks.is_rank_zero else True  # None: hidden unless stderr is a terminal
     bar = tqdm(total=total, unit="image", desc=title, disable=hidden)
-    done, said = 0, time.monotonic()
+    done, last_log = 0, time.monotonic()
 
     def update(number: int) -> None:
-        nonlocal done, said
+        nonlocal done, last_log
         done += number
         bar.update(number)
-        if bar.disable and ranks.is_rank_zero and time.monotonic() - said >= LOG_SECONDS:
-            said = time.monotonic()
+        if bar.disable and ranks.is_rank_zero and time.monotonic() - last_log >= LOG_SECONDS:
+            last_log = time.monotonic()
             logger.info("%s%d of %d images", f"{title}: " if title else "", done, total)
 
     with logging_redirect_tqdm(), bar:
@@ -65,17 +64,18 @@ def show_progress(total: int, ranks: Ranks) -> Iterator[Callable[[int], None]]:
 
 
 class Progress:
-    """The records of the units that are done, each a file in `OUT/.unfinished` until all are.
+    """Records of finished units, one file each in `OUT/.unfinished` until all units are finished.
 
     Args:
-        out: the output folder of the command; rank 0 creates it.
-        identity: all that the results depend on, plain values: what is resumed must have the same.
-        resume: continue what is there.
-        ranks: all of them call this.
+        out: output folder of the command; rank 0 creates it.
+        identity: everything that the results depend on, as plain values; resumed work must have
+            the same identity.
+        resume: continue unfinished work in `out`.
+        ranks: the ranks of the command; all of them must call this.
 
     Raises:
-        ValueError: unfinished work is there without `resume`, or is other work; or `out` cannot be
-            written to.
+        ValueError: `out` contains unfinished work and `resume` is false or the identity differs;
+            or `out` cannot be written to.
     """
 
     def __init__(self, out: Path, identity: Mapping[str, Any], resume: bool, ranks: Ranks) -> None:
@@ -84,16 +84,18 @@ class Progress:
         ranks.on_rank_zero(lambda: self._begin(identity, resume))
 
     def share(self, number: int) -> list[int]:
-        """This rank's part of the units 0 to `number` - 1 that are not done yet."""
+        """Return this rank's share of the unfinished units among 0 to `number` - 1."""
         missing = self._ranks.on_rank_zero(
             lambda: [unit for unit in range(number) if not self._record(unit).exists()]
         )
         return missing[self._ranks.rank :: self._ranks.world_size]
 
     def write(self, unit: int, record: Any) -> None:
-        """Record that a unit is done: JSON, whose numbers are finite.
+        """Record that a unit is finished; call this after all other files of the unit are written.
 
-        What else the unit writes (`path`, or outside of here) it has written before.
+        Args:
+            unit: number of the unit.
+            record: JSON values; numbers must be finite.
 
         Raises:
             ValueError: the file cannot be written.
@@ -105,21 +107,21 @@ class Progress:
             raise _unwritable(self._folder, error) from error
 
     def find(self, unit: int) -> Any:
-        """The record of a unit; None: it is not done yet."""
+        """Return the record of a unit, or None if it is unfinished."""
         path = self._record(unit)
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def read(self, number: int) -> Iterator[Any]:
-        """The records of the units 0 to `number` - 1, which are all done."""
+        """Yield the records of the units 0 to `number` - 1, all of which must be finished."""
         for unit in range(number):
             yield json.loads(self._record(unit).read_text(encoding="utf-8"))
 
     def path(self, unit: int, suffix: str) -> Path:
-        """Where a unit keeps what is no JSON, until `close`."""
+        """Return the path for non-JSON data of a unit, which is kept until `close`."""
         return self._record(unit).with_suffix(suffix)
 
     def close(self) -> None:
-        """Forget the records: what they were kept for is written. Rank 0 alone calls this."""
+        """Delete the records; only rank 0 calls this."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _record(self, unit: int) -> Path:
@@ -132,14 +134,14 @@ class Progress:
         if path.exists():
             if not resume:
                 raise ValueError(
-                    f"{name}: an earlier command was ended before it had done all; give --resume "
-                    "to go on, or remove that folder to begin again"
+                    f"{name}: an earlier command did not finish; give --resume to continue it, or "
+                    "remove this folder to start over"
                 )
             changed = differences(_read_identity(path), identity)
             if changed:
                 raise ValueError(
-                    f"{name}: holds other work ({changed}); give the same again to resume it, or "
-                    "another --out"
+                    f"{name}: unfinished work with different settings ({changed}); use the same "
+                    "settings to resume it, or another --out"
                 )
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -150,7 +152,7 @@ class Progress:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between two identities, as an error says it; empty: nothing."""
+    """Describe the differences between two identities for an error; empty if they are equal."""
     return "; ".join(
         f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -164,12 +166,12 @@ def _read_identity(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"{display_name(path)}: cannot be read ({error}); remove {display_name(path.parent)} "
-            "to begin again"
+            "to start over"
         ) from error
 
 
 def _unwritable(folder: Path, error: OSError) -> ValueError:
     return ValueError(
         f"cannot write {display_name(folder)} ({error.strerror}); "
-        "make room and permission for it, or give another output folder"
+        "check free space and permissions, or give another output folder"
     )

@@ -1,4 +1,4 @@
-"""Decode latents of the prior, between images, or of posteriors, into files."""
+"""Sampling: decode latents from the prior, from interpolations or from posteriors into files."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ Origin = Literal["prior", "interpolation", "posterior"]
 
 @dataclass(frozen=True)
 class SamplingResult:
-    """What `sample` wrote, over all ranks.
+    """Result of `sample`, over all ranks.
 
     Attributes:
         folder: the output folder.
-        files: the images, in their order; grid.png shows the first of them.
+        files: names of the images, in order; grid.png shows the first ones.
         shown: number of images in grid.png.
-        skipped: number of images that could not be used; a warning names each.
-        posterior_std: of `origin="posterior"`: mean, smallest and largest standard deviation of the
-            posteriors, each per latent channel, over all images and positions; else empty.
+        skipped: number of unusable images; a warning names each of them.
+        posterior_std: for `origin="posterior"`, mean, smallest and largest standard deviation of
+            the posteriors per latent channel, over all images and positions; otherwise empty.
     """
 
     folder: Path
@@ -82,47 +82,47 @@ def sample(
     Under torchrun all ranks call this and share the work.
 
     Args:
-        checkpoint: what `AutoEncoderKL.from_checkpoint` takes; or a model, which is put into eval
-            mode and else left as it is, on its device (`config`, `ema`, `device`, `fast` and
-            `compile` are about checkpoints).
-        out: the folder to write.
-        origin: of the latents: the prior N(0, I), an interpolation between images, or samples of
-            the posterior of each image.
-        number: images to draw; of `posterior` per image.
-        size: their side in pixels; None: the resolution of the model's config.
-        images: for interpolation (of a folder its first two) and posterior: folders of images or
-            tar shards, single files, or patterns of them.
-        include: patterns of the files of folders to take; none: all.
-        exclude: patterns of the files of folders to leave out.
-        max_pixels: larger images are refused before they are decoded.
-        steps: for interpolation: images from one image to the next, both included.
-        linear: for interpolation: on the straight line (lerp) instead of the arc (slerp).
-        seed: of what is drawn; each image also depends on its number alone.
-        batch_size: images that a process decodes at once.
-        num_workers: processes that read images, for each process that encodes.
-        config: a config file or the name of a shipped config; None: as the checkpoint says.
-        ema: load the moving average of the weights, where the checkpoint has one.
+        checkpoint: a checkpoint accepted by `AutoEncoderKL.from_checkpoint`, or a model. A model
+            is switched to eval mode and stays on its device; `config`, `ema`, `device`, `fast` and
+            `compile` do not apply to it.
+        out: output folder.
+        origin: source of the latents: the prior N(0, I), interpolation between images, or samples
+            from the posterior of each image.
+        number: number of images to sample; for `posterior`, per image.
+        size: side of the images in pixels; None: the resolution in the model's config.
+        images: images for `interpolation` (the first two of a folder) and `posterior`: folders of
+            images or tar shards, single files, or glob patterns.
+        include: glob patterns of files in folders to include; empty: all files.
+        exclude: glob patterns of files in folders to exclude.
+        max_pixels: larger images are rejected before decoding.
+        steps: for `interpolation`, number of images per pair, both ends included.
+        linear: for `interpolation`, use linear (lerp) instead of spherical interpolation (slerp).
+        seed: random seed; each image depends on the seed and its own number only.
+        batch_size: number of images that each process decodes at once.
+        num_workers: number of image loading processes per rank.
+        config: a config file or the name of a shipped config; None: taken from the checkpoint.
+        ema: load the EMA weights if the checkpoint has them.
         device: auto, cuda, cuda:N, mps or cpu.
-        precision: fp32, bf16 or fp16; what is not finite is computed again in fp32.
+        precision: fp32, bf16 or fp16; non-finite results are recomputed in fp32.
         tiling: auto, whole, exact or blend; see `Tiling`.
-        tile: side of the tiles of blend, in pixels.
-        overlap: pixels that neighbouring tiles of blend share at least.
+        tile: for `blend`, side of a tile in pixels.
+        overlap: for `blend`, minimum overlap of neighbouring tiles in pixels.
         fast: auto, exact or off; see `accelerate_as`.
         compile: use `torch.compile`.
-        resume: continue what is unfinished in `out`.
+        resume: continue unfinished work in `out`.
 
     Raises:
-        ValueError: an argument is impossible or the images cannot be used; what was drawn before is
-            kept for `resume`.
+        ValueError: an argument is invalid or the images are unusable; images that were already
+            written are kept for `resume`.
         RunError: a rank was lost.
     """
     if origin not in get_args(Origin):
         raise ValueError(f"origin={origin!r}: give one of {', '.join(get_args(Origin))}")
     roots = as_roots(images)
     if bool(roots) != (origin != "prior"):
-        problem = "prior has no use for them" if roots else f"{origin} begins with them"
-        raise ValueError(f"images={roots}: {problem}; {'leave out' if roots else 'give'} images")
-    cutting = Tiling(tiling, tile, overlap)
+        problem = "prior does not use images" if roots else f"{origin} requires images"
+        raise ValueError(f"images={roots}: {problem}; {'remove' if roots else 'give'} images")
+    tiling_config = Tiling(tiling, tile, overlap)
     folder = resolve_root(str(out))
     with connect_ranks([checkpoint], device) as ranks:
         ranks.on_rank_zero(lambda: check_output_folder(folder))
@@ -132,12 +132,12 @@ def sample(
 
         def open_images(roots: Sequence[str]) -> tuple[JoinedSource, list[Path]]:
             channels = model.config.in_channels
-            # listed once for all ranks
+            # list the files once, on rank 0
             return ranks.on_rank_zero(
                 lambda: open_sources(roots, channels, include, exclude, max_pixels)
             )
 
-        canvas = Canvas(model, folder, size, precision, cutting, batch_size)
+        canvas = Canvas(model, folder, size, precision, tiling_config, batch_size)
         opened: list[tuple[JoinedSource, list[Path]]] = []
         work: SampledImages
         if origin == "prior":
@@ -170,7 +170,7 @@ def sample(
 def _check_outputs(
     work: SampledImages, out: Path, opened: Sequence[tuple[JoinedSource, list[Path]]]
 ) -> None:
-    """Check that no input or other file is overwritten."""
+    """Check that no input file or unrelated file would be overwritten."""
     check_output_folder(out, [folder for _, folders in opened for folder in folders])
     inputs = [file for source, _ in opened for file in source.files]
     earlier = FOLDER if (out / FOLDER).exists() else GRID
@@ -180,7 +180,7 @@ def _check_outputs(
 
 def _draw(work: SampledImages, out: Path, progress: Progress, ranks: Ranks) -> SamplingResult:
     """Draw this rank's units, wait for the other ranks, and finish on rank 0."""
-    ranks.on_rank_zero(lambda: remove_temporaries(out))  # of a killed command
+    ranks.on_rank_zero(lambda: remove_temporaries(out))  # left by a killed command
     own = progress.share(len(work.units))
     with show_progress(sum(len(work.units[unit]) for unit in own), ranks) as update:
         for unit, record in zip(own, work.draw(own), strict=True):
@@ -189,7 +189,7 @@ def _draw(work: SampledImages, out: Path, progress: Progress, ranks: Ranks) -> S
     ranks.gather(None)  # all units are drawn
 
     def finish() -> SamplingResult:
-        # null: of a unit of version 0.1 without a record
+        # version 0.1 wrote null for units without a record
         records = [record or {} for record in progress.read(len(work.units))]
         drawn = [unit for unit, record in enumerate(records) if "skipped" not in record]
         if not drawn:

@@ -1,9 +1,9 @@
-"""Images that are decoded from latents: of the prior, between images, of posteriors.
+"""Images decoded from latents of the prior, of interpolations and of posteriors.
 
-Each kind is drawn in work units; what a unit gives is a function of the unit alone.
+Images are drawn in work units; the result of a unit depends only on the unit.
 
-B batch, z latent channels, h and w height and width of the latents, C channels, H and W height and
-width of an image.
+Shapes: B batch, z latent channels, h and w latent height and width, C channels, H and W image
+height and width.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ from kl_vae.visual.image_files import as_picture, as_saved, image_suffix, write_
 
 logger = logging.getLogger(__name__)
 
-Record = dict[str, Any]  # of a unit, as JSON; `skipped`: why its image could not be used
+Record = dict[str, Any]  # JSON record of a unit; `skipped` is the reason for a skipped image
 
 GRID = "grid.png"
 STATISTICS = "posterior.json"
 
-_GRID_CELLS = 64  # at most, but for a single row
-_GRID_WIDTH = 8192  # in pixels, up to which many columns make cells smaller
-_SMALLEST_CELL = 32
-_GRID_SAMPLES = 8  # of a posterior, at most
-_SMALLEST_SINE = 1e-4  # of the angle between two vectors, below which their plane is not known
+_GRID_CELLS = 64  # maximum number of cells, except for a single row
+_GRID_WIDTH = 8192  # maximum width in pixels; more columns have smaller cells
+_SMALLEST_CELL = 32  # takes precedence over the maximum width
+_GRID_SAMPLES = 8  # maximum number of samples per posterior
+_SMALLEST_SINE = 1e-4  # sine of the angle between two vectors below which their plane is undefined
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """What decodes and writes images.
+    """Decoder and writer of images.
 
     Attributes:
-        model: in eval mode.
-        out: the output folder.
-        size: the images' side in pixels.
-        precision: fp32, bf16 or fp16; what is not finite is decoded again in fp32.
-        tiling: how latents that are large for the memory are cut up.
-        batch_size: images that are decoded at once.
+        model: the autoencoder, in eval mode.
+        out: output folder.
+        size: side of the images in pixels.
+        precision: fp32, bf16 or fp16; non-finite images are decoded again in fp32.
+        tiling: how large latents are split to fit into memory.
+        batch_size: number of images decoded at once.
     """
 
     model: AutoEncoderKL
@@ -69,15 +69,15 @@ class Canvas:
 
     @property
     def suffix(self) -> str:
-        """Suffix of the images' files: .png, or .npy for channels that no PNG holds."""
+        """Suffix of the image files: .png, or .npy for channel counts that PNG does not support."""
         return image_suffix(self.model.config.out_ch)
 
     def encode(self, image: Tensor) -> DiagonalGaussianDistribution:
-        """Encode an image [C, H, W] to a posterior with B = 1."""
+        """Encode an image [C, H, W] to a posterior of batch size 1."""
         return encode_images(self.model, image[None], self.precision, self.tiling)
 
     def decode(self, latents: Sequence[Tensor]) -> Tensor:
-        """Decode latents [z, h, w], at most `batch_size` of them, to images [B, C, H, W]."""
+        """Decode up to `batch_size` latents, [z, h, w] each, to images [B, C, H, W]."""
         return decode_latents(self.model, torch.stack(list(latents)), self.precision, self.tiling)
 
     def save(self, file: str, image: Tensor) -> None:
@@ -85,27 +85,27 @@ class Canvas:
         write_image(self.out / file, as_saved(image))
 
     def save_grid(self, files: Sequence[str], columns: int) -> int:
-        """Write the first images of `files` row by row into grid.png; return how many."""
+        """Write the first images of `files` to grid.png, and return their number."""
         shown = files[: max(1, _GRID_CELLS // columns) * columns]
         side = min(MAX_SIDE, max(_SMALLEST_CELL, _GRID_WIDTH // columns))
         save_png(self.out / GRID, image_grid(map(self._read, shown), columns, side))
         return len(shown)
 
     def _read(self, file: str) -> Tensor:
-        """Read what `save` wrote as RGB: uint8 [3, H, W]."""
+        """Read an image written by `save` as RGB, uint8 [3, H, W]."""
         model = self.model
-        device = next(model.parameters()).device  # of the weights of `to_rgb`
+        device = next(model.parameters()).device  # `to_rgb` has weights
         image = read_image(self.out / file, model.config.out_ch)
         return as_picture(image, lambda x: model.to_rgb(x.to(device)).cpu())
 
 
 class SampledImages(Protocol):
-    """Images of one kind, drawn in numbered units.
+    """Interface of images of one origin, drawn in numbered units.
 
     Attributes:
-        units: the files of the images of each unit.
-        others: other files to write, without grid.png.
-        identity: what the images depend on, beside what all kinds depend on.
+        units: image files of each unit.
+        others: further output files, except grid.png.
+        identity: settings that the images depend on, in addition to the common ones.
     """
 
     units: list[list[str]]
@@ -113,7 +113,7 @@ class SampledImages(Protocol):
     identity: dict[str, Any]
 
     def draw(self, units: Sequence[int]) -> Iterator[Record]:
-        """Draw units, and yield the record of each when its files are written."""
+        """Draw units, and yield the record of each unit after its files are written."""
 
     def finish(self, records: Sequence[Record]) -> int:
         """Write grid.png and `others` from the records of all units.
@@ -124,13 +124,13 @@ class SampledImages(Protocol):
 
 
 class LatentSeries:
-    """Images of numbered latents.
+    """Images decoded from numbered latents.
 
     Args:
-        canvas: what decodes and writes them.
-        names: of the images, without suffix.
-        latents: returns those of an image by its number, [z, h, w].
-        columns: of grid.png.
+        canvas: decodes and writes the images.
+        names: file names of the images, without suffix.
+        latents: returns the latents [z, h, w] of an image by its number.
+        columns: number of columns of grid.png.
         identity: see `SampledImages`.
     """
 
@@ -153,7 +153,7 @@ class LatentSeries:
         self.identity = identity
 
     def draw(self, units: Sequence[int]) -> Iterator[Record]:
-        """Draw units; there is nothing to record of them."""
+        """Draw units; their records are empty."""
         for unit in units:
             images = self._canvas.decode([self._latents(i) for i in self._numbers[unit]])
             for file, image in zip(self.units[unit], images, strict=True):
@@ -161,16 +161,16 @@ class LatentSeries:
             yield {}
 
     def finish(self, records: Sequence[Record]) -> int:
-        """Write grid.png; return the number of images in it."""
+        """Write grid.png, and return the number of images in it."""
         return self._canvas.save_grid(self._files, self._columns)
 
 
 def prior_images(canvas: Canvas, number: int, seed: int) -> LatentSeries:
     """Draw `number` images from the prior N(0, I).
 
-    Nothing but the KL term ties the posteriors to the prior. An autoencoder with the small
-    kl_weight of latent diffusion is no generator: expect texture without objects, neither grey nor
-    saturated.
+    Only the KL term ties the posteriors to the prior. An autoencoder with the small kl_weight used
+    for latent diffusion is not a generative model: expect texture without objects, neither grey
+    nor saturated.
     """
     columns = math.ceil(math.sqrt(min(number, _GRID_CELLS)))
     names = [f"sample_{i:05d}" for i in range(number)]
@@ -190,19 +190,19 @@ def prior_latents(model: AutoEncoderKL, size: int, seed: int, index: int) -> Ten
 def interpolated_images(
     canvas: Canvas, sources: Sequence[Source], *, steps: int, linear: bool
 ) -> LatentSeries:
-    """Draw images on the path from each image to the next.
+    """Interpolate from each image to the next.
 
     Args:
-        canvas: what encodes, decodes and writes.
-        sources: the first two images of each are taken, in their order.
-        steps: images per pair, both ends included.
-        linear: interpolate on the straight line, `lerp`, instead of the arc, `slerp`.
+        canvas: encodes, decodes and writes the images.
+        sources: the first two images of each source are used, in order.
+        steps: number of images per pair, both ends included.
+        linear: use linear (`lerp`) instead of spherical interpolation (`slerp`).
 
     Raises:
         ValueError: fewer than 2 steps or images, or an image that cannot be used.
     """
     if steps < 2:
-        raise ValueError(f"steps={steps}: give at least 2, which are the images themselves")
+        raise ValueError(f"steps={steps}: give at least 2, the two images themselves")
     ends: list[Tensor] = []  # posterior means, [z, h, w]
     for source in sources:
         indices = range(min(2, len(source)))
@@ -213,13 +213,13 @@ def interpolated_images(
             ends.append(canvas.encode(loaded.image).mode()[0])
     if len(ends) < 2:
         raise ValueError(
-            "--images: 1 image, which there is nothing between; give 2 or more, or a folder"
+            "--images: 1 image, but interpolation needs 2; give 2 or more images, or a folder"
         )
-    between = lerp if linear else slerp
+    interpolate = lerp if linear else slerp
 
     def latents(i: int) -> Tensor:
         pair, step = divmod(i, steps)
-        return between(ends[pair], ends[pair + 1], step / (steps - 1))
+        return interpolate(ends[pair], ends[pair + 1], step / (steps - 1))
 
     pairs = range(len(ends) - 1)
     names = [f"pair_{pair:05d}_step_{step:05d}" for pair in pairs for step in range(steps)]
@@ -234,15 +234,14 @@ def lerp(start: Tensor, end: Tensor, fraction: float) -> Tensor:
 
 
 def slerp(start: Tensor, end: Tensor, fraction: float) -> Tensor:
-    """Return a point on the great arc between the directions of two tensors of any shape.
+    """Interpolate spherically between two tensors of any shape.
 
-    sin((1 - t) w) / sin(w) u + sin(t w) / sin(w) v for the unit vectors u and v at an angle w
-    (Shoemake 1985, "Animating rotation with quaternion curves"), times their lengths, which are
-    interpolated linearly. The middle of distant vectors is as long as they are, where that of
-    `lerp` is shorter, and so nearer to grey. Vectors without a single arc between them (zero,
-    nearly parallel or opposite) are interpolated by `lerp`.
+    The direction is sin((1 - t) w) / sin(w) u + sin(t w) / sin(w) v for unit vectors u and v at an
+    angle w (Shoemake 1985, "Animating rotation with quaternion curves"); the length is interpolated
+    linearly. `lerp` shortens the vectors halfway, which makes images greyer; `slerp` does not.
+    Vectors without a unique arc (zero, nearly parallel or opposite) are interpolated by `lerp`.
     """
-    # float64: the difference of nearly equal directions
+    # float64 resolves nearly equal directions
     first, second = start.double(), end.double()
     lengths = first.norm(), second.norm()
     if min(lengths) == 0:
@@ -258,14 +257,14 @@ def slerp(start: Tensor, end: Tensor, fraction: float) -> Tensor:
 
 
 class PosteriorImages:
-    """Images beside decoded modes and samples of their posteriors; a unit is an image.
+    """Images with the decoded mode and decoded samples of their posteriors; one unit per image.
 
     Args:
-        canvas: what encodes, decodes and writes.
-        source: of the images.
-        number: samples per image.
-        seed: of the samples; each also depends on its number and on its image's.
-        num_workers: processes that decode images.
+        canvas: encodes, decodes and writes the images.
+        source: source of the images.
+        number: number of samples per image.
+        seed: random seed; each sample also depends on its own number and the number of its image.
+        num_workers: number of processes that decode image files.
 
     Raises:
         ValueError: fewer than 2 samples.
@@ -275,13 +274,13 @@ class PosteriorImages:
         self, canvas: Canvas, source: Source, number: int, seed: int, num_workers: int
     ) -> None:
         if number < 2:
-            raise ValueError(f"number={number}: one sample has no deviation; give at least 2")
+            raise ValueError(f"number={number}: too few samples for a deviation; give at least 2")
         self._canvas = canvas
         self._source = source
         self._number = number
         self._seed = seed
         self._num_workers = num_workers
-        # of each image: the image itself, the decoded mode, then the samples
+        # per image: the image itself, the decoded mode, then the decoded samples
         kinds = ["original", "mode", *(f"sample_{k:05d}" for k in range(number))]
         self.units = [
             [f"image_{image:05d}_{kind}{canvas.suffix}" for kind in kinds]
@@ -294,9 +293,10 @@ class PosteriorImages:
         """Draw units.
 
         Yields:
-            Per image `skipped`, why it cannot be used; or `posterior_std`, the mean, smallest and
-            largest standard deviation per latent channel, and `picture_std`, that of the decoded
-            samples: the root of the mean variance of their values from -1 to 1.
+            For each image either `skipped`, the reason why it cannot be used; or `posterior_std`,
+            the mean, smallest and largest standard deviation per latent channel, and
+            `picture_std`, the square root of the mean pixel variance of the decoded samples in
+            [-1, 1].
         """
         size = self._canvas.size
         loading = load_images(
@@ -311,7 +311,10 @@ class PosteriorImages:
                     yield self._draw_image(loaded.index, loaded.image)
 
     def finish(self, records: Sequence[Record]) -> int:
-        """Write posterior.json and grid.png: an image, its mode and up to 8 samples per row."""
+        """Write posterior.json and grid.png.
+
+        A row of the grid shows an image, its decoded mode and up to 8 samples.
+        """
         usable = [image for image, record in enumerate(records) if "skipped" not in record]
         statistics = [
             {"image": self._source.name(i), "files": f"image_{i:05d}_*", **records[i]}

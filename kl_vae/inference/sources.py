@@ -1,4 +1,4 @@
-"""The images that a command works on."""
+"""Image sources of a command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kl_vae.data import (
 
 
 def as_roots(images: str | Path | Sequence[str | Path]) -> list[str]:
-    """Return the roots that `open_sources` takes, of one or several."""
+    """Return one or several roots as the list of strings that `open_sources` expects."""
     return [str(root) for root in ([images] if isinstance(images, (str, Path)) else images)]
 
 
@@ -32,21 +32,21 @@ def open_sources(
     exclude: Sequence[str] = (),
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[JoinedSource, list[Path]]:
-    """Join the images of folders and tar shards, in their order, and single files among them.
+    """Join the images of folders, tar shards and single files, in the given order.
 
     Args:
-        roots: folders of images or shards, shards or patterns of them, each as in
-            `kl_vae.data.open_root`, or image files; these are taken regardless of the patterns.
+        roots: folders of images or shards, shards, or glob patterns of shards, see
+            `kl_vae.data.open_root`; or image files, to which `include` and `exclude` do not apply.
         channels: the model's in_channels.
-        include: patterns of the images to take; none: all.
-        exclude: patterns of the images to leave out.
-        max_pixels: larger images are refused before they are decoded.
+        include: glob patterns of images to include; empty: all images.
+        exclude: glob patterns of images to exclude.
+        max_pixels: larger images are rejected before decoding.
 
     Returns:
-        The images, each once, and the folders among `roots`.
+        The images without duplicates, and the folders among `roots`.
 
     Raises:
-        ValueError: a root does not exist, cannot be read, or holds no image.
+        ValueError: a root does not exist, cannot be read, or contains no image.
     """
     seen: set[str] = set()
     parts: list[Source] = []
@@ -57,7 +57,7 @@ def open_sources(
             folders.append(path)
         part: StoredSource
         if os.path.lexists(path) and not (os.path.isdir(path) or is_shard(path)):
-            # a bad file is reported later
+            # errors in the file are reported when it is read
             part = FolderSource(path.parent, [path.name], channels, max_pixels)
         else:
             part = open_root(root, channels, include, exclude, max_pixels)

@@ -1,4 +1,4 @@
-"""Encode and decode images that are too large for the memory as a whole."""
+"""Encoding and decoding of images that are too large to be processed as a whole."""
 
 from kl_vae.inference.tiling.modes import Mode, Tiling, check_tiling, decode_tiled, encode_tiled
 

@@ -1,8 +1,10 @@
-"""Encode and decode in tiles that overlap and are blended: least memory, but not the same result.
+"""Encoding and decoding in overlapping, blended tiles: least memory, but an approximate result.
 
-Each tile is normalised and attends within itself, so that its colours and contrast differ a little
-from those of the whole image. B batch, C channels, H and W the image's height and width, h = H/f,
-w = W/f, z latent channels. A span is a pair of offsets [start, stop) along one axis.
+Group norms and attention see a single tile only, so that the colours and contrast of a tile differ
+slightly from those of the whole image.
+
+Shapes: B batch, C channels, H and W image height and width, h = H/f, w = W/f, z latent channels. A
+span is a pair of offsets [start, stop) along one axis.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ Span = tuple[int, int]
 
 
 def encode_blended(model: AutoEncoderKL, images: Tensor, tile: int, overlap: int) -> Tensor:
-    """Images [B, C, H, W] -> moments [B, 2z, h, w], from tiles of `tile` pixels.
+    """Encode images [B, C, H, W] to moments [B, 2z, h, w] in tiles of `tile` pixels per side.
 
     Raises:
-        ValueError: tile or overlap is not a multiple of f.
+        ValueError: `tile` or `overlap` is not a multiple of f.
     """
     f = model.downsampling_factor
     check_tiles(tile, overlap, f)
@@ -32,10 +34,10 @@ def encode_blended(model: AutoEncoderKL, images: Tensor, tile: int, overlap: int
 
 
 def decode_blended(model: AutoEncoderKL, z: Tensor, tile: int, overlap: int) -> Tensor:
-    """Latents [B, z, h, w] -> images [B, C, H, W], from tiles of `tile` pixels.
+    """Decode latents [B, z, h, w] to images [B, C, H, W] in tiles of `tile` pixels per side.
 
     Raises:
-        ValueError: as `encode_blended`.
+        ValueError: see `encode_blended`.
     """
     f = model.downsampling_factor
     check_tiles(tile, overlap, f)
@@ -43,7 +45,7 @@ def decode_blended(model: AutoEncoderKL, z: Tensor, tile: int, overlap: int) -> 
 
 
 def check_tiles(tile: int, overlap: int, f: int) -> None:
-    """Raise ValueError unless tiles and their overlaps are whole latents."""
+    """Raise ValueError unless `tile` and `overlap` are multiples of f."""
     for key, value in (("tile", tile), ("overlap", overlap)):
         if value % f:
             raise ValueError(
@@ -53,7 +55,10 @@ def check_tiles(tile: int, overlap: int, f: int) -> None:
 
 
 def spans_of(length: int, tile: int, overlap: int) -> list[Span]:
-    """Spans of one tile's length that cover an axis evenly and overlap by `overlap` or more."""
+    """Return evenly spaced spans of length `tile` that cover an axis and overlap by `overlap`.
+
+    Spans may overlap by more than `overlap`.
+    """
     if length <= tile:
         return [(0, length)]
     number = math.ceil((length - overlap) / (tile - overlap))
@@ -62,9 +67,9 @@ def spans_of(length: int, tile: int, overlap: int) -> list[Span]:
 
 
 def ramps_of(spans: list[Span], scale: int) -> list[Tensor]:
-    """The weight of each position of each span, in float32; of a position they add up to 1.
+    """Return the float32 blending weights of each span; at each position they sum to 1.
 
-    Within an overlap they rise or fall linearly. `scale` is the number of positions of a unit.
+    Weights are linear within an overlap. `scale` is the number of positions per unit of a span.
     """
     weights = []
     for i, (start, stop) in enumerate(spans):
@@ -92,27 +97,27 @@ def _ramp(length: int) -> Tensor:
 def _blended(
     function: Callable[[Tensor], Tensor], x: Tensor, up: int, down: int, tiles: tuple[int, int]
 ) -> Tensor:
-    """Apply `function` to tiles of x and blend what it gives.
+    """Apply `function` to tiles of x, and blend the results.
 
-    A latent is `down` positions of x, and `up` of the result; `tiles` are the side of a tile and
-    the least overlap in latents.
+    A latent position corresponds to `down` positions of x and `up` positions of the result along
+    each axis. `tiles` holds the side of a tile and the minimum overlap in latent positions.
     """
     rows, columns = (spans_of(side // down, *tiles) for side in x.shape[2:])
     if len(rows) == len(columns) == 1:
         return function(x)
     out: Tensor | None = None
     dtype = x.dtype
-    for (top, bottom), of_rows in zip(rows, ramps_of(rows, up), strict=True):
-        for (left, right), of_columns in zip(columns, ramps_of(columns, up), strict=True):
+    for (top, bottom), row_weights in zip(rows, ramps_of(rows, up), strict=True):
+        for (left, right), column_weights in zip(columns, ramps_of(columns, up), strict=True):
             part = x[:, :, top * down : bottom * down, left * down : right * down]
-            done = function(part)
-            dtype = done.dtype
-            if out is None:  # float32 at least, since it is a sum
-                shape = (*done.shape[:2], rows[-1][1] * up, columns[-1][1] * up)
-                kind = torch.promote_types(dtype, torch.float32)
-                out = torch.zeros(shape, dtype=kind, device=done.device)
-            weights = of_rows[:, None] * of_columns
-            where = out[:, :, top * up : bottom * up, left * up : right * up]
-            where += done * weights.to(done.device)
+            result = function(part)
+            dtype = result.dtype
+            if out is None:  # at least float32, since it accumulates a sum
+                shape = (*result.shape[:2], rows[-1][1] * up, columns[-1][1] * up)
+                sum_dtype = torch.promote_types(dtype, torch.float32)
+                out = torch.zeros(shape, dtype=sum_dtype, device=result.device)
+            weights = row_weights[:, None] * column_weights
+            target = out[:, :, top * up : bottom * up, left * up : right * up]
+            target += result * weights.to(result.device)
     assert out is not None
     return out.to(dtype)

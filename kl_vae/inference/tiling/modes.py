@@ -1,6 +1,6 @@
-"""Whole, in exact strips, or in blended tiles: which, by the memory that each takes.
+"""Choice between whole images, exact strips and blended tiles by their memory requirements.
 
-B batch, C channels, H and W the image's height and width, h = H/f, w = W/f, z latent channels.
+Shapes: B batch, C channels, H and W image height and width, h = H/f, w = W/f, z latent channels.
 """
 
 from __future__ import annotations
@@ -25,35 +25,36 @@ logger = logging.getLogger(__name__)
 Mode = Literal["auto", "whole", "exact", "blend"]
 MODES = ("auto", "whole", "exact", "blend")
 
-# of what is free: an estimate may be wrong, and other processes take more
+# fraction of the free memory that may be used: estimates are imprecise, and other processes may
+# allocate more
 WHOLE_FRACTION = 0.6
 EXACT_FRACTION = 0.8
-# B H W beyond which `auto` takes strips anyway
+# number of pixels B H W above which `auto` always uses strips
 WHOLE_PIXELS = 2048 * 2048
 
-# measured on the CPU, torch 2.15, kl-f8: what is held beside the maps counted here are kernels'
-# reordered inputs, and strips between what the allocator could not give back
+# measured on the CPU with torch 2.15 and kl-f8; beyond the feature maps counted below, memory is
+# used by reordered kernel inputs and by fragmentation between strips
 WHOLE_FACTOR = 4.5
 EXACT_FACTOR = 1.4
 FIXED_BYTES = 256 * 2**20
 
-# the reason, once it has been given: a folder may hold many such images
+# the reason, after the first warning: a folder may contain many such images
 warned_of_blending: list[str] = []
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How images are taken apart to fit into the memory.
+    """Settings for processing images in parts that fit into memory.
 
     Attributes:
-        mode: whole; exact: in strips, with the result of the whole; blend: in overlapping tiles,
-            which takes least memory and changes colours slightly; auto: the first of these whose
-            memory there is.
-        tile: side of a tile in pixels, for blend; a multiple of f.
-        overlap: pixels that neighbouring tiles share at least, for blend; a multiple of f.
+        mode: whole: no splitting; exact: strips, with the same result as whole; blend: overlapping
+            tiles, which need the least memory and change colours slightly; auto: the first of
+            these that fits into memory.
+        tile: for blend, side of a tile in pixels; a multiple of f.
+        overlap: for blend, minimum overlap of neighbouring tiles in pixels; a multiple of f.
 
     Raises:
-        ValueError: an unknown mode, or tiles that do not advance.
+        ValueError: the mode is unknown, or `overlap` is not less than `tile`.
     """
 
     mode: Mode = "auto"
@@ -72,10 +73,11 @@ class Tiling:
 
 
 def check_tiling(model: AutoEncoderKL, tiling: Tiling) -> None:
-    """Check beforehand what the functions below would refuse of any image.
+    """Check that a model supports a tiling, before any image is read.
 
     Raises:
-        ValueError: the mode does not suit the model, or f does not divide the tiles.
+        ValueError: the mode does not support the model, or `tile` or `overlap` is not a multiple
+            of f.
     """
     if tiling.mode == "exact":
         check_exact(model)
@@ -87,18 +89,18 @@ def check_tiling(model: AutoEncoderKL, tiling: Tiling) -> None:
 def encode_tiled(
     model: AutoEncoderKL, images: Tensor, tiling: Tiling, *, may_blend: bool = True
 ) -> DiagonalGaussianDistribution:
-    """Images [B, C, H, W] -> the posterior over latents [B, z, h, w]; there are no gradients.
+    """Encode images [B, C, H, W] to the posterior over latents [B, z, h, w], without gradients.
 
     Args:
         model: the autoencoder.
-        images: H and W are multiples of f.
-        tiling: how they are taken apart.
-        may_blend: whether `auto` may blend; otherwise it is out of memory instead, which a batch
-            wants whose images are tried one by one then.
+        images: images whose H and W are multiples of f.
+        tiling: how the images are split.
+        may_blend: whether mode `auto` may use blended tiles. If false, it raises an out-of-memory
+            error instead, so that the caller can retry with a smaller batch.
 
     Raises:
-        ValueError: what `AutoEncoderKL.encode` refuses, a model with a context, or one that the
-            mode does not suit.
+        ValueError: see `AutoEncoderKL.encode`; or the model needs a context or does not support
+            the mode.
     """
     check_images(images, model.config)
     check_context(None, model.config)
@@ -117,13 +119,13 @@ def encode_tiled(
 def decode_tiled(
     model: AutoEncoderKL, z: Tensor, tiling: Tiling, *, may_blend: bool = True
 ) -> Tensor:
-    """Latents [B, z, h, w] -> images [B, C, H, W], unclamped; there are no gradients.
+    """Decode latents [B, z, h, w] to unclamped images [B, C, H, W], without gradients.
 
-    The arguments are those of `encode_tiled`.
+    See `encode_tiled` for the arguments.
 
     Raises:
-        ValueError: what `AutoEncoderKL.decode` refuses, a model with a context, or one that the
-            mode does not suit.
+        ValueError: see `AutoEncoderKL.decode`; or the model needs a context or does not support
+            the mode.
     """
     check_latents(z, model.latent_channels)
     check_context(None, model.config)
@@ -139,19 +141,19 @@ def decode_tiled(
 
 @dataclass(frozen=True)
 class Work:
-    """The memory that one call of encoder or decoder takes.
+    """Estimate of the memory used by one call of the encoder or decoder.
 
-    The highest resolutions decide: a feature map of c channels takes 4 B c H W bytes in float32 at
-    full resolution, and a quarter of that one level below.
+    The highest resolutions dominate: in float32, a feature map of c channels takes 4 B c H W bytes
+    at full resolution, and a quarter of that one level below.
 
     Attributes:
         config: the architecture.
-        decoding: decoder, else encoder.
+        decoding: true for the decoder, false for the encoder.
         batch: B.
         height: H of the images, in pixels.
         width: W of the images, in pixels.
-        itemsize: bytes of a number of the maps that are kept.
-        scores: whether attention writes down the score of each pair of positions.
+        itemsize: bytes per element of stored feature maps.
+        scores: whether attention materialises its score matrix.
     """
 
     config: DDConfig
@@ -164,24 +166,24 @@ class Work:
 
     @property
     def whole_bytes(self) -> int:
-        """Bytes that the whole image takes beside weights, input and output."""
+        """Bytes for processing the whole image, without weights, input and output."""
         largest = max(max(channels) * positions for channels, positions in self._levels())
         scores = 0
         if self.scores and self.config.attention == "vanilla":
             levels = len(self.config.ch_mult)
             attended = [x for x in range(levels) if self.config.has_attention(x)] + [levels - 1]
             scores = 2 * self.batch * self._positions(min(attended)) ** 2
-        # norms are float32 in any precision
+        # norms are computed in float32 in every precision
         return int(WHOLE_FACTOR * 4 * self.batch * largest + 4 * scores) + FIXED_BYTES
 
     @property
     def exact_bytes(self) -> int:
-        """Bytes that the same takes in strips: the input of a residual block, or two maps of it."""
+        """Bytes for processing in strips: the input of a residual block, or two of its outputs."""
         largest = max(max(into, 2 * out) * positions for (into, out), positions in self._levels())
         return int(EXACT_FACTOR * self.itemsize * self.batch * largest) + FIXED_BYTES
 
     def _levels(self) -> list[tuple[tuple[int, int], int]]:
-        """Channels into and out of the blocks of each level, and its positions in one image."""
+        """Return the input and output channels of each level, and its positions per image."""
         channels = self.config.channels
         before = (self.config.ch, *channels[:-1])
         after = (*channels[1:], channels[-1])
@@ -197,9 +199,9 @@ class Work:
 
 
 def choose(work: Work, free: int | None, can_be_exact: bool) -> list[Mode]:
-    """The modes to try in order.
+    """Return the modes to try, in order.
 
-    `free` is the number of bytes that the device has left; None: decide by the size alone.
+    `free` is the free memory of the device in bytes; if None, only the image size decides.
     """
     small = work.batch * work.height * work.width <= WHOLE_PIXELS
     whole = free is None or work.whole_bytes <= WHOLE_FRACTION * free
@@ -236,10 +238,10 @@ def _candidates(
     if not may_blend:
         modes.remove("blend")
         if not modes:
-            raise torch.OutOfMemoryError("out of memory, as far as is known before")
+            raise torch.OutOfMemoryError("estimated to be out of memory")
     if modes == ["blend"]:
         needed = work.exact_bytes if can_be_exact else work.whole_bytes
-        _warn_of_blending(f"about {needed / 2**30:.1f} GiB are needed for the exact result")
+        _warn_about_blending(f"the exact result needs about {needed / 2**30:.1f} GiB of memory")
     return modes
 
 
@@ -250,19 +252,19 @@ def _run(variants: dict[str, Callable[[], Tensor]], modes: list[Mode]) -> Tensor
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        # beyond the except clause: the error holds what was computed
+        # outside the except clause, since the error keeps tensors alive
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if following == "blend":
-            _warn_of_blending("the memory did not suffice for the exact result")
+            _warn_about_blending("not enough memory for the exact result")
     return variants[modes[-1]]()
 
 
-def _warn_of_blending(reason: str) -> None:
+def _warn_about_blending(reason: str) -> None:
     if not warned_of_blending:
         warned_of_blending.append(reason)
         logger.warning(
-            "%s; such images are taken in blended tiles, and their colours may differ slightly: "
-            "free memory, take fewer or smaller images at a time, or a lower precision",
+            "%s; large images are processed in blended tiles, which may change colours slightly; "
+            "to avoid this, free memory, or use a smaller batch, smaller images or half precision",
             reason,
         )

@@ -1,8 +1,8 @@
-"""A feature map as a row of strips, streams of such strips, and group norms over them.
+"""Feature maps split into strips, streams of strips, and group norms over them.
 
-B batch, C channels, H and W height and width. The map is cut along one axis, `dim` (2: H, 3: W), on
-which it has L lines of M positions each: a strip of l lines is [B, C, l, M] or [B, C, M, l].
-S strips, G groups.
+Shapes: B batch, C channels, H and W height and width, S strips, G groups. A feature map is split
+along the axis `dim` (2: H, 3: W) into lines of M positions each; a strip of l lines is
+[B, C, l, M] or [B, C, M, l].
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from kl_vae.runtime.memory import give_back_memory
 
 Strips = Iterator[Tensor]
 
-# after so many that are held: between strips that stay the C library keeps what was let go
+# memory is returned to the system after this many bytes of strips: between live strips, the C
+# library does not release freed memory
 _GIVE_BACK_BYTES = 256 * 2**20
 
 
 class Moments:
-    """Mean and squared deviation of each channel, strip by strip, merged exactly.
+    """Mean and squared deviation of each channel, accumulated over strips.
 
     Strips are merged in float64 by the formula of Chan et al. (1979), "Updating formulae and a
-    pairwise algorithm for computing sample variances", equation 2.1: the mean is never subtracted
-    from a sum of squares, which would lose what a small variance has left.
+    pairwise algorithm for computing sample variances", equation 2.1. It avoids subtracting the
+    squared mean from a mean of squares, where small variances would cancel.
     """
 
     def __init__(self) -> None:
@@ -36,29 +37,29 @@ class Moments:
         self._deviations: list[Tensor] = []
 
     def add(self, strip: Tensor) -> None:
-        """Count a strip [B, C, h, w]."""
+        """Add a strip [B, C, h, w]."""
         x = _at_least_float32(strip).flatten(2)
         mean = x.mean(2, keepdim=True)
         self._numbers.append(x.shape[2])
         self._means.append(mean[:, :, 0])
-        # several times as fast as torch.var_mean on the CPU
+        # several times faster than torch.var_mean on the CPU
         self._deviations.append(torch.linalg.vector_norm(x - mean, dim=2))
 
     def normalization(self, norm: nn.Module) -> Callable[[Tensor], Tensor]:
-        """What `norm` does with the whole map, as a function of a strip of it."""
+        """Return a function that normalises a strip as `norm` normalises the whole feature map."""
         assert isinstance(norm, nn.GroupNorm), "check_exact"
         mean, var = self._of_groups(norm.num_groups)  # each [B, G]
-        each = norm.num_channels // norm.num_groups
+        group_size = norm.num_channels // norm.num_groups
         device, dtype = self._means[0].device, self._means[0].dtype
-        scale = (var + norm.eps).rsqrt().repeat_interleave(each, 1)  # [B, C]
-        shift = -mean.repeat_interleave(each, 1) * scale
+        scale = (var + norm.eps).rsqrt().repeat_interleave(group_size, 1)  # [B, C]
+        shift = -mean.repeat_interleave(group_size, 1) * scale
         if norm.affine:
             weight, bias = (p.detach().cpu().double() for p in (norm.weight, norm.bias))
             scale, shift = weight * scale, weight * shift + bias
         scale, shift = (x[:, :, None, None].to(dtype).to(device) for x in (scale, shift))
 
         def normalize(strip: Tensor) -> Tensor:
-            # of half precision as well, since scale and shift are float32
+            # float32 also for half-precision strips, since scale and shift are float32
             out = (strip * scale).add_(shift)
             if torch.is_autocast_enabled(strip.device.type):
                 return out
@@ -67,7 +68,7 @@ class Moments:
         return normalize
 
     def _of_groups(self, groups: int) -> tuple[Tensor, Tensor]:
-        # [S, B, C], on the CPU: not every device has float64
+        # [S, B, C], on the CPU, since some devices do not support float64
         means, deviations = (torch.stack(x).cpu().double() for x in (self._means, self._deviations))
         numbers = torch.tensor(self._numbers, dtype=torch.float64)[:, None, None]
         numbers = numbers.expand_as(means)
@@ -86,7 +87,7 @@ class Moments:
 
 @dataclass
 class FeatureMap:
-    """All strips of one feature map, first to last, and the moments of its channels."""
+    """Strips of one feature map, in order, and the moments of its channels."""
 
     dim: int
     strips: deque[Tensor] = field(default_factory=deque)
@@ -94,7 +95,7 @@ class FeatureMap:
 
     @classmethod
     def collect(cls, strips: Iterable[Tensor], dim: int) -> FeatureMap:
-        """Hold all of a stream; the moments are taken while each strip is still in the cache."""
+        """Collect a stream; moments are computed while each strip is still in the cache."""
         collected = cls(dim)
         held = 0
         for strip in strips:
@@ -107,30 +108,30 @@ class FeatureMap:
         return collected
 
     def drain(self) -> Strips:
-        """Stream the strips; none is held any longer once it has been given."""
+        """Stream the strips, releasing each one as it is yielded."""
         while self.strips:
             yield self.strips.popleft()
 
     def replace(self, function: Callable[[Tensor], Tensor]) -> Strips:
-        """Stream the strips, and hold what `function` makes of each in its place."""
-        for _ in range(len(self.strips)):  # once round
+        """Stream the strips, and replace each one by `function(strip)`."""
+        for _ in range(len(self.strips)):
             strip = self.strips.popleft()
             self.strips.append(function(strip))
             yield strip
 
     def whole(self) -> Tensor:
-        """The map in one tensor [B, C, H, W]; the strips are not held any longer."""
+        """Return the feature map as one tensor [B, C, H, W], and release the strips."""
         strips = list(self.drain())
         return strips[0] if len(strips) == 1 else torch.cat(strips, self.dim)
 
 
 def split(x: Tensor, dim: int, lines: int) -> Strips:
-    """Stream a whole map as views of at most so many lines."""
+    """Stream a whole feature map as views of at most `lines` lines."""
     return iter(torch.split(x, lines, dim))
 
 
 def regroup(strips: Strips, dim: int, lines: int) -> Strips:
-    """Stream the same map in strips of so many lines, the last one of what is left."""
+    """Stream the same feature map in strips of `lines` lines; the last one may be smaller."""
     pieces: list[Tensor] = []
     missing = lines
     for strip in strips:
@@ -147,20 +148,21 @@ def regroup(strips: Strips, dim: int, lines: int) -> Strips:
 
 
 def with_halo(strips: Strips, dim: int, before: bool = True) -> Strips:
-    """Each strip with the line that follows it, and the one `before` it; 0 beyond the map's ends.
+    """Extend each strip by the following line and, if `before`, by the preceding line.
 
-    What a convolution of 3 lines needs, whose own padding must then be on the other axis alone.
+    Lines beyond the feature map are zero. A 3 x 3 convolution of the result pads only the other
+    axis.
     """
     strip: Tensor | None = next(strips)
     assert strip is not None
-    beyond = torch.zeros_like(strip.narrow(dim, 0, 1))
-    last = [beyond] if before else []
+    zeros = torch.zeros_like(strip.narrow(dim, 0, 1))
+    last = [zeros] if before else []
     while strip is not None:
         following = next(strips, None)
-        first = beyond if following is None else following.narrow(dim, 0, 1)
+        first = zeros if following is None else following.narrow(dim, 0, 1)
         padded = torch.cat([*last, strip, first], dim)
         if before:
-            last = [strip.narrow(dim, -1, 1).clone()]  # a view would hold the strip
+            last = [strip.narrow(dim, -1, 1).clone()]  # a view would keep the strip alive
         strip = following
         yield padded
 
