@@ -1,1 +1,1 @@
-"""The same numbers faster or in less memory: replaces the classes of a finished model's modules."""
+"""Faster and more memory-efficient implementations, swapped into the modules of a built model."""

@@ -1,4 +1,4 @@
-"""Which algorithms of `kl_vae.accel` a model computes by."""
+"""Selection of the `kl_vae.accel` algorithms that a model uses."""
 
 from __future__ import annotations
 
@@ -38,26 +38,27 @@ def accelerate(
     merge_upsampling: bool | None = None,
     compile: bool = False,
 ) -> Model:
-    """Let a model compute faster, with the same numbers to rounding; it is returned.
+    """Speed up a model in place, and return it; results change only by rounding.
 
-    The state dict stays what it is, and gradients are those of the plain modules to rounding. A
-    later call sets everything anew, so that
-    `accelerate(model, channels_last=False, winograd=False, merge_upsampling=False)` undoes it all.
-    None is chosen by the device that the parameters are on; after a move to another, call it again.
-    Activation checkpointing stays as `set_activation_checkpointing` has it.
+    The state dict does not change, and gradients change only by rounding. Each call replaces all
+    earlier settings, so that
+    `accelerate(model, channels_last=False, winograd=False, merge_upsampling=False)` restores the
+    plain modules. Arguments of None are chosen for the device of the parameters; call this again
+    after moving the model to another device. Activation checkpointing is not changed, see
+    `set_activation_checkpointing`.
 
-    The classes of modules are swapped for ones that compute the same otherwise; each runs the plain
-    code where something is not as it expects (`kl_vae.accel.swap`).
+    The classes of modules are swapped for equivalent ones, which fall back to the plain code
+    whenever their requirements are not met (see `kl_vae.accel.swap`).
 
     Args:
-        model: an AutoEncoderKL, or any module of such parts.
-        channels_last: hold feature maps [B, C, H, W] with the channels innermost, as convolutions
-            on CPUs and CUDA prefer. On CUDA the weights are stored so as well.
+        model: an AutoEncoderKL, or any module with such submodules.
+        channels_last: use the channels_last memory format for feature maps [B, C, H, W], which is
+            faster for convolutions on CPUs and CUDA. On CUDA, weights use this format as well.
         winograd: compute wide 3 x 3 convolutions and their gradients by `kl_vae.accel.winograd`, on
             CPUs in float32: up to 2 times as fast, with about 5 times the rounding error.
         merge_upsampling: compute `Upsample` by `kl_vae.accel.upsample`; None: where it is faster.
-        compile: torch.compile encoder and decoder. That takes about a minute for each size of
-            images, and a C++ compiler on CPUs, where Winograd's convolutions are then plain ones.
+        compile: apply `torch.compile` to encoder and decoder. Compilation takes about a minute for
+            each image size and, on CPUs, needs a C++ compiler and disables Winograd convolutions.
     """
     device = next(model.parameters()).device.type
     if channels_last is None:
@@ -87,9 +88,10 @@ def set_algorithms(
     merge_upsampling: bool | None,
     channels_last: bool = False,
 ) -> None:
-    """Swap the classes of a model's modules, which may be without contents.
+    """Swap the classes of a model's modules, which may be on the meta device.
 
-    Where nothing is asked for, all are plain again, but for what activation checkpointing needs.
+    If no algorithm is selected, all modules are plain again, except where activation checkpointing
+    needs a fast class.
     """
     plain = not (channels_last or winograd) and merge_upsampling is False
     for module in model.modules():
@@ -106,19 +108,19 @@ def set_algorithms(
 
 
 def set_activation_checkpointing(model: nn.Module, kind: str | None) -> None:
-    """Choose what the backward pass computes again instead of keeping it (Chen et al. 2016).
+    """Set which activations the backward pass recomputes instead of storing (Chen et al. 2016).
 
-    Gradients stay the same. A block of your own is told by its attribute
-    `activation_checkpointing`, where it has one.
+    Gradients do not change. Custom blocks are configured through their attribute
+    `activation_checkpointing`, if they have one.
 
     Args:
         model: an AutoEncoderKL, its encoder or its decoder.
-        kind: none: nothing but what lies between a norm and its SiLU; norms: what lies between a
-            norm and its convolution; blocks: the residual blocks; None: as before any call, all
-            that autograd wants is kept.
+        kind: none: only the activations between a norm and its SiLU; norms: those between a norm
+            and its convolution; blocks: whole residual blocks; None: the initial state, in which
+            autograd stores all activations.
 
     Raises:
-        ValueError: no such kind.
+        ValueError: the kind is unknown.
     """
     if kind is not None and kind not in ACTIVATION_CHECKPOINTING:
         raise ValueError(
@@ -138,10 +140,10 @@ def _swap(module: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]])
 
 
 def accelerate_as(mode: str, model: Model, *, compile: bool = False) -> Model:
-    """`accelerate` as commands do it: auto; exact, without Winograd; off, all modules plain.
+    """Call `accelerate` for a mode: auto; exact, without Winograd; or off, with plain modules.
 
     Raises:
-        ValueError: no such mode.
+        ValueError: the mode is unknown.
     """
     if mode not in MODES:
         raise ValueError(f"fast={mode!r}: give one of {', '.join(MODES)}")
@@ -153,8 +155,8 @@ def accelerate_as(mode: str, model: Model, *, compile: bool = False) -> Model:
 
 def _set_layout(model: nn.Module, layout: torch.memory_format, device: str) -> None:
     for name, module in model.named_modules():
-        # a convolution with such a weight gives such a map, and what follows keeps it: on CPUs the
-        # first ones suffice, and the other weights, which may be mapped files, stay where they are
+        # the weight's memory format determines that of the output, and later layers keep it: on
+        # CPUs converting the first convolution suffices, and weights may stay memory-mapped
         first = name.rpartition(".")[2] == "conv_in"
         if isinstance(module, nn.Conv2d) and (first or device != "cpu"):
             module.to(memory_format=layout)

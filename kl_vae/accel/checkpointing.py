@@ -1,11 +1,11 @@
-"""Activation checkpointing: norm, SiLU and convolution that keep their input alone.
+"""Activation checkpointing: norm, SiLU and convolution that store only their input.
 
-Autograd keeps three maps of each: the norm's input, the SiLU's and the convolution's. The last two
-are computed again from the first when the backward pass needs them (Chen et al. 2016, section 4:
-drop what is cheap), which costs two passes over a map beside the convolution's two backward
-products. Numbers are those of autograd, bit for bit, since the same kernels run on the same maps.
+Autograd stores three feature maps: the inputs of the norm, the SiLU and the convolution. Here the
+backward pass recomputes the last two from the first (Chen et al. 2016, section 4), which costs two
+passes over a feature map in addition to the two backward products of the convolution. Results are
+bit-identical to autograd, since the same kernels run on the same feature maps.
 
-B batch, C channels of the input, O of the output, H and W height and width, G groups.
+Shapes: B batch, C input channels, O output channels, H and W height and width, G groups.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from kl_vae.accel.convolution import (
 from kl_vae.accel.group_norm import FLOAT32_NORMS
 from kl_vae.accel.swap import are_on, is_traced, is_untouched
 
-# What the backward pass computes again. none: what lies between a norm and its SiLU; norms: also
-# what lies between the SiLU and its convolution; blocks: whole residual blocks.
+# Activations that the backward pass recomputes. none: those between a norm and its SiLU; norms:
+# also those between the SiLU and its convolution; blocks: whole residual blocks.
 ACTIVATION_CHECKPOINTING = ("none", "norms", "blocks")
 
-DEVICES = ("cpu", "cuda")  # whose group norm tells its statistics
+DEVICES = ("cpu", "cuda")  # devices whose group norm returns its statistics
 
 _aten = torch.ops.aten
 
 
 def norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """silu(norm(x)), [B, C, H, W]; x and the statistics are kept for the backward pass.
+    """Compute silu(norm(x)), [B, C, H, W]; only x and the statistics are saved for backward.
 
-    In float32 under autocast.
+    The result is float32 under autocast.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.float()
@@ -50,10 +50,10 @@ def norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
 def norm_silu_conv(
     x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d, residual: Tensor | None = None
 ) -> Tensor:
-    """conv(silu(norm(x))) + residual, [B, O, H, W]; x and the statistics are kept.
+    """Compute conv(silu(norm(x))) + residual, [B, O, H, W]; only x and the statistics are saved.
 
-    Under autocast the norm is float32 and the convolution autocast's precision, and x is kept in
-    that which it has.
+    Under autocast the norm runs in float32 and the convolution in the autocast precision; x is
+    saved in its own precision.
     """
     kind, weight, bias = x.device.type, conv.weight, conv.bias
     norm_dtype = x.dtype
@@ -77,9 +77,9 @@ def norm_silu_conv(
 
 
 def takes_norm(norm: nn.Module, x: Tensor) -> TypeGuard[nn.GroupNorm]:
-    """Whether `norm_silu` stands for the module `norm` with gradients: our group norm, untouched.
+    """Return whether `norm_silu` can replace `norm`: an unmodified group norm, with gradients.
 
-    While torch.compile traces it does not: the compiler itself finds what to compute again.
+    It is false while torch.compile traces, since the compiler decides what to recompute.
     """
     return (
         torch.is_grad_enabled()
@@ -91,7 +91,7 @@ def takes_norm(norm: nn.Module, x: Tensor) -> TypeGuard[nn.GroupNorm]:
 
 
 def takes_conv(conv: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
-    """Whether `norm_silu_conv` stands for the module `conv`: a convolution padded with zeros."""
+    """Return whether `norm_silu_conv` can replace `conv`: an unmodified, zero-padded Conv2d."""
     return (
         is_untouched(conv, *CONVOLUTIONS)
         and isinstance(conv, nn.Conv2d)
@@ -116,7 +116,7 @@ class _NormSilu(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         x, scale, shift, mean, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated once more
+        if torch.is_grad_enabled():  # create_graph=True
             plain = F.silu(F.group_norm(x, ctx.settings[0], scale, shift, ctx.settings[1]))
             return (*_differentiate(plain, (x, scale, shift), gradient, ctx), None, None)
         normed, _, _ = _normalize(x, scale, shift, *ctx.settings)
@@ -159,10 +159,10 @@ class _NormSiluConv(torch.autograd.Function):
         (gradient,) = gradients
         x, scale, shift, weight, bias, mean, rstd = ctx.saved_tensors
         norm_dtype, groups, eps, geometry, winograd = ctx.settings
-        onward = None if ctx.residual_dtype is None else gradient.to(ctx.residual_dtype)
-        rest = onward, None, None, None, None, None
+        residual_gradient = None if ctx.residual_dtype is None else gradient.to(ctx.residual_dtype)
+        rest = residual_gradient, None, None, None, None, None
         gradient = gradient.to(weight.dtype)
-        if torch.is_grad_enabled():  # to be differentiated once more
+        if torch.is_grad_enabled():  # create_graph=True
             active = F.silu(F.group_norm(x.to(norm_dtype), groups, scale, shift, eps))
             plain = F.conv2d(active.to(weight.dtype), weight, bias, *geometry)
             inputs = x, scale, shift, weight, bias
@@ -172,10 +172,10 @@ class _NormSiluConv(torch.autograd.Function):
         x_normed = x.to(norm_dtype)
         normed, _, _ = _normalize(x_normed, scale, shift, groups, eps)
         active = F.silu(normed).to(weight.dtype)
-        needed_of_conv = before, needed[3], needed[4]
+        conv_needed = before, needed[3], needed[4]
         if winograd:
             inner, weight_gradient, bias_gradient = convolve_backward(
-                gradient, active, weight, bias is not None, needed_of_conv
+                gradient, active, weight, bias is not None, conv_needed
             )
         else:
             inner, weight_gradient, bias_gradient = _aten.convolution_backward(
@@ -187,23 +187,23 @@ class _NormSiluConv(torch.autograd.Function):
                 False,
                 [0, 0],
                 1,
-                needed_of_conv,
+                conv_needed,
             )
-        del gradient, active  # maps are let go as soon as they can be
-        of_norm: tuple[Tensor | None, ...] = None, None, None
+        del gradient, active  # free feature maps early
+        norm_gradients: tuple[Tensor | None, ...] = None, None, None
         if inner is not None:
             inner = inner.to(norm_dtype)
             _aten.silu_backward.grad_input(inner, normed, grad_input=inner)
             del normed
-            of_norm = _norm_backward(inner, x_normed, mean, rstd, scale, groups, needed[:3])
-        x_gradient = None if of_norm[0] is None else of_norm[0].to(x.dtype)
-        return (x_gradient, *of_norm[1:], weight_gradient, bias_gradient, *rest)
+            norm_gradients = _norm_backward(inner, x_normed, mean, rstd, scale, groups, needed[:3])
+        x_gradient = None if norm_gradients[0] is None else norm_gradients[0].to(x.dtype)
+        return (x_gradient, *norm_gradients[1:], weight_gradient, bias_gradient, *rest)
 
 
 def _normalize(
     x: Tensor, scale: Tensor, shift: Tensor, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The group norm of x, and of each group its mean and 1 / its standard deviation, [B, G]."""
+    """Return the group norm of x, and the mean and reciprocal std of each group, [B, G]."""
     x = _laid_out(x, x)
     batch, channels, height, width = x.shape
     normed, mean, rstd = _aten.native_group_norm(
@@ -221,9 +221,9 @@ def _norm_backward(
     groups: int,
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x, scale and shift where they are `needed`."""
+    """Return the gradients of x, scale and shift, None where not `needed`."""
     batch, channels, height, width = x.shape
-    of_x, of_scale, of_shift = _aten.native_group_norm_backward(
+    x_gradient, scale_gradient, shift_gradient = _aten.native_group_norm_backward(
         _laid_out(gradient, x),
         _laid_out(x, x),
         mean,
@@ -235,11 +235,11 @@ def _norm_backward(
         groups,
         list(needed),
     )
-    return of_x, of_scale, of_shift
+    return x_gradient, scale_gradient, shift_gradient
 
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:
-    """Put x into a memory layout that torch's group norm reads: channels_last on the CPU alone."""
+    """Convert x to a memory format that native_group_norm supports; channels_last on CPUs only."""
     if like.device.type == "cpu" and like.is_contiguous(memory_format=torch.channels_last):
         return x.contiguous(memory_format=torch.channels_last)
     return x.contiguous()
@@ -248,7 +248,7 @@ def _laid_out(x: Tensor, like: Tensor) -> Tensor:
 def _differentiate(
     out: Tensor, inputs: tuple[Tensor | None, ...], gradient: Tensor, ctx: Any
 ) -> list[Tensor | None]:
-    """The gradients of the inputs that need one, with a graph of their own."""
+    """Return differentiable gradients of the inputs, None where not needed."""
     needed = [x is not None and ctx.needs_input_grad[i] for i, x in enumerate(inputs)]
     chosen = [x for x, is_needed in zip(inputs, needed, strict=True) if is_needed and x is not None]
     found = iter(torch.autograd.grad(out, chosen, gradient, create_graph=True))

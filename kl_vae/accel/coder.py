@@ -1,7 +1,7 @@
-"""Encoder and decoder that hold no feature map for longer than it is needed.
+"""Encoder and decoder that free each feature map as soon as possible.
 
-A module's input lives until its call returns, so that of a level would outlast its first block.
-Without gradients the layers of the levels are therefore called one after the other from here.
+The input of a module stays alive until its call returns, so the input of a level would outlive its
+first block. Without gradients, the layers of a level are therefore called directly from here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kl_vae.encoder import DownLevel, Encoder, Level
 
 
 class FastEncoder(Encoder):
-    """An `Encoder` that is computed so, with `activation_checkpointing` as in its blocks."""
+    """`Encoder` that frees feature maps early; `activation_checkpointing` is as in its blocks."""
 
     activation_checkpointing: str | None = None
 
@@ -35,7 +35,7 @@ class FastEncoder(Encoder):
 
 
 class FastDecoder(Decoder):
-    """A `Decoder` that is computed so, with `activation_checkpointing` as in its blocks."""
+    """`Decoder` that frees feature maps early; `activation_checkpointing` is as in its blocks."""
 
     activation_checkpointing: str | None = None
 
@@ -47,7 +47,7 @@ class FastDecoder(Decoder):
             h = layer(h)
         if self.give_pre_end:
             return h
-        # the last convolution stays apart: a GAN asks for the gradient of its weight alone
+        # the last convolution is not fused: the adaptive GAN weight needs its weight gradient alone
         h = self.conv_out(activate(h, self.norm_out, self.activation_checkpointing))
         return h.tanh() if self.tanh_out else h
 
@@ -55,9 +55,9 @@ class FastDecoder(Decoder):
 def layers(
     levels: Iterable[nn.Module], context: Tensor | None
 ) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Yield what to call one after the other in place of the levels.
+    """Yield the layers of the levels, to be called in order.
 
-    It is a level itself where gradients keep its maps anyway, and where it must be called.
+    A level is yielded as a whole if gradients are enabled or if it has been modified.
     """
     for level in levels:
         if torch.is_grad_enabled() or not is_untouched(level, DownLevel, UpLevel):

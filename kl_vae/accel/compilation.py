@@ -1,4 +1,4 @@
-"""torch.compile of the parts of the autoencoder that a training step passes through."""
+"""torch.compile for the levels of the autoencoder in training."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch import nn
 
 from kl_vae.encoder import Level, Middle
 
-_GRAPHS_OF_A_PART = 4  # with and without gradients, and where sizes change
+_GRAPHS_PER_PART = 4  # with and without gradients, with static and dynamic sizes
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compile one line, forward and backward, so that what cannot work fails before all else.
+    """Compile a small function, forward and backward, so that a broken setup fails early.
 
     Raises:
-        ValueError: why it cannot, and what to install.
+        ValueError: torch.compile does not work on the device.
     """
     needs = "a C++ compiler (such as g++)" if device.type == "cpu" else "Triton (and a C compiler)"
     try:
         x = torch.linspace(0.0, 1.0, 64, device=device).requires_grad_()
-        torch.autograd.grad(torch.compile(_line)(x).sum(), x)
-    except Exception as error:  # each backend has errors of its own
-        # the first line is the reason; the rest is advice to those who develop the compiler
+        torch.autograd.grad(torch.compile(_small_function)(x).sum(), x)
+    except Exception as error:  # backends raise different types
+        # the first line is the reason; the rest is debugging advice for compiler developers
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise ValueError(
             f"training.compile=true: torch.compile does not work on {device.type} here "
@@ -32,30 +32,30 @@ def check_compiler(device: torch.device) -> None:
 
 
 def compile_parts(model: nn.Module, *, dynamic: bool) -> None:
-    """Have each level and each middle of the model compiled when it is first called.
+    """Compile each level and middle part of the model in place, on its first call.
 
-    In place: names, state dicts and copies of the model know nothing of it. The first and last
-    convolutions stay as they are: a GAN asks for the gradient of the last one's weight alone, and a
-    compiled part has but one backward. What is compiled depends on the shapes alone, never on those
-    that came before, so that a resumed run computes as if it had never stopped.
+    Parameter names and state dicts do not change. The first and last convolutions are not
+    compiled: the adaptive GAN weight needs the gradient of the last one's weight alone, and a
+    compiled part has a single backward. The graphs depend only on the current shapes, not on
+    earlier ones, so that a resumed run computes the same as an uninterrupted one.
 
     Args:
         model: an AutoEncoderKL, or its encoder or decoder.
-        dynamic: leave the shapes open, where each step may have others.
+        dynamic: compile for dynamic shapes, if shapes vary between steps.
     """
     parts = [module for module in model.modules() if isinstance(module, (Level, Middle))]
-    # all modules share one entry of torch's table, whose length is limited
+    # all modules share one code cache entry in torch._dynamo, whose size is limited
     config = torch._dynamo.config
-    config.cache_size_limit = max(config.cache_size_limit, _GRAPHS_OF_A_PART * len(parts))
+    config.cache_size_limit = max(config.cache_size_limit, _GRAPHS_PER_PART * len(parts))
     for part in parts:
         part.compile(dynamic=dynamic)
 
 
 def uncompiled(enabled: bool) -> AbstractContextManager[object]:
-    """Within this, compiled parts run as they were written: batches of any size, without gradients.
+    """Return a context in which compiled parts run eagerly, without gradients.
 
-    So the last, smaller batch of a validation takes no compilation. `enabled`: whether there are
-    compiled parts at all.
+    It avoids a compilation for the smaller last batch of a validation. `enabled` is whether the
+    model has compiled parts.
     """
     if not enabled:
         return nullcontext()
@@ -63,5 +63,5 @@ def uncompiled(enabled: bool) -> AbstractContextManager[object]:
     return eager
 
 
-def _line(x: torch.Tensor) -> torch.Tensor:
+def _small_function(x: torch.Tensor) -> torch.Tensor:
     return x.sin().square()

@@ -1,6 +1,6 @@
-"""A convolution that `kl_vae.accel.winograd` computes, and its gradients, where that pays.
+"""Convolution that uses `kl_vae.accel.winograd`, also for its gradients, where it is faster.
 
-B batch, C channels, O channels of the output, H and W height and width.
+Shapes: B batch, C input channels, O output channels, H and W height and width.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kl_vae.accel.swap import are_float32_on_cpu, is_own
 from kl_vae.accel.winograd import INPUT_GRADIENT, winograd_convolve, winograd_weight_gradient
 
-# below these the direct convolution is as fast (measured)
+# below these sizes, direct convolution is as fast (measured)
 FEWEST_CHANNELS = 64
 FEWEST_POSITIONS = 512
 FEWEST_POSITIONS_OF_WEIGHT_GRADIENT = 128
@@ -26,11 +26,10 @@ _aten = torch.ops.aten
 
 
 class WinogradConv2d(nn.Conv2d):
-    """A 3 x 3 convolution of stride 1 and padding 1 that is computed so where that pays.
+    """3 x 3 convolution of stride 1 and padding 1 that uses Winograd's algorithm where faster.
 
-    Only the class tells it from `nn.Conv2d`: it has the same parameters, and where something is not
-    as that needs (another device or precision, torch.compile, `torch.func`, a changed attribute)
-    the same forward.
+    It has the same parameters as `nn.Conv2d`, and falls back to its forward if the requirements are
+    not met (other devices or precisions, torch.compile, `torch.func`, changed attributes).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,7 +43,7 @@ CONVOLUTIONS = (nn.Conv2d, WinogradConv2d)
 
 
 def is_3_by_3(conv: nn.Conv2d) -> bool:
-    """Whether this is a 3 x 3 convolution of stride 1 and a padding of 1 zero."""
+    """Return whether this is a 3 x 3 convolution of stride 1 and zero padding of 1."""
     return (
         conv.kernel_size == (3, 3)
         and conv.stride == (1, 1)
@@ -56,7 +55,7 @@ def is_3_by_3(conv: nn.Conv2d) -> bool:
 
 
 def takes(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether x [B, C, H, W] and the parameters of `conv` are what `convolve` can take."""
+    """Return whether `convolve` supports x [B, C, H, W] and the parameters of `conv`."""
     weight = conv.weight
     return (
         are_float32_on_cpu(x, weight, conv.bias)
@@ -67,17 +66,20 @@ def takes(conv: nn.Conv2d, x: Tensor) -> bool:
 
 
 def suits(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether `winograd_convolve` is possible for x [B, C, H, W], pays, and needs no gradient."""
+    """Return whether `winograd_convolve` supports x [B, C, H, W] and is faster, without gradients.
+
+    It is false if gradients are enabled.
+    """
     return not torch.is_grad_enabled() and takes(conv, x) and _positions(x) >= FEWEST_POSITIONS
 
 
 def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None
 ) -> Tensor:
-    """Return the convolution of x, + residual, [B, O, H, W], by the faster algorithm.
+    """Compute the convolution of x, plus residual, [B, O, H, W], by the faster algorithm.
 
     Args:
-        x: [B, C, H, W]; `takes`.
+        x: [B, C, H, W], accepted by `takes`.
         weight: [O, C, 3, 3].
         bias: [O] or None.
         residual: [B, O, H, W] or None.
@@ -91,34 +93,34 @@ def convolve(
 def convolve_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, has_bias: bool, needed: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of x, weight and bias where `needed`, each by the faster algorithm.
+    """Compute the needed gradients of x, weight and bias, each by the faster algorithm.
 
     Args:
-        gradient: of the output, [B, O, H, W].
-        x: [B, C, H, W]; `takes`.
+        gradient: gradient of the output, [B, O, H, W].
+        x: [B, C, H, W], accepted by `takes`.
         weight: [O, C, 3, 3].
-        has_bias: whether there is one.
-        needed: which of the three.
+        has_bias: whether the convolution has a bias.
+        needed: which of the three gradients to compute; the others are None.
     """
-    of_x = of_weight = of_bias = None
+    x_gradient = weight_gradient = bias_gradient = None
     fast_x = needed[0] and _positions(x) >= FEWEST_POSITIONS
     fast_weight = needed[1] and _positions(x) >= FEWEST_POSITIONS_OF_WEIGHT_GRADIENT
     if fast_x:
-        of_x = winograd_convolve(gradient, weight, None, transforms=INPUT_GRADIENT)
+        x_gradient = winograd_convolve(gradient, weight, None, transforms=INPUT_GRADIENT)
     if fast_weight:
-        of_weight = winograd_weight_gradient(x, gradient)
+        weight_gradient = winograd_weight_gradient(x, gradient)
         if has_bias and needed[2]:
-            of_bias = gradient.sum((0, 2, 3))
+            bias_gradient = gradient.sum((0, 2, 3))
     rest = [needed[0] and not fast_x, needed[1] and not fast_weight, False]
-    rest[2] = has_bias and needed[2] and of_bias is None
+    rest[2] = has_bias and needed[2] and bias_gradient is None
     if any(rest):
         sizes = [len(weight)] if has_bias else None
         plain = _aten.convolution_backward(gradient, x, weight, sizes, *_GEOMETRY, rest)
-        of_x, of_weight, of_bias = (
+        x_gradient, weight_gradient, bias_gradient = (
             fast if fast is not None else found
-            for fast, found in zip((of_x, of_weight, of_bias), plain, strict=True)
+            for fast, found in zip((x_gradient, weight_gradient, bias_gradient), plain, strict=True)
         )
-    return of_x, of_weight, of_bias
+    return x_gradient, weight_gradient, bias_gradient
 
 
 class _Convolution(torch.autograd.Function):
@@ -136,7 +138,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated once more
+        if torch.is_grad_enabled():  # create_graph=True
             sizes = [len(weight)] if ctx.has_bias else None
             needed = list(ctx.needs_input_grad)
             found: tuple[Tensor | None, ...] = _aten.convolution_backward(
@@ -147,5 +149,5 @@ class _Convolution(torch.autograd.Function):
 
 
 def _positions(x: Tensor) -> int:
-    """Of one image: its algorithm does not depend on the others of its batch."""
+    """Return the positions per image, so that the algorithm does not depend on the batch size."""
     return x.shape[2] * x.shape[3]

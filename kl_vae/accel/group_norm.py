@@ -1,9 +1,9 @@
-"""A group norm as one scale and one shift per channel, from one pass over the feature map.
+"""Group norm as one scale and one shift per channel, from one pass over the feature map.
 
-On CPUs torch's own adds up a whole group of a channels_last map in float32: at 2048 x 2048 pixels
-images are wrong by 3e-3 then. Here they are not.
+On CPUs, PyTorch's own group norm sums a whole group of a channels_last feature map in float32,
+which causes errors of 3e-3 in images of 2048 x 2048 pixels. This one merges pieces in float64.
 
-B batch, C channels, G groups, H and W height and width, K pieces of the map.
+Shapes: B batch, C channels, G groups, H and W height and width, K pieces of the feature map.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from kl_vae.accel.swap import are_float32_on_cpu, is_own
 from kl_vae.blocks import GroupNorm
 
-# of a piece of the map: what the cache of a core holds
+# size of a piece of the feature map, which fits into the cache of one core
 PIECE_BYTES = 2**19
 
 
 class ChannelsLastGroupNorm(GroupNorm):
-    """A `GroupNorm` that is computed so on CPUs, for channels_last maps without gradients."""
+    """`GroupNorm` with a faster algorithm on CPUs, for channels_last inputs without gradients."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not (is_own(self, ChannelsLastGroupNorm) and suits(self, x)):
@@ -28,13 +28,13 @@ class ChannelsLastGroupNorm(GroupNorm):
         return torch.addcmul(shift, x.permute(0, 2, 3, 1), scale).permute(0, 3, 1, 2)
 
 
-# the classes of a group norm, and of one that autocast leaves in float32
+# classes of group norms; those in FLOAT32_NORMS run in float32 under autocast
 FLOAT32_NORMS = (GroupNorm, ChannelsLastGroupNorm)
 NORMS = (*FLOAT32_NORMS, nn.GroupNorm)
 
 
 def suits(norm: nn.GroupNorm, x: Tensor) -> bool:
-    """Whether norm(x) is computed here for a feature map x [B, C, H, W]."""
+    """Return whether `scale_and_shift` supports norm(x) for a feature map x [B, C, H, W]."""
     return (
         not torch.is_grad_enabled()
         and are_float32_on_cpu(x, norm.weight, norm.bias)
@@ -46,11 +46,11 @@ def suits(norm: nn.GroupNorm, x: Tensor) -> bool:
 
 
 def scale_and_shift(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the [B, 1, 1, C] with which norm(x) = scale * x + shift for x [B, C, H, W], float32.
+    """Return scale and shift, float32 [B, 1, 1, C], with norm(x) = scale * x + shift.
 
-    Pieces are merged in float64 by the formula of Chan et al. (1979), "Updating formulae and a
-    pairwise algorithm for computing sample variances", equation 2.1: the mean is never subtracted
-    from a sum of squares, which would lose what a small variance has left.
+    Pieces of x [B, C, H, W] are merged in float64 by the formula of Chan et al. (1979), "Updating
+    formulae and a pairwise algorithm for computing sample variances", equation 2.1. It avoids
+    subtracting the squared mean from a mean of squares, where small variances would cancel.
     """
     batch, channels, height, width = x.shape
     rows = max(1, PIECE_BYTES // (4 * batch * channels * width))
@@ -62,11 +62,11 @@ def scale_and_shift(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
         squares.append((piece - mean).square_().sum((1, 2)))
     weights = torch.tensor(numbers, dtype=torch.float64)[:, None, None, None]  # [K, 1, 1, 1]
     shape = (len(numbers), batch, norm.num_groups, -1)
-    of_channels = torch.stack(means).double().view(shape)  # [K, B, G, C / G]
+    channel_means = torch.stack(means).double().view(shape)  # [K, B, G, C / G]
     within = torch.stack(squares).double().view(shape)
     total = height * width * (channels // norm.num_groups)
-    mean = (weights * of_channels).sum((0, 3)) / total  # [B, G]
-    between = weights * (of_channels - mean[None, :, :, None]).square()
+    mean = (weights * channel_means).sum((0, 3)) / total  # [B, G]
+    between = weights * (channel_means - mean[None, :, :, None]).square()
     var = (within + between).sum((0, 3)) / total
     scale = (var + norm.eps).rsqrt()
     shift = -mean * scale

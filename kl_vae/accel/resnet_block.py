@@ -1,8 +1,9 @@
-"""The residual block with less memory, and on CPUs in float32 without gradients in one pass.
+"""Residual block that uses less memory, fused on CPUs in float32 without gradients.
 
-There Winograd's convolution takes a few rows of its input at a time. Norm and SiLU are done with
-these rows, and the shortcut is added to the rows that come out, while they are in the cache: of the
-block's feature maps only its input, what is between its convolutions, and its output ever exist.
+The Winograd convolution processes a few rows of its input at a time. In the fused block, norm and
+SiLU are applied to these rows, and the shortcut is added to the output rows, while they are in the
+cache. Only three feature maps exist: the input, the output of the first convolution, and the
+output.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from kl_vae.blocks import ResnetBlock
 
 
 class FastResnetBlock(ResnetBlock):
-    """A `ResnetBlock` that is computed so where that is possible, and else as it is.
+    """`ResnetBlock` that is fused or checkpointed where possible, and otherwise runs plain code.
 
-    `activation_checkpointing` is what the backward pass computes again instead of keeping it, one
-    of `checkpointing.ACTIVATION_CHECKPOINTING`; None: autograd keeps all that it wants.
+    `activation_checkpointing` selects the activations that the backward pass recomputes, one of
+    `checkpointing.ACTIVATION_CHECKPOINTING`; None: autograd stores all activations.
     """
 
     activation_checkpointing: str | None = None
@@ -36,7 +37,7 @@ class FastResnetBlock(ResnetBlock):
             return self._forward(x, context)
         if is_traced() and not torch.compiler.is_compiling():
             return super().forward(x, context)
-        # without dropout no state of the generators need be kept
+        # the RNG state matters only for dropout
         out: Tensor = checkpoint(
             self._forward, x, context, use_reentrant=False, preserve_rng_state=self._drops()
         )
@@ -59,7 +60,7 @@ class FastResnetBlock(ResnetBlock):
         return out
 
     def _drops(self) -> bool:
-        """Whether the dropout must be called: it changes something now, or is not ours."""
+        """Return whether the dropout must be called: it is active, or was replaced or modified."""
         dropout = self.dropout
         return not is_untouched(dropout, nn.Dropout) or (dropout.training and dropout.p > 0.0)
 
@@ -100,7 +101,7 @@ def activated_conv(
     activation_checkpointing: str | None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Return conv(silu(norm(x))) + residual, with the input alone kept where that is chosen."""
+    """Compute conv(silu(norm(x))) + residual, storing only x for backward if so configured."""
     if (
         activation_checkpointing in ("norms", "blocks")
         and checkpointing.takes_norm(norm, x)
@@ -112,11 +113,11 @@ def activated_conv(
 
 
 def activate(x: Tensor, norm: nn.Module, activation_checkpointing: str | None) -> Tensor:
-    """Return silu(norm(x)), [B, C, H, W]; x stays as it is.
+    """Compute silu(norm(x)), [B, C, H, W], without modifying x.
 
-    With activation checkpointing x alone is kept for the backward pass. Without gradients SiLU is
-    done in the memory of what a group norm gives, which is known to be nobody else's: a norm of
-    another kind may return its input, and a hook may keep what it sees.
+    With activation checkpointing, only x is stored for the backward pass. Without gradients, SiLU
+    runs in place on the output of an unmodified group norm; other norms may return their input,
+    and hooks may keep the output.
     """
     if activation_checkpointing is not None and checkpointing.takes_norm(norm, x):
         return checkpointing.norm_silu(x, norm)

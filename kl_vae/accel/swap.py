@@ -1,9 +1,10 @@
-"""Whether a module may be computed by other code than its own forward.
+"""Checks whether other code may replace the forward of a module.
 
-A class of `kl_vae.accel` is given to a finished module (`module.__class__ = ...`). What happens to
-the module afterwards is not in its class: hooks, another `forward` on the instance (as the library
-accelerate sets it to move weights between devices), parametrizations, changed attributes, weights
-elsewhere. So every such class asks here on each call, and runs the plain class's code otherwise.
+The classes of `kl_vae.accel` are assigned to existing modules (`module.__class__ = ...`). Later
+changes to a module are not visible in its class: hooks, an instance attribute `forward` (which the
+accelerate library sets to move weights between devices), parametrizations, changed attributes,
+moved weights. Each class therefore runs these checks on every call, and falls back to the plain
+code if one fails.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from torch.nn.modules.module import _has_any_global_hook
 
 
 def is_own(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether `module`, of which `forward` runs, is still of the class `kind` that it was given.
+    """Return whether `module`, whose `forward` is running, is still exactly of class `kind`.
 
-    A parametrization makes it a subclass, and a forward of the instance may move its weights.
+    A parametrization changes the class, and an instance attribute `forward` may move weights.
     """
     return type(module) is kind and "forward" not in vars(module)
 
 
 def is_untouched(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether `module` need not be called: it is of one of these very classes, and nothing more.
+    """Return whether `module` is exactly of one of these classes, without hooks or overrides.
 
-    Hooks, of the module or global ones, would not be called, and may change what they see.
+    Only then may its call be skipped: hooks of the module, or global ones, would not run.
     """
     return (
         type(module) in kinds
@@ -40,7 +41,7 @@ def is_untouched(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 
 def is_traced() -> bool:
-    """Whether what runs is compiled, exported, traced or transformed: only plain code can be."""
+    """Return whether the code is being compiled, exported, traced or transformed."""
     return (
         torch.compiler.is_compiling()  # or exporting
         or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
@@ -50,20 +51,20 @@ def is_traced() -> bool:
 
 
 def is_exporting() -> bool:
-    """Whether a graph is exported, whose sizes may be left open: none may be branched on."""
+    """Return whether a graph is exported, so that code must not branch on sizes."""
     found: bool = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
     return found
 
 
 def are_on(device: torch.device, *tensors: Tensor | None) -> bool:
-    """Whether these are torch's own tensors on `device`, not on meta and no subclass; None is."""
+    """Return whether all tensors are plain tensors or parameters on `device`; None is allowed."""
     return all(
         x is None or (type(x) in (Tensor, nn.Parameter) and x.device == device) for x in tensors
     )
 
 
 def are_float32_on_cpu(*tensors: Tensor | None) -> bool:
-    """Whether these are torch's own tensors in float32 on the CPU, to be computed with as such."""
+    """Return whether all tensors are plain float32 CPU tensors, without tracing or autocast."""
     return (
         not is_traced()
         and not torch.is_autocast_enabled("cpu")

@@ -1,16 +1,17 @@
 """Nearest upsampling by 2 and the 3 x 3 convolution after it, as one transposed convolution.
 
-B batch, C channels, O channels of the output, H and W height and width.
+Shapes: B batch, C input channels, O output channels, H and W height and width.
 
-Along one axis let x be the map, u[j] = x[j // 2] the upsampled one, and w the kernel. The
+Along one axis let x be the feature map, u[j] = x[j // 2] the upsampled one, and w the kernel. The
 convolution gives y[j] = w0 u[j - 1] + w1 u[j] + w2 u[j + 1], which is
 
     y[2i]     = w0 x[i - 1] + (w1 + w2) x[i]
     y[2i + 1] = (w0 + w1) x[i] + w2 x[i + 1].
 
 A transposed convolution with stride 2, padding 1 and the kernel t adds t[k] x[i] to y[2i - 1 + k],
-for k from 0 to 3: the same, with t = (w2, w1 + w2, w0 + w1, w0). So in two dimensions 4 instead of
-9 multiplications are made for each value of the output, and the upsampled map never exists.
+for k from 0 to 3, which is the same for t = (w2, w1 + w2, w0 + w1, w0). In two dimensions this
+takes 4 instead of 9 multiplications per output value, and the upsampled feature map is never
+stored.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from kl_vae.blocks import Upsample
 
 
 class MergedUpsample(Upsample):
-    """An `Upsample` that is computed so: `always`, or where that was measured to be faster."""
+    """`Upsample` as a transposed convolution: `always`, or where it was measured to be faster."""
 
     always: bool = False
 
@@ -47,9 +48,10 @@ class MergedUpsample(Upsample):
 
 
 def upsample_and_convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, O, 2H, 2W]: to rounding `conv(F.interpolate(x, scale_factor=2.0))`.
+    """Compute `conv(F.interpolate(x, scale_factor=2.0))`: [B, C, H, W] -> [B, O, 2H, 2W].
 
-    `conv` is one that `is_3_by_3`; one of Winograd's takes even fewer multiplications.
+    The result is exact up to rounding. `conv` must satisfy `is_3_by_3`. A `WinogradConv2d` takes
+    even fewer multiplications.
     """
     if isinstance(conv, WinogradConv2d) and suits(conv, x):
         return winograd_convolve(x, conv.weight, conv.bias, transforms=UPSAMPLED)
@@ -57,22 +59,22 @@ def upsample_and_convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def transposed_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolve as derived above; differentiable in x, weight [O, C, 3, 3] and bias [O]."""
+    """Compute the transposed convolution; differentiable in x, weight [O, C, 3, 3] and bias [O]."""
     kernel = _spread(_spread(weight, 2), 3).transpose(0, 1)  # [C, O, 4, 4]
     return F.conv_transpose2d(x, kernel, bias, stride=2, padding=1)
 
 
 def _spread(weight: Tensor, dim: int) -> Tensor:
-    """Return the 4 taps t of the 3 taps w along `dim`, added in the precision of the weight."""
+    """Return the 4 taps t for the 3 taps w along `dim`, in the precision of the weight."""
     first, second, third = weight.unbind(dim)
     return torch.stack((third, second + third, first + second, first), dim)
 
 
 def merging_pays(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether that was measured to be faster than both steps, forward and backward together.
+    """Return whether merging was measured to be faster, for forward and backward together.
 
-    In half precision it is not; and the kernel of a small map costs more than it saves. How an
-    image is computed does not depend on the others of its batch.
+    It is not faster in half precision or for small feature maps. The choice does not depend on the
+    batch size.
     """
     return (
         x.device.type == "cpu"
