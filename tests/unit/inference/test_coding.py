@@ -1,4 +1,4 @@
-"""Encode, decode and reconstruct so that the result can be relied on."""
+"""Encode, decode and reconstruct batches: precision, padding and memory limits."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from kl_vae.inference.coding import (
 from kl_vae.inference.tiling import Tiling, modes
 from kl_vae.inference.tiling.modes import Work
 from kl_vae.model import padded_size
+from tests.messages import is_about, mentions
 from tests.tiny import reconstruct_image
 
 TILING = Tiling()
@@ -30,7 +31,7 @@ X = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2.0 - 1
 
 
 class Hungry(AutoEncoderKL):
-    """Wants 4 PiB for what is more than `most` images, which no machine gives."""
+    """Allocates 4 PiB when decoding more than `most` images, which fails on any machine."""
 
     most = 0
 
@@ -39,7 +40,7 @@ class Hungry(AutoEncoderKL):
 
 
 class Overflowing(AutoEncoderKL):
-    """Gives NaN for images whose first value is positive, in half precision alone."""
+    """Returns NaN for images whose first value is positive, in half precision only."""
 
     everywhere = False
 
@@ -56,20 +57,20 @@ def noise_image(height: int, width: int) -> Tensor:
 
 
 def of_class(kind: type[AutoEncoderKL], model: AutoEncoderKL) -> AutoEncoderKL:
-    """The same model, of another class."""
+    """Return a copy of the model as an instance of another class."""
     other = kind(model.config, model.embed_dim).eval()
     other.load_state_dict(model.state_dict())
     return other
 
 
 def constant(model: AutoEncoderKL, value: float) -> AutoEncoderKL:
-    """Let the decoder give `value` everywhere."""
+    """Make the decoder output `value` everywhere."""
     torch.nn.init.zeros_(model.get_last_layer())
     torch.nn.init.constant_(model.decoder.conv_out.bias, value)
     return model
 
 
-def test_they_are_those_of_the_model(model: AutoEncoderKL) -> None:
+def test_encode_and_decode_match_the_model(model: AutoEncoderKL) -> None:
     with torch.no_grad():
         images, moments = model.decode(Z), model.encode(X).parameters
     torch.testing.assert_close(decode_latents(model, Z), images.clamp(-1.0, 1.0))
@@ -84,7 +85,7 @@ def test_bytes_are_the_same_as_floats(model: AutoEncoderKL) -> None:
         assert torch.equal(encode_images(model, given).parameters, moments)
 
 
-def test_what_is_too_much_for_fp16_is_done_again(
+def test_overflow_in_fp16_is_recomputed_in_fp32(
     model: AutoEncoderKL, caplog: pytest.LogCaptureFixture
 ) -> None:
     with torch.no_grad():
@@ -96,22 +97,23 @@ def test_what_is_too_much_for_fp16_is_done_again(
     assert images.isfinite().all()
     assert posterior.parameters.isfinite().all()
     torch.testing.assert_close(images, decode_latents(model, Z))
-    text = "3 of 3 images: NaN or infinity in fp16; redone in fp32"
-    assert caplog.messages == [text, text.replace("3 of 3", "2 of 2")]
+    decoding, encoding = caplog.messages
+    assert is_about(decoding, 3, "NaN", "fp16", "fp32")
+    assert is_about(encoding, 2, "NaN", "fp16", "fp32")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_is_not_finite_is_an_error(model: AutoEncoderKL, precision: str) -> None:
+def test_nan_in_fp32_is_an_error(model: AutoEncoderKL, precision: str) -> None:
     torch.nn.init.constant_(model.decoder.conv_out.bias, math.nan)
     torch.nn.init.constant_(model.quant_conv.bias, math.nan)
-    with pytest.raises(ValueError, match="3 of 3 images: the decoded image in fp32 has NaN"):
+    with pytest.raises(ValueError, match=mentions(3, "fp32", "NaN")):
         decode_latents(model, Z, precision)
-    with pytest.raises(ValueError, match="2 of 2 images: the posterior in fp32 has NaN or"):
+    with pytest.raises(ValueError, match=mentions(2, "fp32", "NaN")):
         encode_images(model, X, precision)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 18), (8, 12), (13, 5)])
-def test_any_size_is_padded_at_its_edge_and_cropped_back(
+def test_any_size_is_edge_padded_and_cropped_back(
     model: AutoEncoderKL, size: tuple[int, int]
 ) -> None:
     image = noise_image(*size)
@@ -128,7 +130,7 @@ def test_any_size_is_padded_at_its_edge_and_cropped_back(
     torch.testing.assert_close(result, expected)
 
 
-def test_a_batch_is_its_images(model: AutoEncoderKL) -> None:
+def test_a_batch_matches_single_images(model: AutoEncoderKL) -> None:
     images = [noise_image(*size) for size in ((13, 18), (16, 17), (14, 20))]
     noise = [latent_noise(model, x, torch.Generator().manual_seed(i)) for i, x in enumerate(images)]
     for draws in (None, noise):
@@ -140,7 +142,7 @@ def test_a_batch_is_its_images(model: AutoEncoderKL) -> None:
             torch.testing.assert_close(result.image, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_sample_is_seeded_and_not_the_mode(model: AutoEncoderKL) -> None:
+def test_a_sample_is_seeded_and_differs_from_the_mode(model: AutoEncoderKL) -> None:
     image = noise_image(8, 8)
     first, again = (
         reconstruct_image(model, image, generator=torch.Generator().manual_seed(1))
@@ -150,20 +152,20 @@ def test_a_sample_is_seeded_and_not_the_mode(model: AutoEncoderKL) -> None:
     assert not torch.equal(first, reconstruct_image(model, image))
 
 
-def test_bf16_is_near_fp32_and_not_the_same(model: AutoEncoderKL) -> None:
+def test_bf16_is_close_to_fp32_but_not_equal(model: AutoEncoderKL) -> None:
     image = noise_image(8, 8)
     half, full = reconstruct_image(model, image, "bf16"), reconstruct_image(model, image)
     assert half.dtype == torch.float32
     assert 0 < (half - full).abs().max() < 0.1
 
 
-def test_tiles_are_an_option(model: AutoEncoderKL) -> None:
+def test_exact_tiling_matches_the_default(model: AutoEncoderKL) -> None:
     image = noise_image(40, 72)
     exact = reconstruct_image(model, image, tiling=Tiling("exact"))
     torch.testing.assert_close(exact, reconstruct_image(model, image), atol=1e-4, rtol=1e-4)
 
 
-def test_what_overflows_in_half_precision_is_redone(model: AutoEncoderKL) -> None:
+def test_overflow_in_half_precision_is_recomputed_in_fp32(model: AutoEncoderKL) -> None:
     overflowing = of_class(Overflowing, model)
     images = [noise_image(8, 8).abs() * sign for sign in (1, -1, 1)]
     results = reconstruct_batch(overflowing, images, "bf16", None, TILING)
@@ -174,21 +176,20 @@ def test_what_overflows_in_half_precision_is_redone(model: AutoEncoderKL) -> Non
         torch.testing.assert_close(result.image, expected, atol=0.02, rtol=0)
 
 
-def test_what_is_not_finite_in_fp32_is_no_picture(model: AutoEncoderKL) -> None:
-    message = "the reconstruction in fp32 has NaN or infinity: the checkpoint's weights are damaged"
+def test_nan_in_the_output_is_an_error(model: AutoEncoderKL) -> None:
     for value in (math.nan, math.inf):
         for precision in ("fp32", "fp16"):
-            with pytest.raises(ValueError, match=message):
+            with pytest.raises(ValueError, match=mentions("fp32", "NaN")):
                 reconstruct_image(constant(model, value), noise_image(4, 4), precision)
     overflowing = of_class(Overflowing, constant(model, 0.0))
     overflowing.everywhere = True
     images = [noise_image(8, 8).abs() * sign for sign in (1, -1)]
     results = reconstruct_batch(overflowing, images, "bf16", None, TILING)
     assert [result.image is None for result in results] == [True, False]
-    assert results[0].reason.startswith(message) and results[0].redone_in_fp32
+    assert is_about(results[0].reason, "fp32", "NaN") and results[0].redone_in_fp32
 
 
-def test_a_batch_too_large_for_the_memory_is_done_one_by_one(model: AutoEncoderKL) -> None:
+def test_a_batch_too_large_for_memory_is_split_into_single_images(model: AutoEncoderKL) -> None:
     hungry = of_class(Hungry, model)
     hungry.most = 1
     images = [noise_image(8, 12), noise_image(7, 11)]
@@ -198,7 +199,7 @@ def test_a_batch_too_large_for_the_memory_is_done_one_by_one(model: AutoEncoderK
         torch.testing.assert_close(result.image, reconstruct_image(model, image))
 
 
-def test_no_batch_is_blended_where_its_images_need_not_be(
+def test_a_batch_is_split_before_it_is_blended(
     model: AutoEncoderKL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = (
@@ -217,23 +218,22 @@ def test_no_batch_is_blended_where_its_images_need_not_be(
     assert warned == []
 
 
-def test_an_image_too_large_for_the_memory_is_done_in_strips(model: AutoEncoderKL) -> None:
+def test_an_image_too_large_for_memory_is_computed_in_strips(model: AutoEncoderKL) -> None:
     image = noise_image(16, 24)
     hungry = of_class(Hungry, model)
     expected = reconstruct_image(model, image)
     result = reconstruct_image(hungry, image, tiling=Tiling("whole"))
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
-    hungry.encoder.norm_out = torch.nn.Identity()  # of which nothing is known
-    with pytest.raises(ValueError, match="24 x 16 pixels do not fit into the memory of cpu"):
+    hungry.encoder.norm_out = torch.nn.Identity()  # unknown to the strips
+    with pytest.raises(ValueError, match=mentions("24 x 16", "memory", "cpu")):
         reconstruct_image(hungry, image, tiling=Tiling("whole"))
 
 
-def test_an_image_too_large_for_the_memory_is_named(model: AutoEncoderKL) -> None:
-    message = "8 x 4 pixels do not fit into the memory of cpu; resize or crop, or leave it out"
-    with pytest.raises(ValueError, match=message):
+def test_an_image_too_large_for_memory_in_any_mode_is_an_error(model: AutoEncoderKL) -> None:
+    with pytest.raises(ValueError, match=mentions("8 x 4", "memory", "cpu")):
         reconstruct_image(of_class(Hungry, model), noise_image(4, 8), tiling=Tiling("blend"))
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory(model: AutoEncoderKL) -> None:
+def test_other_errors_are_not_treated_as_out_of_memory(model: AutoEncoderKL) -> None:
     with pytest.raises(RuntimeError, match="dtype|type"):
         reconstruct_image(model, noise_image(4, 4).double())

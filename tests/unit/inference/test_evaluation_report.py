@@ -1,4 +1,4 @@
-"""Means, latents and tables of what was recorded."""
+"""Means, latents and tables of evaluation records."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from kl_vae.inference.evaluation_report import (
     write_features,
     write_per_image,
 )
+from tests.messages import mentions
 
 SUMS = {"images": 1, "values": 4, "mean": [0.0, 1.0], "squares": [4.0, 4.0]}
 
@@ -44,7 +45,7 @@ def test_a_mean_and_its_standard_error() -> None:
     assert Mean.of([None, math.nan]) == Mean(None, None, 0, 2)
 
 
-def test_records_are_summed_up() -> None:
+def test_records_are_averaged() -> None:
     records = [record([0.01, 0.0], [1.0, 3.0]), record([0.001], [None], 2)]
     (found,) = evaluate_records(lambda: records, None, ["a"])
     assert found.metrics["psnr"].mean == pytest.approx(25.0)
@@ -86,7 +87,7 @@ def test_tables() -> None:
     ]
 
 
-def test_the_line_of_an_exact_reconstruction(tmp_path: Path) -> None:
+def test_the_row_of_an_exact_reconstruction(tmp_path: Path) -> None:
     source = FolderSource(Path("x"), ["a.png", "b, c.png"], 3)
     write_per_image(tmp_path, [record([0.0, 0.01], [1.0, None])], source, ["m"])
     assert (tmp_path / "per_image.csv").read_text().splitlines() == [
@@ -99,7 +100,7 @@ def test_the_line_of_an_exact_reconstruction(tmp_path: Path) -> None:
 def test_a_table_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "per_image.csv").mkdir()
     source = FolderSource(Path("x"), ["a.png"], 3)
-    with pytest.raises(ValueError, match=r"cannot write .*per_image.csv \(.*\); make room and"):
+    with pytest.raises(ValueError, match=mentions("per_image.csv", "Is a directory")):
         write_per_image(tmp_path, [record([0.0], [1.0])], source, ["m"])
 
 
@@ -114,12 +115,8 @@ def test_features_are_kept_by_unit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("metric", ["lpips", "rfid"])
-def test_images_without_colours(tiny_model: AutoEncoderKL, metric: str) -> None:
+def test_lpips_and_rfid_need_rgb_images(tiny_model: AutoEncoderKL, metric: str) -> None:
     source = FolderSource(Path(), ["a.npy"], 5)
     config = EvaluateConfig(None, None, metrics=(metric,))
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=mentions(metric, 5, "metrics")):
         Evaluator([tiny_model], ["a"], source, config, 8)
-    assert str(caught.value) == (
-        f"{metric}: images of 5 channels have no colours for its network to see; leave it out of "
-        "metrics"
-    )

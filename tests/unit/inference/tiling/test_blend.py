@@ -1,4 +1,4 @@
-"""Overlapping tiles, and how they are blended."""
+"""Overlapping tiles and their blending."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from kl_vae import AutoEncoderKL
 from kl_vae.inference.tiling import Tiling, decode_tiled, encode_tiled
 from kl_vae.inference.tiling.blend import ramps_of, spans_of
+from tests.messages import mentions
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_a_ramp_is_linear() -> None:
 
 
 @torch.inference_mode()
-def test_one_tile_is_the_whole(model: AutoEncoderKL) -> None:
+def test_one_tile_equals_the_whole_image(model: AutoEncoderKL) -> None:
     images, z = torch.randn(2, 3, 32, 24), torch.randn(2, 2, 8, 6)
     tiling = Tiling("blend", tile=32, overlap=16)
     posterior = encode_tiled(model, images, tiling)
@@ -59,7 +60,7 @@ def test_one_tile_is_the_whole(model: AutoEncoderKL) -> None:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("size", [(64, 24), (24, 68), (72, 40)])
-def test_several_tiles_are_tiles_of_their_own(model: AutoEncoderKL, size: tuple[int, int]) -> None:
+def test_several_tiles_are_computed_separately(model: AutoEncoderKL, size: tuple[int, int]) -> None:
     images = torch.randn(1, 3, *size)
     tiling = Tiling("blend", tile=32, overlap=8)
     posterior, whole = encode_tiled(model, images, tiling), model.encode(images)
@@ -84,17 +85,14 @@ def test_half_precision_is_summed_in_float32(model: AutoEncoderKL) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tile", "overlap", "text"),
-    [
-        (30, 8, "tile=30: must be a multiple of the model's downsampling factor 4; give 32"),
-        (32, 7, "overlap=7: must be a multiple of the model's downsampling factor 4; give 8"),
-    ],
+    ("tile", "overlap", "parts"),
+    [(30, 8, ("tile=30", 4, 32)), (32, 7, ("overlap=7", 4, 8))],
 )
-def test_tiles_that_are_not_whole_latents(
-    model: AutoEncoderKL, tile: int, overlap: int, text: str
+def test_tiles_must_be_multiples_of_the_downsampling_factor(
+    model: AutoEncoderKL, tile: int, overlap: int, parts: tuple[object, ...]
 ) -> None:
     tiling = Tiling("blend", tile, overlap)
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(ValueError, match=mentions(*parts)):
         encode_tiled(model, torch.zeros(1, 3, 64, 64), tiling)
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(ValueError, match=mentions(*parts)):
         decode_tiled(model, torch.zeros(1, 2, 16, 16), tiling)
