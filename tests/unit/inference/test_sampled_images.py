@@ -91,7 +91,7 @@ def test_nan_in_the_output_is_an_error(model: AutoEncoderKL, tmp_path: Path) -> 
         kl_vae.sample(model, tmp_path, number=1, size=8)
 
 
-def test_five_channels_are_written_as_npy(
+def test_five_channels_are_saved_as_npy(
     model_of_five_channels: AutoEncoderKL, tmp_path: Path
 ) -> None:
     result = kl_vae.sample(model_of_five_channels, tmp_path / "out", number=2, size=8)
