@@ -1,4 +1,4 @@
-"""The architecture is inferred from tensors alone, or refused in words."""
+"""Infer the architecture from tensors alone, or raise an error."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from kl_vae.checkpoints.architecture import MAX_LEVELS, Architecture, infer_arch
 from kl_vae.checkpoints.pretrained import match
 from kl_vae.ddconfig import DDConfig
 from tests.conftest import TINY_DDCONFIG
+from tests.messages import is_about, mentions
 
 Config = dict[str, Any]
 Tensors = dict[str, Tensor]
@@ -42,7 +43,7 @@ def tensors() -> Tensors:
 
 
 def assert_inferred(ddconfig: Config, embed_dim: int | None) -> Architecture:
-    """The same from the tensors as from the config; and its `params` build the same tensors."""
+    """The tensors and the config give the same architecture, whose `params` build the tensors."""
     own = on_meta(ddconfig, embed_dim)
     architecture = infer_architecture(own, "it")
     assert architecture == said(ddconfig, embed_dim)
@@ -99,23 +100,23 @@ def test_four_configs_are_published() -> None:
         ({"ch_mult": [1] * 12, "resolution": 2048, "attn_resolutions": [1, 2]}, 3, {}),
     ],
 )
-def test_every_kind_is_inferred(keys: Config, embed_dim: int | None, shown: Config) -> None:
+def test_each_architecture_is_inferred(keys: Config, embed_dim: int | None, shown: Config) -> None:
     architecture = assert_inferred(TINY_DDCONFIG | keys, embed_dim)
     assert {key: getattr(architecture, key) for key in shown} == shown
 
 
-def test_without_double_z_there_is_one_moment(tensors: Tensors) -> None:
-    """No AutoEncoderKL has it, so that its config is what refuses it."""
+def test_double_z_is_inferred(tensors: Tensors) -> None:
+    """No AutoEncoderKL has `double_z=False`; its config raises the error."""
     tensors["encoder.conv_out.weight"] = empty(4, 64, 3, 3)
     assert not infer_architecture(tensors, "it").double_z
 
 
-def test_tensors_of_a_loss_and_others_do_not_matter(tensors: Tensors) -> None:
+def test_tensors_of_other_modules_are_ignored(tensors: Tensors) -> None:
     others = {"loss.logvar": empty(), "colorize": empty(3, 5, 1, 1), "x.down.0.block.0": empty()}
     assert infer_architecture(tensors | others, "it") == infer_architecture(tensors, "it")
 
 
-def test_differences_are_shown_as_a_config_has_them() -> None:
+def test_differences_are_named_by_config_key() -> None:
     one = said(TINY_DDCONFIG, None)
     assert one.differences(one) == ""
     keys = {"ch": 64, "ch_mult": [1, 2, 2], "attn_type": "none", "resamp_with_conv": False}
@@ -146,155 +147,119 @@ def renamed(old: str, new: str) -> Callable[[Tensors], None]:
     return rename
 
 
-IMAGES = "it: not an autoencoder of images: "
-WHOLE = "it: not the whole of a KL autoencoder: "
 LAYOUT = "[out, in, height, width]"
 
 
 @pytest.mark.parametrize(
-    ("change", "error"),
+    ("change", "parts"),
     [
-        (
-            reshaped("quantize.embedding.weight", 8, 3),
-            "it: a VQ autoencoder, whose latents are entries of a codebook; kl_vae reads KL "
-            "autoencoders",
-        ),
+        (reshaped("quantize.embedding.weight", 8, 3), ("VQ", "codebook", "KL")),
         (
             reshaped("encoder.conv_in.weight", 32, 3, 3, 3, 3),
-            f"{IMAGES}encoder.conv_in.weight has the shape [32, 3, 3, 3, 3], not {LAYOUT}",
+            ("encoder.conv_in.weight", "[32, 3, 3, 3, 3]", LAYOUT),
         ),
         (
             reshaped("decoder.conv_out.weight", 3, 32, 3),
-            f"{IMAGES}decoder.conv_out.weight has the shape [3, 32, 3], not {LAYOUT}",
+            ("decoder.conv_out.weight", "[3, 32, 3]", LAYOUT),
         ),
-        (
-            reshaped("encoder.conv_in.weight"),
-            f"{IMAGES}encoder.conv_in.weight has the shape [], not {LAYOUT}",
-        ),
+        (reshaped("encoder.conv_in.weight"), ("encoder.conv_in.weight", "[]", LAYOUT)),
         (
             reshaped("encoder.conv_in.weight", 0, 3, 3, 3),
-            f"{IMAGES}encoder.conv_in.weight has the shape [0, 3, 3, 3], not {LAYOUT}",
+            ("encoder.conv_in.weight", "[0, 3, 3, 3]", LAYOUT),
         ),
-        (
-            reshaped("post_quant_conv.weight", 4),
-            f"{IMAGES}post_quant_conv.weight has the shape [4], not {LAYOUT}",
-        ),
+        (reshaped("post_quant_conv.weight", 4), ("post_quant_conv.weight", "[4]", LAYOUT)),
         (
             reshaped("quant_conv.weight", 6, 8, 1, 1, 1),
-            f"{IMAGES}quant_conv.weight has the shape [6, 8, 1, 1, 1], not {LAYOUT}",
+            ("quant_conv.weight", "[6, 8, 1, 1, 1]", LAYOUT),
         ),
         (
             reshaped("encoder.mid.block_1.temb_proj.weight", 64),
-            f"{IMAGES}encoder.mid.block_1.temb_proj.weight has the shape [64], not [out, in]",
+            ("encoder.mid.block_1.temb_proj.weight", "[64]", "[out, in]"),
         ),
         (
             reshaped("encoder.mid.block_1.temb_proj.weight"),
-            f"{IMAGES}encoder.mid.block_1.temb_proj.weight has the shape [], not [out, in]",
+            ("encoder.mid.block_1.temb_proj.weight", "[]", "[out, in]"),
         ),
         (
             without("decoder"),
-            f"{WHOLE}no decoder.conv_in.weight among its tensors, 66 in all, such as "
-            "encoder.conv_in.bias, "
-            "encoder.conv_in.weight, encoder.conv_out.bias",
+            (
+                *("decoder.conv_in.weight", 66),
+                "encoder.conv_in.bias, encoder.conv_in.weight, encoder.conv_out.bias",
+            ),
         ),
-        (
-            without("encoder"),
-            f"{WHOLE}no encoder.conv_in.weight among its tensors, 92 in all, such as decoder.",
-        ),
-        (
-            without("coder", "quant"),
-            f"{WHOLE}no encoder.conv_in.weight among its tensors, 0 in all, such as none",
-        ),
-        (without("decoder.conv_out"), f"{WHOLE}no decoder.conv_out.weight among its"),
-        (without("encoder.conv_out"), f"{WHOLE}no encoder.conv_out.weight among its"),
-        (without("encoder.down"), f"{WHOLE}encoder.down has [] residual blocks in the levels []"),
-        (without("up.0."), f"{WHOLE}decoder.up has [2] residual blocks in the levels [1]"),
-        (
-            renamed("encoder.down.1.", "encoder.down.2."),
-            f"{WHOLE}encoder.down has [1, 1] residual blocks in the levels [0, 2]",
-        ),
-        (
-            without("decoder.up.1.block.1."),
-            f"{WHOLE}decoder.up has [2, 1] residual blocks in the levels [0, 1]",
-        ),
+        (without("encoder"), ("encoder.conv_in.weight", 92, "decoder.conv_in.bias")),
+        (without("coder", "quant"), ("encoder.conv_in.weight", 0)),
+        (without("decoder.conv_out"), ("decoder.conv_out.weight",)),
+        (without("encoder.conv_out"), ("encoder.conv_out.weight",)),
+        (without("encoder.down"), ("encoder.down", "[]")),
+        (without("up.0."), ("decoder.up", "[2]", "[1]")),
+        (renamed("encoder.down.1.", "encoder.down.2."), ("encoder.down", "[1, 1]", "[0, 2]")),
+        (without("decoder.up.1.block.1."), ("decoder.up", "[2, 1]", "[0, 1]")),
         (
             renamed("encoder.down.1.block.0.", "encoder.down.1.block.1."),
-            f"{WHOLE}encoder.down has [1, 1] residual blocks in the levels [0, 1]",
+            ("encoder.down", "[1, 1]", "[0, 1]"),
         ),
         (
             reshaped("encoder.down.5.attn.0.q.weight", 64, 64, 1, 1),
-            f"{WHOLE}encoder.down has [1, 1] residual blocks in the levels [0, 1]",
+            ("encoder.down", "[1, 1]", "[0, 1]"),
         ),
         (
             reshaped("encoder.down.1.block.0.conv1.weight"),
-            f"{WHOLE}encoder.down has [1, 1] residual blocks in the levels [0, 1]",
+            ("encoder.down", "[1, 1]", "[0, 1]"),
         ),
         (
             reshaped("decoder.up.1.block.0.conv1.weight", 96, 64, 3, 3),
-            "it: its encoder has levels of (32, 64) channels, its decoder levels of (32, 96) "
-            "channels: no ddconfig describes that",
+            ("encoder", "(32, 64)", "decoder", "(32, 96)", "channels", "ddconfig"),
         ),
         (
             without("decoder.up.1."),
-            "it: its encoder has levels of (32, 64) channels, its decoder levels of (32,) channels",
+            ("encoder", "(32, 64)", "decoder", "(32,)", "channels", "ddconfig"),
         ),
         (
             without("up.1.attn", "up.0.attn"),
-            "it: its encoder has attention in the levels (1,), its decoder attention in the levels "
-            "(): no ddconfig describes that",
+            ("encoder", "(1,)", "decoder", "()", "attention", "ddconfig"),
         ),
         (
             without("encoder.mid.attn_1"),
-            "it: its encoder has attention of the kind none in the middle, its decoder attention "
-            "of the kind vanilla in the middle: no ddconfig describes that",
+            ("encoder", "none", "decoder", "vanilla", "attention", "ddconfig"),
         ),
         (
             without("up.0.block.1", "up.1.block.1"),
-            "it: its encoder has 1 residual blocks a level, less the decoder's one more, its "
-            "decoder 0 residual blocks a level",
+            ("encoder", 1, "decoder", 0, "residual", "ddconfig"),
         ),
-        (
-            without("mid.attn_1"),
-            "it: has attention in the levels (1,) and none in the middle: no ddconfig describes "
-            "that",
-        ),
-        (
-            reshaped("encoder.conv_in.weight", 48, 3, 3, 3),
-            "it: levels of (32, 64) channels are no multiples of the first convolution's 48: no "
-            "ddconfig describes that",
-        ),
+        (without("mid.attn_1"), ("attention", "(1,)", "ddconfig")),
+        (reshaped("encoder.conv_in.weight", 48, 3, 3, 3), ("(32, 64)", 48, "ddconfig")),
     ],
 )
-def test_what_no_ddconfig_describes_is_refused(
-    tensors: Tensors, change: Callable[[Tensors], None], error: str
+def test_tensors_that_no_ddconfig_describes_are_an_error(
+    tensors: Tensors, change: Callable[[Tensors], None], parts: tuple[object, ...]
 ) -> None:
     change(tensors)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=mentions("it:", *parts)) as caught:
         infer_architecture(tensors, "it")
-    assert str(caught.value).startswith(error)
     assert "\n" not in str(caught.value)
 
 
-def test_levels_without_end_are_refused(tensors: Tensors) -> None:
-    """As many as tensors, which are cheap: a resolution of 2 ** 100000 is not."""
+def test_too_many_levels_are_an_error(tensors: Tensors) -> None:
+    """Each level would double the resolution of the config."""
     kernel = empty(32, 32, 3, 3)
     names = ("encoder.down.{}.block.0", "decoder.up.{}.block.0", "decoder.up.{}.block.1")
     for level in range(2, MAX_LEVELS + 1):
         tensors |= {f"{name.format(level)}.conv1.weight": kernel for name in names}
-    with pytest.raises(ValueError, match=r"^it: encoder\.down has 33 levels, more than 32$"):
+    with pytest.raises(ValueError, match=mentions("it:", "encoder.down", 33, 32)):
         infer_architecture(tensors, "it")
     without(f".{MAX_LEVELS}.")(tensors)
     assert len(infer_architecture(tensors, "it").params()["ddconfig"]["ch_mult"]) == MAX_LEVELS
 
 
 @pytest.mark.parametrize("digits", [5, 9999])
-def test_a_level_of_many_digits_is_no_level(tensors: Tensors, digits: int) -> None:
+def test_a_level_of_many_digits_is_ignored(tensors: Tensors, digits: int) -> None:
     tensors[f"decoder.up.{'9' * digits}.block.0.conv1.weight"] = empty(32, 32, 3, 3)
     assert infer_architecture(tensors, "it") == said(TINY_DDCONFIG, 3)
 
 
-def test_no_tensors_at_all_are_refused() -> None:
-    with pytest.raises(ValueError, match="^it: not the whole of a KL autoencoder: no encoder.conv"):
+def test_an_empty_state_dict_is_an_error() -> None:
+    with pytest.raises(ValueError, match=mentions("it:", "encoder.conv_in.weight", 0)):
         infer_architecture({}, "it")
 
 
@@ -324,50 +289,45 @@ def test_any_dict_of_tensors_is_inferred_or_a_value_error(
     try:
         architecture = infer_architecture(tensors, "it")
     except ValueError as error:
-        assert str(error).startswith("it: ")
+        assert is_about(str(error), "it:")
     else:
         assert architecture.differences(architecture) == ""
         architecture.params()
-    # a model that is given them says what does not fit, and nothing else
+    # loading them into a model reports what does not fit
     if tensors.keys() != _TINY.keys() or any(x.shape != _TINY[k].shape for k, x in tensors.items()):
-        with pytest.raises(ValueError, match="(?s)^it: .*; use the config it was trained with"):
+        with pytest.raises(ValueError, match=mentions("it:", "config")):
             match(_TINY, tensors, source="it")
 
 
 @pytest.mark.parametrize(
-    ("keys", "error"),
+    ("keys", "parts"),
     [
-        ({"ch": 64}, "its tensors have ch=32 (not 64)"),
-        ({"num_res_blocks": 2, "z_channels": 8}, "num_res_blocks=1 (not 2), z_channels=4 (not 8)"),
-        ({"attn_resolutions": []}, "its tensors have attention_levels=[1] (not [])"),
-        ({"in_channels": 1, "out_ch": 1}, "its tensors have in_channels=3 (not 1), out_ch=3 (not"),
+        ({"ch": 64}, ("ch=32", 64)),
+        ({"num_res_blocks": 2, "z_channels": 8}, ("num_res_blocks=1", 2, "z_channels=4", 8)),
+        ({"attn_resolutions": []}, ("attention_levels=[1]", "[]")),
+        ({"in_channels": 1, "out_ch": 1}, ("in_channels=3", "out_ch=3", 1)),
     ],
 )
-def test_a_mismatch_is_told_as_the_keys_of_the_config(
-    tensors: Tensors, keys: Config, error: str
+def test_a_mismatch_names_the_config_keys(
+    tensors: Tensors, keys: Config, parts: tuple[object, ...]
 ) -> None:
-    with pytest.raises(ValueError, match="^it: its .*; use the config it was trained with$") as e:
+    with pytest.raises(ValueError, match=mentions("it:", *parts, "config")):
         match(on_meta(TINY_DDCONFIG | keys, 3), tensors, source="it")
-    assert error in str(e.value)
 
 
 @pytest.mark.parametrize(
-    ("change", "error"),
+    ("change", "parts"),
     [
-        (
-            reshaped("encoder.norm_out.bias", 7),
-            "1 tensors of another shape (encoder.norm_out.bias: [7] in the file, [64] in the ",
-        ),
-        (without("norm_out"), "4 missing (such as encoder.norm_out.weight)"),
-        (reshaped("x", 1), "1 unexpected (such as x)"),
-        (without("decoder.up.1"), "38 missing (such as decoder.up.1.block.0.norm1.weight)"),
+        (reshaped("encoder.norm_out.bias", 7), (1, "encoder.norm_out.bias", "[7]", "[64]")),
+        (without("norm_out"), (4, "missing", "encoder.norm_out.weight")),
+        (reshaped("x", 1), (1, "unexpected", "x")),
+        (without("decoder.up.1"), (38, "missing", "decoder.up.1.block.0.norm1.weight")),
     ],
 )
-def test_a_mismatch_of_single_tensors_is_told_by_their_names(
-    tensors: Tensors, change: Callable[[Tensors], None], error: str
+def test_a_mismatch_of_single_tensors_names_them(
+    tensors: Tensors, change: Callable[[Tensors], None], parts: tuple[object, ...]
 ) -> None:
     own = dict(tensors)
     change(tensors)
-    with pytest.raises(ValueError, match="^it: .*, or name them in ignore_keys$") as caught:
+    with pytest.raises(ValueError, match=mentions("it:", *parts, "ignore_keys")):
         match(own, tensors, source="it")
-    assert error in str(caught.value)

@@ -1,8 +1,9 @@
-"""diffusers' config.json and `model.params`: what both express goes both ways, else it is named."""
+"""Convert between the config.json of diffusers and `model.params`."""
 
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from kl_vae.checkpoints.diffusers import FLUX2, PLAIN, config_of_params, params_
 from kl_vae.ddconfig import DDConfig
 from kl_vae.latents import LatentNormalization
 from tests.conftest import TINY_DDCONFIG
+from tests.messages import mentions
 
 Config = dict[str, Any]
 
@@ -72,15 +74,13 @@ def through_json(config: Config) -> Config:
         ({"ch_mult": [1] * 11, "resolution": 1024, "attn_resolutions": [1]}, 4, {}),
     ],
 )
-def test_what_can_be_expressed_goes_there_and_back(
-    keys: Config, embed_dim: int | None, latents: Config
-) -> None:
+def test_params_survive_a_round_trip(keys: Config, embed_dim: int | None, latents: Config) -> None:
     params = whole(keys, embed_dim, latents)
     config = through_json(config_of_params(params))
     assert completed(params_of_config(config, "it")) == params
 
 
-def test_what_the_function_of_the_model_does_not_depend_on_may_change() -> None:
+def test_keys_without_an_effect_may_change() -> None:
     for params, expected in (
         # without attention anywhere, no level is numbered
         (whole({"attn_type": "none"}), whole({"attn_type": "none", "attn_resolutions": []})),
@@ -95,14 +95,14 @@ def test_what_the_function_of_the_model_does_not_depend_on_may_change() -> None:
         assert again["ddconfig"] == expected["ddconfig"]
 
 
-def test_latents_of_unknown_scale_are_left_as_they_are() -> None:
+def test_unknown_scale_is_written_as_one() -> None:
     config = config_of_params(whole({}))
     assert config["scaling_factor"] == 1.0
     assert config["shift_factor"] is config["latents_mean"] is config["latents_std"] is None
     assert params_of_config(config, "it")["latents"] == {"scale_factor": 1.0, "shift_factor": 0.0}
 
 
-def test_means_and_stds_that_are_not_used_are_not_written() -> None:
+def test_unused_means_and_stds_are_not_written() -> None:
     config = config_of_params(
         whole({}, 4, PER_CHANNEL | {"per_channel": False, "scale_factor": 2.0})
     )
@@ -110,7 +110,7 @@ def test_means_and_stds_that_are_not_used_are_not_written() -> None:
     assert config["latents_mean"] is config["latents_std"] is None
 
 
-def test_a_batch_norm_is_of_flux2() -> None:
+def test_patch_statistics_give_the_flux2_class() -> None:
     latents = {"mean": (0.0,) * 16, "std": (1.0,) * 16, "patch_size": 2, "per_channel": True}
     config = config_of_params(whole({}, 4, latents))
     assert config["_class_name"] == FLUX2
@@ -127,7 +127,7 @@ def test_a_batch_norm_is_of_flux2() -> None:
         {"mean": (0.0,) * 16, "std": (1.0,) * 16, "patch_size": 2, "scale_factor": 3.0},
     ],
 )
-def test_patches_that_are_not_normalised_are_no_batch_norm(latents: Config) -> None:
+def test_patches_without_per_channel_give_the_plain_class(latents: Config) -> None:
     """Without `per_channel` it is `scale_factor` that normalises, with patches or not."""
     config = config_of_params(whole({}, 4, latents))
     assert config["_class_name"] == PLAIN
@@ -135,44 +135,44 @@ def test_patches_that_are_not_normalised_are_no_batch_norm(latents: Config) -> N
 
 
 @pytest.mark.parametrize(
-    ("keys", "embed_dim", "error"),
+    ("keys", "embed_dim", "parts"),
     [
-        ({"attn_type": "linear"}, 4, "attn_type=linear: it has softmax attention only"),
-        ({"use_linear_attn": True}, 4, "attn_type=linear: it has softmax attention only"),
-        ({}, 3, "embed_dim=3: it has latents of z_channels=4 only"),
-        ({"ch_mult": [2, 4]}, 4, "ch_mult=[2, 4]: its first level has ch channels"),
-        ({"resamp_with_conv": False}, 4, "resamp_with_conv=false: it resamples with convolutions"),
-        ({"tanh_out": True}, 4, "tanh_out=true: its decoder ends in a convolution"),
-        ({"context_channels": 5}, 4, "context_channels=5: it takes no context"),
+        ({"attn_type": "linear"}, 4, ("attn_type=linear", "softmax")),
+        ({"use_linear_attn": True}, 4, ("attn_type=linear", "softmax")),
+        ({}, 3, ("embed_dim=3", "z_channels=4")),
+        ({"ch_mult": [2, 4]}, 4, ("ch_mult=[2, 4]", "ch")),
+        ({"resamp_with_conv": False}, 4, ("resamp_with_conv=false",)),
+        ({"tanh_out": True}, 4, ("tanh_out=true",)),
+        ({"context_channels": 5}, 4, ("context_channels=5",)),
     ],
 )
-def test_what_diffusers_cannot_express_is_refused(
-    keys: Config, embed_dim: int | None, error: str
+def test_keys_unsupported_by_diffusers_are_an_error(
+    keys: Config, embed_dim: int | None, parts: tuple[object, ...]
 ) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=mentions("diffusers", *parts)) as caught:
         config_of_params(whole(keys, embed_dim))
-    assert str(caught.value) == f"diffusers cannot express this model: {error}"
+    keys_named = re.findall(
+        r"(attn_type|embed_dim|ch_mult|resamp_with_conv|tanh_out|context_channels)=",
+        str(caught.value),
+    )
+    assert keys_named == [str(parts[0]).partition("=")[0]]
 
 
-def test_all_that_diffusers_cannot_express_is_named_at_once() -> None:
+def test_all_unsupported_keys_are_named_at_once() -> None:
     params = whole(
         {"attn_type": "linear", "tanh_out": True, "ch_mult": [2], "attn_resolutions": []}, 3
     )
     params["ddconfig"] |= {"norm_type": "mine", "block_type": "own"}  # registered by a user
-    with pytest.raises(ValueError) as caught:
+    parts = ("attn_type=linear", "softmax", "embed_dim=3", "z_channels=4", "ch_mult=[2]", "ch")
+    parts += ("tanh_out=true", "norm_type=mine", "group", "block_type=own", "resnet")
+    with pytest.raises(ValueError, match=mentions("diffusers", *parts)):
         config_of_params(params)
-    assert str(caught.value) == (
-        "diffusers cannot express this model: attn_type=linear: it has softmax attention only; "
-        "embed_dim=3: it has latents of z_channels=4 only; ch_mult=[2]: its first level has ch "
-        "channels; tanh_out=true: its decoder ends in a convolution; norm_type=mine: it has group "
-        "only; block_type=own: it has resnet only"
-    )
 
 
-def test_an_attention_of_the_users_own_is_named() -> None:
+def test_a_registered_attention_is_unsupported() -> None:
     params = whole({})
     params["ddconfig"]["attn_type"] = "mine"
-    with pytest.raises(ValueError, match="attn_type=mine: it has softmax attention only$"):
+    with pytest.raises(ValueError, match=mentions("attn_type=mine", "softmax")):
         config_of_params(params)
 
 
@@ -242,7 +242,7 @@ def test_both_names_of_silu_are_read(act_fn: str) -> None:
     ],
 )
 def test_any_sample_size_gives_a_resolution(size: object, resolution: int) -> None:
-    """It only says what attention's levels are called, so that no value of it is a mistake."""
+    """The resolution only names the attention levels, so that any value is accepted."""
     config = {key: x for key, x in (CONFIG | {"sample_size": size}).items() if x is not NOTHING}
     ddconfig = completed(params_of_config(config, "it"))["ddconfig"]
     assert ddconfig["resolution"] == resolution
@@ -267,7 +267,7 @@ def test_means_and_stds_are_those_of_diffusers_pipelines() -> None:
     assert torch.allclose(normalised, (z - mean) * 0.5 / std, rtol=1e-15)
 
 
-def test_a_scale_that_is_not_used_is_not_written() -> None:
+def test_unused_scale_is_not_written() -> None:
     """Its pipelines would multiply by it as well."""
     config = config_of_params(
         whole({}, 4, PER_CHANNEL | {"scale_factor": 0.5, "shift_factor": 3.0})
@@ -277,125 +277,131 @@ def test_a_scale_that_is_not_used_is_not_written() -> None:
 
 
 @pytest.mark.parametrize("key", ["latents_mean", "latents_std"])
-def test_one_of_mean_and_std_alone_is_not_used(key: str) -> None:
+def test_mean_or_std_alone_is_not_used(key: str) -> None:
     latents = params_of_config(CONFIG | {key: [1.0] * 4, "scaling_factor": 2}, "it")["latents"]
     assert latents == {"scale_factor": 2.0, "shift_factor": 0.0}
 
 
-BAD: list[tuple[Config, str]] = [
-    ({"_class_name": "AutoencoderKLWan"}, "of 'AutoencoderKLWan'; kl_vae reads AutoencoderKL and "),
-    ({"_class_name": ["AutoencoderKL"]}, "of ['AutoencoderKL']; kl_vae reads"),
-    ({"_class_name": None}, "of None; kl_vae reads AutoencoderKL and AutoencoderKLFlux2"),
-    ({"block_out_channels": "128"}, "block_out_channels='128': must be a list"),
-    ({"block_out_channels": {"0": 32}}, "block_out_channels={'0': 32}: must be a list"),
-    ({"block_out_channels": 1e9}, "block_out_channels=1000000000.0: must be a list"),
-    ({"block_out_channels": [True, 64]}, "block_out_channels=[True, 64]: must be whole numbers a"),
-    ({"block_out_channels": [32.0, 64]}, "block_out_channels=[32.0, 64]: must be whole numbers"),
-    ({"block_out_channels": [[32], 64]}, "block_out_channels=[[32], 64]: must be whole numbers"),
-    ({"block_out_channels": [0, 64]}, "block_out_channels=[0, 64]: must be whole numbers above 0"),
-    ({"block_out_channels": [32, -64]}, "block_out_channels=[32, -64]: must be whole numbers"),
-    ({"block_out_channels": [None, None]}, "block_out_channels=[None, None]: must be whole"),
-    ({"block_out_channels": [64, 96]}, "block_out_channels=[64, 96]: must be multiples of the fi"),
+CLASS_NAMES = ("AutoencoderKL", "AutoencoderKLFlux2")
+BAD: list[tuple[Config, tuple[object, ...]]] = [
+    ({"_class_name": "AutoencoderKLWan"}, ("'AutoencoderKLWan'", *CLASS_NAMES)),
+    ({"_class_name": ["AutoencoderKL"]}, ("['AutoencoderKL']", *CLASS_NAMES)),
+    ({"_class_name": None}, ("None", *CLASS_NAMES)),
+    ({"block_out_channels": "128"}, ("block_out_channels='128'",)),
+    ({"block_out_channels": {"0": 32}}, ("block_out_channels={'0': 32}",)),
+    ({"block_out_channels": 1e9}, ("block_out_channels=1000000000.0",)),
+    ({"block_out_channels": [True, 64]}, ("block_out_channels=[True, 64]",)),
+    ({"block_out_channels": [32.0, 64]}, ("block_out_channels=[32.0, 64]",)),
+    ({"block_out_channels": [[32], 64]}, ("block_out_channels=[[32], 64]",)),
+    ({"block_out_channels": [0, 64]}, ("block_out_channels=[0, 64]",)),
+    ({"block_out_channels": [32, -64]}, ("block_out_channels=[32, -64]",)),
+    ({"block_out_channels": [None, None]}, ("block_out_channels=[None, None]",)),
+    ({"block_out_channels": [64, 96]}, ("block_out_channels=[64, 96]", "multiples")),
     (
         {"block_out_channels": [], "down_block_types": [], "up_block_types": []},
-        "block_out_channels=[]: must be whole numbers above 0",
+        ("block_out_channels=[]",),
     ),
     (
         {"block_out_channels": [32]},
-        "down_block_types=['DownEncoderBlock2D', 'AttnDownEncoderBlock2D']: give one of "
-        "DownEncoderBlock2D, AttnDownEncoderBlock2D for each level",
+        (
+            "down_block_types=['DownEncoderBlock2D', 'AttnDownEncoderBlock2D']",
+            "DownEncoderBlock2D, AttnDownEncoderBlock2D",
+        ),
     ),
-    ({"down_block_types": "DownEncoderBlock2D"}, "down_block_types='DownEncoderBlock2D': must be"),
-    ({"down_block_types": ["CrossAttnDownBlock2D"] * 2}, "down_block_types=['CrossAttnDownBlock2"),
-    ({"down_block_types": [["DownEncoderBlock2D"]] * 2}, "down_block_types=[['DownEncoderBlock2D"),
-    ({"down_block_types": [None, {}]}, "down_block_types=[None, {}]: give one of DownEncoderBlo"),
+    ({"down_block_types": "DownEncoderBlock2D"}, ("down_block_types='DownEncoderBlock2D'",)),
+    (
+        {"down_block_types": ["CrossAttnDownBlock2D"] * 2},
+        ("down_block_types=['CrossAttnDownBlock2D',", "DownEncoderBlock2D, AttnDownEncoderBlock2D"),
+    ),
+    (
+        {"down_block_types": [["DownEncoderBlock2D"]] * 2},
+        ("down_block_types=[['DownEncoderBlock2D'],", "DownEncoderBlock2D, AttnDownEncoderBlock2D"),
+    ),
+    (
+        {"down_block_types": [None, {}]},
+        ("down_block_types=[None, {}]", "DownEncoderBlock2D, AttnDownEncoderBlock2D"),
+    ),
     (
         {"up_block_types": ["UpDecoderBlock2D"]},
-        "up_block_types=['UpDecoderBlock2D']: give one of UpDecoderBlock2D, AttnUpDecoderBlock2D "
-        "for each level",
+        ("up_block_types=['UpDecoderBlock2D']", "UpDecoderBlock2D, AttnUpDecoderBlock2D"),
     ),
     (
         {"up_block_types": ["UpDecoderBlock2D"] * 2},
-        "up_block_types=['UpDecoderBlock2D', 'UpDecoderBlock2D']: attention in other levels than "
-        "down_block_types has",
+        ("up_block_types=['UpDecoderBlock2D', 'UpDecoderBlock2D']", "down_block_types"),
     ),
-    (
-        {"mid_block_add_attention": False},
-        "mid_block_add_attention=False: attention in levels, none in the middle",
-    ),
-    ({"mid_block_add_attention": 1}, "mid_block_add_attention=1: must be true or false"),
+    ({"mid_block_add_attention": False}, ("mid_block_add_attention=False", "attention")),
+    ({"mid_block_add_attention": 1}, ("mid_block_add_attention=1", "true", "false")),
     (
         {"decoder_block_out_channels": [32, 32]},
-        "decoder_block_out_channels=[32, 32]: must be as block_out_channels, [",
+        ("decoder_block_out_channels=[32, 32]", "block_out_channels", "[32, 64]"),
     ),
-    ({"decoder_block_out_channels": 32}, "decoder_block_out_channels=32: must be a list"),
-    ({"act_fn": "gelu"}, "act_fn='gelu': must be silu"),
-    ({"act_fn": ["silu"]}, "act_fn=['silu']: must be silu"),
-    ({"use_quant_conv": False}, "use_quant_conv=False: use_post_quant_conv=True differs"),
-    ({"use_post_quant_conv": False}, "use_quant_conv=True: use_post_quant_conv=False differs"),
-    ({"use_quant_conv": "no"}, "use_quant_conv='no': must be true or false"),
-    ({"latent_channels": "4"}, "latent_channels='4': must be a whole number"),
-    ({"latent_channels": 4.0}, "latent_channels=4.0: must be a whole number"),
-    ({"layers_per_block": [1, 1]}, "layers_per_block=[1, 1]: must be a whole number"),
-    ({"layers_per_block": True}, "layers_per_block=True: must be a whole number"),
-    ({"in_channels": {}}, "in_channels={}: must be a whole number"),
-    ({"out_channels": "x" * 200}, f"out_channels='{'x' * 79}: must be a whole number"),
-    ({"norm_num_groups": math.inf}, "norm_num_groups=inf: must be a whole number"),
-    ({"scaling_factor": 0}, "scaling_factor=0.0: must be above 0"),
-    ({"scaling_factor": -0.0}, "scaling_factor=-0.0: must be above 0"),
-    ({"scaling_factor": -0.18215}, "scaling_factor=-0.18215: must be above 0"),
-    ({"scaling_factor": "0.18215"}, "scaling_factor='0.18215': must be a finite number"),
-    ({"scaling_factor": True}, "scaling_factor=True: must be a finite number"),
-    ({"scaling_factor": math.nan}, "scaling_factor=nan: must be a finite number"),
-    ({"scaling_factor": math.inf}, "scaling_factor=inf: must be a finite number"),
-    ({"scaling_factor": 10**400}, f"scaling_factor=1{'0' * 79}: must be a finite number"),
-    ({"shift_factor": -(10**400)}, f"shift_factor=-1{'0' * 78}: must be a finite number"),
-    ({"shift_factor": math.nan}, "shift_factor=nan: must be a finite number"),
-    ({"shift_factor": []}, "shift_factor=[]: must be a finite number"),
-    ({"latents_mean": 0.0}, "latents_mean=0.0: must be a list"),
-    ({"latents_mean": [0.0] * 3}, "latents_mean=[0.0, 0.0, 0.0]: must be 4 numbers, as latent_ch"),
-    ({"latents_mean": []}, "latents_mean=[]: must be 4 numbers, as latent_channels"),
-    ({"latents_mean": ["0"] * 4}, "latents_mean=['0', '0', '0', '0']: must be 4 numbers"),
-    ({"latents_mean": [0, 0, 0, None]}, "latents_mean=[0, 0, 0, None]: must be 4 numbers"),
-    ({"latents_mean": [math.nan] * 4}, "latents_mean=[nan, nan, nan, nan]: must be 4 numbers"),
-    ({"latents_mean": [[0.0]] * 4}, "latents_mean=[[0.0], [0.0], [0.0], [0.0]]: must be 4 numbe"),
-    ({"latents_std": [1.0] * 5}, "latents_std=[1.0, 1.0, 1.0, 1.0, 1.0]: must be 4 numbers"),
-    ({"latents_std": [1, 1, 1, True]}, "latents_std=[1, 1, 1, True]: must be 4 numbers"),
-    ({"latents_std": [1, 1, 1, "1"]}, "latents_std=[1, 1, 1, '1']: must be 4 numbers"),
-    ({"latents_std": [1, 1, 1, 10**400]}, "latents_std=[1, 1, 1, 1000"),
-    ({"latents_std": [1, 1, 1, 0]}, "latents_std=[1, 1, 1, 0]: must be above 0"),
-    ({"latents_std": [1, 1, 1, -1.0]}, "latents_std=[1, 1, 1, -1.0]: must be above 0"),
-    ({"batch_norm_eps": "x"}, "batch_norm_eps='x': must be a finite number"),
-    ({"batch_norm_eps": None}, "batch_norm_eps=None: must be at least 0"),
-    ({"batch_norm_eps": -1e-5}, "batch_norm_eps=-1e-05: must be at least 0"),
+    ({"decoder_block_out_channels": 32}, ("decoder_block_out_channels=32",)),
+    ({"act_fn": "gelu"}, ("act_fn='gelu'", "silu")),
+    ({"act_fn": ["silu"]}, ("act_fn=['silu']", "silu")),
+    ({"use_quant_conv": False}, ("use_quant_conv=False", "use_post_quant_conv=True")),
+    ({"use_post_quant_conv": False}, ("use_quant_conv=True", "use_post_quant_conv=False")),
+    ({"use_quant_conv": "no"}, ("use_quant_conv='no'", "true", "false")),
+    ({"latent_channels": "4"}, ("latent_channels='4'",)),
+    ({"latent_channels": 4.0}, ("latent_channels=4.0",)),
+    ({"layers_per_block": [1, 1]}, ("layers_per_block=[1, 1]",)),
+    ({"layers_per_block": True}, ("layers_per_block=True",)),
+    ({"in_channels": {}}, ("in_channels={}",)),
+    ({"out_channels": "x" * 200}, (f"out_channels='{'x' * 79}",)),
+    ({"norm_num_groups": math.inf}, ("norm_num_groups=inf",)),
+    ({"scaling_factor": 0}, ("scaling_factor=0.0",)),
+    ({"scaling_factor": -0.0}, ("scaling_factor=-0.0", 0)),
+    ({"scaling_factor": -0.18215}, ("scaling_factor=-0.18215", 0)),
+    ({"scaling_factor": "0.18215"}, ("scaling_factor='0.18215'", "finite")),
+    ({"scaling_factor": True}, ("scaling_factor=True", "finite")),
+    ({"scaling_factor": math.nan}, ("scaling_factor=nan", "finite")),
+    ({"scaling_factor": math.inf}, ("scaling_factor=inf", "finite")),
+    ({"scaling_factor": 10**400}, (f"scaling_factor=1{'0' * 79}", "finite")),
+    ({"shift_factor": -(10**400)}, (f"shift_factor=-1{'0' * 78}", "finite")),
+    ({"shift_factor": math.nan}, ("shift_factor=nan", "finite")),
+    ({"shift_factor": []}, ("shift_factor=[]", "finite")),
+    ({"latents_mean": 0.0}, ("latents_mean=0.0",)),
+    ({"latents_mean": [0.0] * 3}, ("latents_mean=[0.0, 0.0, 0.0]", 4, "latent_channels")),
+    ({"latents_mean": []}, ("latents_mean=[]", 4, "latent_channels")),
+    ({"latents_mean": ["0"] * 4}, ("latents_mean=['0', '0', '0', '0']", 4)),
+    ({"latents_mean": [0, 0, 0, None]}, ("latents_mean=[0, 0, 0, None]", 4)),
+    ({"latents_mean": [math.nan] * 4}, ("latents_mean=[nan, nan, nan, nan]", 4)),
+    ({"latents_mean": [[0.0]] * 4}, ("latents_mean=[[0.0], [0.0], [0.0], [0.0]]", 4)),
+    ({"latents_std": [1.0] * 5}, ("latents_std=[1.0, 1.0, 1.0, 1.0, 1.0]", 4)),
+    ({"latents_std": [1, 1, 1, True]}, ("latents_std=[1, 1, 1, True]", 4)),
+    ({"latents_std": [1, 1, 1, "1"]}, ("latents_std=[1, 1, 1, '1']", 4)),
+    ({"latents_std": [1, 1, 1, 10**400]}, (f"latents_std=[1, 1, 1, 1{'0' * 69}", 4)),
+    ({"latents_std": [1, 1, 1, 0]}, ("latents_std=[1, 1, 1, 0]",)),
+    ({"latents_std": [1, 1, 1, -1.0]}, ("latents_std=[1, 1, 1, -1.0]", 0)),
+    ({"batch_norm_eps": "x"}, ("batch_norm_eps='x'", "finite")),
+    ({"batch_norm_eps": None}, ("batch_norm_eps=None", 0)),
+    ({"batch_norm_eps": -1e-5}, ("batch_norm_eps=-1e-05", 0)),
 ]
 
 
 def with_both(keys: Config) -> Config:
-    """Of a bad mean the std, and the other way round."""
+    """Add the valid std to an invalid mean, and the reverse."""
     latents = {"latents_mean": [0] * 4, "latents_std": [1] * 4}
     return latents | keys if latents.keys() & keys.keys() else keys
 
 
-@pytest.mark.parametrize(("keys", "error"), BAD)
-def test_what_is_no_config_of_ours_is_refused(keys: Config, error: str) -> None:
+@pytest.mark.parametrize(("keys", "parts"), BAD)
+def test_invalid_values_are_an_error(keys: Config, parts: tuple[object, ...]) -> None:
     config = CONFIG | with_both(keys)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=mentions("it:", *parts)) as caught:
         params_of_config(config, "it")
-    assert str(caught.value).startswith(f"it: {error}")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("attention", [False, True])
-def test_levels_without_end_are_refused(attention: bool) -> None:
-    """A resolution that so many levels halve would have as many digits."""
+def test_too_many_levels_are_an_error(attention: bool) -> None:
+    """Each level would double the resolution of the config."""
     n = 200_000
     config = {
         "block_out_channels": [32] * n,
         "down_block_types": ["Attn" * attention + "DownEncoderBlock2D"] * n,
         "up_block_types": ["Attn" * attention + "UpDecoderBlock2D"] * n,
     }
-    with pytest.raises(ValueError, match=r"^it: block_out_channels=\[32, .*: more than 32 levels$"):
+    with pytest.raises(ValueError, match=mentions("it:", "block_out_channels=[32,", "32 levels")):
         params_of_config(config, "it")
 
 
@@ -420,44 +426,38 @@ def edit(folder: Path, keys: Config) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | keys))
 
 
-def test_a_model_comes_back_with_its_scale(written: Path) -> None:
+def test_a_loaded_model_has_its_scale(written: Path) -> None:
     model = AutoEncoderKL.from_checkpoint(written)
     assert model.config == DDConfig.from_dict(TINY_DDCONFIG)
     assert model.latents == LatentNormalization(scale_factor=0.5)
 
 
-@pytest.mark.parametrize(("keys", "error"), [case for case in BAD if "_class_name" not in case[0]])
-def test_loading_names_the_mistake_and_the_file(written: Path, keys: Config, error: str) -> None:
+@pytest.mark.parametrize(("keys", "parts"), [case for case in BAD if "_class_name" not in case[0]])
+def test_loading_names_the_value_and_the_file(
+    written: Path, keys: Config, parts: tuple[object, ...]
+) -> None:
     edit(written, with_both(keys))
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=mentions(written / "config.json", *parts)):
         AutoEncoderKL.from_checkpoint(written)
-    assert str(caught.value).startswith(f"{written / 'config.json'}: {error}")
 
 
 @pytest.mark.parametrize(
-    ("keys", "error"),
+    ("keys", "parts"),
     [
         (
             {"block_out_channels": [10**12, 10**12]},
-            "its tensors have ch=32 (not 1000000000000), ch_mult=[1, 2] (not [1, 1]); use the "
-            "config it was trained with",
+            ("ch=32", 10**12, "ch_mult=[1, 2]", "[1, 1]", "config"),
         ),
-        ({"block_out_channels": [32, 32 * 10**30]}, "its tensors have ch_mult=[1, 2] (not [1, 10"),
-        (
-            {"layers_per_block": 10**9},
-            "its tensors have num_res_blocks=1 (not 1000000000); use the",
-        ),
+        ({"block_out_channels": [32, 32 * 10**30]}, ("ch_mult=[1, 2]", f"[1, {10**30}]")),
+        ({"layers_per_block": 10**9}, ("num_res_blocks=1", 10**9, "config")),
         (
             {"in_channels": 10**9, "out_channels": 10**9},
-            "its tensors have in_channels=3 (not 1000000000), out_ch=3 (not 1000000000); use the",
+            ("in_channels=3", "out_ch=3", 10**9, "config"),
         ),
-        (
-            {"latent_channels": 10**9},
-            "its tensors have z_channels=4 (not 1000000000), embed_dim=4 (",
-        ),
+        ({"latent_channels": 10**9}, ("z_channels=4", "embed_dim=4", 10**9)),
         (
             {"use_quant_conv": False, "use_post_quant_conv": False},
-            "its tensors have embed_dim=4 (not null); use",
+            ("embed_dim=4", "null", "config"),
         ),
         (
             {
@@ -465,32 +465,31 @@ def test_loading_names_the_mistake_and_the_file(written: Path, keys: Config, err
                 "up_block_types": ["UpDecoderBlock2D"] * 2,
                 "mid_block_add_attention": False,
             },
-            "its tensors have attention_levels=[1] (not []), attn_type=vanilla (not none)",
+            ("attention_levels=[1]", "[]", "attn_type=vanilla", "none"),
         ),
-        ({"norm_num_groups": 7}, "ddconfig.ch=32: channels 32 cannot be split into 7 groups"),
-        ({"norm_num_groups": 0}, "ddconfig.norm_groups=0: must be at least 1"),
-        ({"layers_per_block": 0}, "ddconfig.num_res_blocks=0: must be at least 1"),
-        ({"latent_channels": -1}, "ddconfig.z_channels=-1: must be at least 1"),
-        ({"out_channels": 4}, "out_ch=4: a reconstruction has the image's channels; set 3, as in"),
+        ({"norm_num_groups": 7}, ("ddconfig.ch=32", 7)),
+        ({"norm_num_groups": 0}, ("ddconfig.norm_groups=0", 1)),
+        ({"layers_per_block": 0}, ("ddconfig.num_res_blocks=0", 1)),
+        ({"latent_channels": -1}, ("ddconfig.z_channels=-1", 1)),
+        ({"out_channels": 4}, ("out_ch=4", 3)),
     ],
 )
-def test_a_config_that_lies_is_held_against_the_tensors(
-    written: Path, keys: Config, error: str
+def test_a_config_that_contradicts_the_tensors_is_an_error(
+    written: Path, keys: Config, parts: tuple[object, ...]
 ) -> None:
-    """Before anything is built: it could ask for any amount of memory."""
+    """The check comes before the model is built, which could take any amount of memory."""
     edit(written, keys)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=mentions(f"{written}", *parts)):
         AutoEncoderKL.from_checkpoint(written)
-    assert str(caught.value).startswith(f"{written}: {error}")
 
 
-def test_nested_values_of_any_depth_are_refused(written: Path) -> None:
-    """Python reads JSON to another depth than it shows lists."""
+def test_deeply_nested_values_are_an_error(written: Path) -> None:
+    """The recursion limits of parsing JSON and of printing a list differ."""
     path = written / "config.json"
     whole_text = path.read_text().rstrip().rstrip("}")
     for depth in (*range(1, 3000, 9), 100_000):
         nested = "[" * depth + "]" * depth
         for key in ("block_out_channels", "down_block_types", "act_fn"):
             path.write_text(f'{whole_text}, "{key}": {nested}}}')
-            with pytest.raises(ValueError, match=r"config\.json: "):
+            with pytest.raises(ValueError, match=mentions("config.json")):
                 AutoEncoderKL.from_checkpoint(written)

@@ -1,4 +1,4 @@
-"""diffusers' names are those of its own class, there and back bit for bit."""
+"""Rename tensors to the names of diffusers and back."""
 
 import re
 from typing import Any
@@ -27,12 +27,12 @@ ARCHITECTURES: list[tuple[dict[str, Any], int | None]] = [
     ({"ch_mult": [1] * 11, "resolution": 1024, "attn_resolutions": [1, 1024]}, 4),
     ({"ch_mult": [1, 2], "num_res_blocks": 11}, 4),
 ]
-# what diffusers called them until 0.14
+# names in diffusers up to 0.14
 OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
 def own(keys: dict[str, Any], embed_dim: int | None) -> Tensors:
-    """Small, so that each tensor can have values of its own."""
+    """Random tensors of a small model."""
     small = TINY_DDCONFIG | {"ch": 2, "norm_groups": 2} | keys
     torch.manual_seed(0)
     return {
@@ -73,9 +73,7 @@ def test_the_names_and_shapes_are_those_of_diffusers(
 
 
 @pytest.mark.parametrize(("keys", "embed_dim"), ARCHITECTURES)
-def test_there_and_back_is_the_same_bit_for_bit(
-    keys: dict[str, Any], embed_dim: int | None
-) -> None:
+def test_round_trip_is_exact(keys: dict[str, Any], embed_dim: int | None) -> None:
     tensors = own(keys, embed_dim)
     renamed = to_diffusers(tensors)
     assert is_diffusers(renamed) and not is_diffusers(tensors)
@@ -93,7 +91,7 @@ def with_old_names(tensors: Tensors) -> Tensors:
 
 
 @pytest.mark.parametrize(("keys", "embed_dim"), ARCHITECTURES)
-def test_the_old_names_mean_the_same(keys: dict[str, Any], embed_dim: int | None) -> None:
+def test_old_names_are_read(keys: dict[str, Any], embed_dim: int | None) -> None:
     tensors = own(keys, embed_dim)
     old = with_old_names(to_diffusers(tensors))
     assert any("attentions.0.query.weight" in key for key in old) == (keys.get("attn_type") is None)
@@ -101,8 +99,8 @@ def test_the_old_names_mean_the_same(keys: dict[str, Any], embed_dim: int | None
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_old_names_are_those_that_diffusers_still_reads() -> None:
-    """Its own conversion of them makes of our old names its new ones."""
+def test_old_names_match_diffusers() -> None:
+    """Its own conversion turns our old names into its new ones."""
     keys, embed_dim = ARCHITECTURES[1]
     named = to_diffusers(own(keys, embed_dim))
     old = with_old_names(named)
@@ -111,7 +109,7 @@ def test_the_old_names_are_those_that_diffusers_still_reads() -> None:
     assert_same(old, named)
 
 
-def test_the_levels_of_the_decoder_are_counted_from_its_end() -> None:
+def test_decoder_levels_are_reversed() -> None:
     tensors = {
         f"decoder.up.{i}.block.0.conv1.weight": torch.full((1,), float(i)) for i in range(12)
     }
@@ -146,20 +144,20 @@ def test_the_levels_of_the_decoder_are_counted_from_its_end() -> None:
     ],
 )
 def test_single_names(ours: str, others: str) -> None:
-    """What no rule names keeps its own."""
+    """Keys that no rule matches are unchanged."""
     x = torch.zeros(1)
     assert to_diffusers({ours: x}).keys() == {others}
     assert from_diffusers({others: x}).keys() == {ours}
 
 
-def test_attentions_weights_have_kernels_here_and_none_there() -> None:
+def test_attention_weights_gain_and_lose_kernel_axes() -> None:
     named = to_diffusers({"encoder.mid.attn_1.q.weight": torch.ones(2, 2, 1, 1)})
     assert {key: list(x.shape) for key, x in named.items()} == {
         "encoder.mid_block.attentions.0.to_q.weight": [2, 2]
     }
     flat = {"encoder.mid.attn_1.q.weight": torch.ones(2, 2), "encoder.x.weight": torch.ones(2, 2)}
     assert [x.ndim for x in with_kernels(flat).values()] == [4, 2]
-    # as diffusers had them at first, and whatever else lies there, stay as they are
+    # the first layout of diffusers and unexpected shapes are unchanged
     whole = {f"decoder.up.12.attn.0.{n}.weight": torch.ones(2, 2, 1, 1) for n in ("q", "proj_out")}
     assert_same(with_kernels(whole), whole)
     odd = {
@@ -181,14 +179,14 @@ def test_attentions_weights_have_kernels_here_and_none_there() -> None:
         ("loss.encoder.mid_block.x", False),
     ],
 )
-def test_the_layout_is_known_by_its_names(key: str, is_theirs: bool) -> None:
+def test_the_layout_is_detected_by_its_keys(key: str, is_theirs: bool) -> None:
     assert is_diffusers([key]) == is_theirs
     assert not is_diffusers([])
 
 
 @pytest.mark.parametrize("digits", [5, 30, 9999])
-def test_a_level_of_many_digits_is_no_level(digits: int) -> None:
-    """Python refuses to read numbers of thousands of digits, and says so without the name."""
+def test_a_level_of_many_digits_is_ignored(digits: int) -> None:
+    """int() raises an error for thousands of digits, and that error does not name the key."""
     key = f"decoder.up_blocks.{'9' * digits}.resnets.0.norm1.bias"
     tensors = {key: torch.zeros(1), "decoder.up_blocks.1.resnets.0.norm1.bias": torch.zeros(1)}
     assert from_diffusers(tensors).keys() == {key, "decoder.up.0.block.0.norm1.bias"}

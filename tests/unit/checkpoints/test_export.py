@@ -1,4 +1,4 @@
-"""Files and folders for others: whole, of the asked precision, and never in place of another."""
+"""Export CompVis files and diffusers folders."""
 
 import json
 import logging
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from kl_vae import AutoEncoderKL
 from kl_vae.checkpoints.export import DTYPES, write_compvis, write_diffusers
 from tests.conftest import TINY_DDCONFIG
+from tests.messages import is_about, mentions
 from tests.processes import assert_same
 
 NAME = "diffusion_pytorch_model.safetensors"
@@ -44,7 +45,7 @@ def tensors_of(out: Path) -> dict[str, Any]:
 
 @both
 @pytest.mark.parametrize("dtype", list(DTYPES))
-def test_weights_have_the_dtype_that_is_asked_for(
+def test_weights_have_the_requested_dtype(
     model: AutoEncoderKL, written: Write, tmp_path: Path, write: Write, name: str, dtype: str
 ) -> None:
     out = tmp_path / name
@@ -61,35 +62,19 @@ def test_weights_have_the_dtype_that_is_asked_for(
 def test_an_unknown_dtype_is_refused(
     written: Write, tmp_path: Path, write: Write, name: str
 ) -> None:
-    with pytest.raises(ValueError, match="^dtype='fp8': give one of fp32, fp16, bf16$"):
+    with pytest.raises(ValueError, match=mentions("dtype='fp8'", "fp32, fp16, bf16")):
         written(write, tmp_path / name, "fp8")
     assert not list(tmp_path.iterdir())
 
 
 @both
 @pytest.mark.parametrize(
-    ("value", "dtype", "error"),
+    ("value", "dtype", "parts"),
     [
-        (
-            -7e4,
-            "fp16",
-            "quant_conv.bias: fp16 cannot hold its values (up to 70000); write bf16 or ",
-        ),
-        (
-            3.4e38,
-            "bf16",
-            "quant_conv.bias: bf16 cannot hold its values (up to 3.4e+38); write bf16",
-        ),
-        (
-            torch.inf,
-            "fp32",
-            "quant_conv.bias: fp32 cannot hold its values (up to inf); repair the w",
-        ),
-        (
-            torch.nan,
-            "fp16",
-            "quant_conv.bias: fp16 cannot hold its values (up to nan); repair the we",
-        ),
+        (-7e4, "fp16", ("fp16", 70000, "bf16", "fp32")),
+        (3.4e38, "bf16", ("bf16", "3.4e+38")),
+        (torch.inf, "fp32", ("fp32", "inf")),
+        (torch.nan, "fp16", ("fp16", "nan")),
     ],
 )
 def test_values_that_do_not_fit_are_refused(
@@ -99,18 +84,17 @@ def test_values_that_do_not_fit_are_refused(
     name: str,
     value: float,
     dtype: str,
-    error: str,
+    parts: tuple[object, ...],
 ) -> None:
     bias = torch.zeros(8)
     bias[3] = value
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=mentions("quant_conv.bias", *parts)):
         written(write, tmp_path / name, dtype, **{"quant_conv.bias": bias})
-    assert str(caught.value).startswith(error)
     assert not list(tmp_path.iterdir())
 
 
 @both
-def test_tensors_of_any_kind_are_written_as_they_are_seen(
+def test_views_and_shared_tensors_are_written(
     model: AutoEncoderKL, written: Write, tmp_path: Path, write: Write, name: str
 ) -> None:
     """Views, shared memory, tensors that require gradients, doubles."""
@@ -124,7 +108,7 @@ def test_tensors_of_any_kind_are_written_as_they_are_seen(
 
 
 @both
-def test_what_exists_is_refused_and_unharmed(
+def test_an_existing_path_is_an_error_and_unchanged(
     written: Write, tmp_path: Path, write: Write, name: str
 ) -> None:
     for content in ("file", "folder"):
@@ -133,40 +117,37 @@ def test_what_exists_is_refused_and_unharmed(
         inner = out / "inner" if content == "folder" else out
         inner.parent.mkdir(exist_ok=True)
         inner.write_text("before")
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises(ValueError, match=mentions(out, "exists")):
             written(write, out)
-        assert str(caught.value) == f"{out}: exists; name one that does not"
         assert inner.read_text() == "before"
         assert [path.name for path in out.parent.iterdir()] == [name]
 
 
-def test_an_empty_folder_is_taken(written: Write, tmp_path: Path) -> None:
+def test_an_empty_folder_is_accepted(written: Write, tmp_path: Path) -> None:
     (tmp_path / "vae").mkdir()
     written(write_diffusers, tmp_path / "vae")
     assert sorted(path.name for path in (tmp_path / "vae").iterdir()) == ["config.json", NAME]
 
 
-def test_the_working_directory_is_no_new_folder(
+def test_the_working_directory_is_an_error(
     written: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"^\.: exists; name one that does not$"):
+    with pytest.raises(ValueError, match=r"^\.: .*\bexists\b"):
         written(write_diffusers, Path())
     assert not list(tmp_path.iterdir())
 
 
-def test_folders_above_are_made(written: Write, tmp_path: Path) -> None:
+def test_parent_folders_are_created(written: Write, tmp_path: Path) -> None:
     written(write_diffusers, tmp_path / "a" / "b" / "vae")
     assert (tmp_path / "a" / "b" / "vae" / NAME).is_file()
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "model", "model.SAFETENSORS", "model."])
 def test_another_suffix_is_refused(written: Write, tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError) as caught:
+    fixed = f"{Path(name).stem}.safetensors"
+    with pytest.raises(ValueError, match=mentions(tmp_path / name, fixed)):
         written(write_compvis, tmp_path / name)
-    assert str(caught.value) == (
-        f"{tmp_path / name}: name it {Path(name).stem}.safetensors, since that is what is written"
-    )
     assert not list(tmp_path.iterdir())
 
 
@@ -181,18 +162,16 @@ def test_another_suffix_is_refused(written: Write, tmp_path: Path, name: str) ->
     ],
     ids=lambda x: x[:20],
 )
-def test_a_place_that_cannot_be_written_is_refused(
+def test_an_unwritable_path_is_an_error(
     written: Write, tmp_path: Path, write: Write, name: str, place: str, reason: str
 ) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     (tmp_path / "loop").symlink_to("loop")
     out = tmp_path / place / name
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=mentions(out, "[Errno")) as caught:
         written(write, out)
-    assert str(caught.value).startswith(f"{out}: cannot be written ([Errno ")
-    assert reason in str(caught.value) or "File exists" in str(caught.value)  # of a parent
-    assert str(caught.value).endswith("); choose another place")
+    assert reason in str(caught.value) or "File exists" in str(caught.value)  # from mkdir
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "loop"]
 
 
@@ -201,19 +180,15 @@ def test_a_name_that_is_too_long_is_refused(
     written: Write, tmp_path: Path, write: Write, name: str
 ) -> None:
     out = tmp_path / ("x" * 300 + name)
-    with pytest.raises(
-        ValueError, match=f"^{out}: cannot be written .*File name too long.*; choose"
-    ):
+    with pytest.raises(ValueError, match=mentions(out, "File name too long")):
         written(write, out)
     assert not list(tmp_path.iterdir())
 
 
-def test_an_empty_folder_is_no_file(written: Write, tmp_path: Path) -> None:
+def test_a_folder_in_place_of_a_file_is_an_error(written: Write, tmp_path: Path) -> None:
     out = tmp_path / "model.safetensors"
     out.mkdir()
-    with pytest.raises(
-        ValueError, match=rf"^{out}: cannot be written \(.*Is a directory.*; choose"
-    ):
+    with pytest.raises(ValueError, match=mentions(out, "Is a directory")):
         written(write_compvis, out)
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
     assert not list(out.iterdir())
@@ -221,7 +196,7 @@ def test_an_empty_folder_is_no_file(written: Write, tmp_path: Path) -> None:
 
 @pytest.fixture
 def little_room() -> Iterator[None]:
-    """Files may have no more than some bytes, as on a disk that is nearly full."""
+    """Limit the size of files, as on a disk that is nearly full."""
     room = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, room[1]))
     yield
@@ -238,14 +213,12 @@ def test_a_full_disk_leaves_nothing_behind(
     if existing and write is write_diffusers:
         out.mkdir()
     before = list(tmp_path.rglob("*"))
-    with pytest.raises(
-        ValueError, match=rf"^{out}: cannot be written \(.*File too large\); choose"
-    ):
+    with pytest.raises(ValueError, match=mentions(out, "File too large")):
         written(write, out)
     assert list(tmp_path.rglob("*")) == before
 
 
-def test_the_metadata_say_what_tensors_do_not(model: AutoEncoderKL, tmp_path: Path) -> None:
+def test_metadata_hold_the_whole_config(model: AutoEncoderKL, tmp_path: Path) -> None:
     out = tmp_path / "model.safetensors"
     params = model.params
     params["ddconfig"] |= {"tanh_out": True, "norm_groups": 16, "resolution": 64}
@@ -263,20 +236,16 @@ def test_the_metadata_say_what_tensors_do_not(model: AutoEncoderKL, tmp_path: Pa
     assert read.latents == model.latents
 
 
-def test_a_compvis_file_holds_what_diffusers_cannot_express(tmp_path: Path) -> None:
+def test_a_compvis_file_supports_all_configs(tmp_path: Path) -> None:
     keys = {"attn_type": "linear", "resamp_with_conv": False, "ch_mult": [2, 4]}
     model = AutoEncoderKL(TINY_DDCONFIG | keys, 3)
     write_compvis(tmp_path / "model.safetensors", model.state_dict(), model.params)
     read = AutoEncoderKL.from_checkpoint(tmp_path / "model.safetensors")
     assert read.config == model.config
     assert_same(read.state_dict(), model.state_dict())
-    with pytest.raises(ValueError) as caught:
+    parts = ("attn_type=linear", "softmax", "embed_dim=3", "z_channels=4", "ch_mult=[2, 4]", "ch")
+    with pytest.raises(ValueError, match=mentions("diffusers", *parts, "resamp_with_conv=false")):
         write_diffusers(tmp_path / "vae", model.state_dict(), model.params)
-    assert str(caught.value) == (
-        "diffusers cannot express this model: attn_type=linear: it has softmax attention only; "
-        "embed_dim=3: it has latents of z_channels=4 only; ch_mult=[2, 4]: its first level has ch "
-        "channels; resamp_with_conv=false: it resamples with convolutions"
-    )
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
@@ -296,7 +265,7 @@ def test_a_batch_norm_stays_float32(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("latents", [{"patch_size": 2}, {"patch_size": 2, "scale_factor": 2.0}])
-def test_patches_without_a_batch_norm_are_written_with_their_scale(
+def test_patches_without_statistics_keep_their_scale(
     latents: dict[str, Any], tmp_path: Path
 ) -> None:
     model = AutoEncoderKL(TINY_DDCONFIG, 4, latents=latents)
@@ -305,7 +274,7 @@ def test_patches_without_a_batch_norm_are_written_with_their_scale(
     assert read is not None and read.scale_factor == latents.get("scale_factor", 1.0)
 
 
-def test_an_unknown_scale_is_said(
+def test_an_unknown_scale_is_logged(
     model: AutoEncoderKL, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "vae"
@@ -313,10 +282,8 @@ def test_an_unknown_scale_is_said(
         write_diffusers(tmp_path / "known", model.state_dict(), model.params)
         assert not caplog.messages
         write_diffusers(out, model.state_dict(), model.params | {"latents": None})
-    assert caplog.messages == [
-        f"{out}: the scale of its latents is not known, so scaling_factor=1.0 is written; measure "
-        "it first, with kl-vae encode --statistics"
-    ]
+    (message,) = caplog.messages
+    assert is_about(message, out, "scaling_factor=1.0", "kl-vae encode --statistics")
 
 
 def listed(config: dict[str, Any]) -> dict[str, Any]:
@@ -336,7 +303,7 @@ def listed(config: dict[str, Any]) -> dict[str, Any]:
 def test_the_config_is_what_diffusers_writes(
     tmp_path: Path, keys: dict[str, Any], embed_dim: int | None, latents: dict[str, Any]
 ) -> None:
-    """Key by key, for the model that it makes of that config."""
+    """Compare each key with the config of a model that diffusers builds from ours."""
     diffusers = pytest.importorskip("diffusers")
     model = AutoEncoderKL(TINY_DDCONFIG | keys, embed_dim, latents=latents)
     write_diffusers(tmp_path / "ours", model.state_dict(), model.params)
@@ -370,7 +337,7 @@ def test_the_config_of_a_batch_norm_is_what_diffusers_writes(tmp_path: Path) -> 
     assert {key for key in written if key not in ours} <= defaulted | {"decoder_block_out_channels"}
 
 
-def test_the_config_is_text_that_people_can_read(written: Write, tmp_path: Path) -> None:
+def test_the_config_is_indented_and_sorted(written: Write, tmp_path: Path) -> None:
     written(write_diffusers, tmp_path / "vae")
     text = (tmp_path / "vae" / "config.json").read_text()
     assert text.endswith("}\n")

@@ -1,8 +1,7 @@
-"""Which files of a folder hold the autoencoder, and folders that name none."""
+"""Find the autoencoder in a folder."""
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from kl_vae.checkpoints.diffusers import read_json
 from kl_vae.checkpoints.reading import find_autoencoder
 from kl_vae.checkpoints.safetensors_file import safetensors_bytes
 from tests.conftest import TINY_DDCONFIG
+from tests.messages import mentions
 from tests.processes import assert_same
 
 CONFIG = {"_class_name": "AutoencoderKL"}
@@ -39,30 +39,27 @@ def assert_found(folder: Path, weights: Path, config: object = CONFIG, ema: bool
 
 @pytest.mark.parametrize("place", ["", "vae", "autoencoderkl", "autoencoderkl_ema"])
 @pytest.mark.parametrize("config", [CONFIG, {}, {"_class_name": "AutoencoderKLFlux2"}])
-def test_a_folder_of_diffusers(tmp_path: Path, place: str, config: object) -> None:
+def test_a_diffusers_folder(tmp_path: Path, place: str, config: object) -> None:
     touch(tmp_path / place, f"{NAME}.safetensors", config=config)
     assert_found(tmp_path, tmp_path / place / f"{NAME}.safetensors", config)
 
 
-def test_the_best_of_several_precisions_and_formats_is_taken(tmp_path: Path) -> None:
+def test_the_best_precision_and_format_is_chosen(tmp_path: Path) -> None:
     names = [f"{NAME}{x}" for x in (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin")]
     touch(tmp_path, *names, config=CONFIG)
     touch(tmp_path, "diffusion_flax_model.msgpack", "other.safetensors", f"{NAME}.pt", "README.md")
     for name in names:
         assert_found(tmp_path, tmp_path / name)
         (tmp_path / name).unlink()
-    with pytest.raises(ValueError) as caught:
+    expected = f"{NAME}.safetensors, {NAME}.safetensors.index.json, {NAME}.bin"
+    with pytest.raises(ValueError, match=mentions(tmp_path, "config.json", expected)):
         find_autoencoder(tmp_path)
-    assert str(caught.value) == (
-        f"{tmp_path}: a config.json and no weights; one of {NAME}.safetensors, "
-        f"{NAME}.safetensors.index.json, {NAME}.bin belongs beside it"
-    )
 
 
-def test_a_folder_with_the_name_of_weights_is_none(tmp_path: Path) -> None:
+def test_a_folder_in_place_of_weights_is_an_error(tmp_path: Path) -> None:
     touch(tmp_path, config=CONFIG)
     (tmp_path / f"{NAME}.safetensors").mkdir()
-    with pytest.raises(ValueError, match="a config.json and no weights; one of"):
+    with pytest.raises(ValueError, match=mentions(tmp_path, "config.json", f"{NAME}.safetensors")):
         find_autoencoder(tmp_path)
 
 
@@ -70,24 +67,22 @@ def test_a_folder_with_the_name_of_weights_is_none(tmp_path: Path) -> None:
     "config",
     [None, {"_class_name": "StableDiffusionPipeline"}, {"_class_name": None}, {"_class_name": 3}],
 )
-def test_of_a_pipeline_the_autoencoder_is_taken(tmp_path: Path, config: object) -> None:
-    """Beside whatever else lies there, at the top as well."""
+def test_the_autoencoder_of_a_pipeline_is_chosen(tmp_path: Path, config: object) -> None:
+    """Files of the other models and at the top level are ignored."""
     touch(tmp_path, "model_index.json", "sd.safetensors", f"{NAME}.safetensors", config=config)
     touch(tmp_path / "unet", f"{NAME}.safetensors", config={"_class_name": "UNet2DConditionModel"})
     weights = touch(tmp_path / "vae", f"{NAME}.safetensors", config=CONFIG) / f"{NAME}.safetensors"
     assert_found(tmp_path, weights)
 
 
-def test_an_autoencoder_of_another_kind_is_named(tmp_path: Path, model: AutoEncoderKL) -> None:
+def test_another_autoencoder_class_is_an_error(tmp_path: Path, model: AutoEncoderKL) -> None:
     model.save_pretrained(tmp_path / "vae")
     touch(tmp_path / "vae", config={"_class_name": "VQModel"})
-    with pytest.raises(
-        ValueError, match="config.json: of 'VQModel'; kl_vae reads AutoencoderKL and"
-    ):
+    with pytest.raises(ValueError, match=mentions("config.json", "'VQModel'", "AutoencoderKL")):
         AutoEncoderKL.from_checkpoint(tmp_path)
 
 
-def test_of_a_trainers_folder_the_average_is_taken_unless_the_weights_are_asked_for(
+def test_a_training_folder_gives_the_average_by_default(
     tmp_path: Path,
 ) -> None:
     touch(tmp_path, "optimizer.bin", "scheduler.bin", "random_states_0.pkl")
@@ -98,37 +93,34 @@ def test_of_a_trainers_folder_the_average_is_taken_unless_the_weights_are_asked_
 
 
 @pytest.mark.parametrize("ema", [True, False])
-def test_of_a_trainers_folder_without_an_average_the_weights_are_taken(
-    tmp_path: Path, ema: bool
-) -> None:
+def test_a_training_folder_without_an_average(tmp_path: Path, ema: bool) -> None:
     touch(tmp_path / "autoencoderkl", f"{NAME}.safetensors", config=CONFIG)
     assert_found(tmp_path, tmp_path / "autoencoderkl" / f"{NAME}.safetensors", ema=ema)
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt", "a.pt", "a.pth", "a.bin"])
-def test_the_only_file_of_a_folder_is_taken(tmp_path: Path, name: str) -> None:
+def test_the_only_file_of_a_folder_is_chosen(tmp_path: Path, name: str) -> None:
     touch(tmp_path, name, "README.md", "a.yaml", "a.safetensors.sha256", ".123.tmp")
     touch(tmp_path / "b.pt")  # a folder
     assert_found(tmp_path, tmp_path / name, None)
 
 
-def test_of_several_files_one_is_to_be_named(tmp_path: Path) -> None:
+def test_several_files_are_an_error(tmp_path: Path) -> None:
     touch(tmp_path, "b.pt", "a.ckpt")
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=mentions(tmp_path, 2, "a.ckpt, b.pt")):
         find_autoencoder(tmp_path)
-    assert str(caught.value) == f"{tmp_path}: holds 2 files of weights (a.ckpt, b.pt); name one"
     touch(tmp_path, *(f"{i}.pt" for i in range(8)))
-    with pytest.raises(ValueError, match=r"holds 10 files of weights \(0.pt, .*, 4.pt\); name one"):
+    with pytest.raises(ValueError, match=mentions(tmp_path, 10, "0.pt", "4.pt")) as caught:
         find_autoencoder(tmp_path)
+    assert "5.pt" not in str(caught.value)
 
 
-def test_a_folder_without_any_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
     touch(tmp_path / "model.pt")
     touch(tmp_path, "README.md")
     for folder in (tmp_path, tmp_path / "model.pt", tmp_path / "nothing"):
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises(ValueError, match=mentions(folder, "checkpoint")):
             find_autoencoder(folder)
-        assert str(caught.value) == f"{folder}: no checkpoint in it; give a run directory or a file"
 
 
 @pytest.mark.parametrize(
@@ -136,40 +128,36 @@ def test_a_folder_without_any_is_refused(tmp_path: Path) -> None:
     [
         (b"", "Expecting value: line 1 column 1 (char 0)"),
         (b"{", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
-        (b"[1, 2]", "a list, not an object"),
-        (b"null", "a NoneType, not an object"),
-        (b'"text"', "a str, not an object"),
+        (b"[1, 2]", "list"),
+        (b"null", "NoneType"),
+        (b'"text"', "str"),
         (
             b'{"a": "\xff"}',
             "'utf-8' codec can't decode byte 0xff in position 7: invalid start byte",
         ),
         (
             "{}".encode("utf-16"),
-            "'utf-8' codec can't decode byte 0xff in position 0: invalid start",
+            "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte",
         ),
         (b"\xef\xbb\xbf{}", "Unexpected UTF-8 BOM"),
         (b"[" * 100_000 + b"]" * 100_000, "maximum recursion depth exceeded"),
         (b'{"a": ' * 100_000 + b"1" + b"}" * 100_000, "maximum recursion depth exceeded"),
-        (b" " * (1 << 24) + b"{}", "over 16777216 bytes"),
+        (b" " * (1 << 24) + b"{}", "16777216 bytes"),
     ],
     ids=lambda x: str(x)[:20],
 )
-def test_a_config_that_is_no_json_object_is_refused(
-    tmp_path: Path, text: bytes, reason: str
-) -> None:
+def test_an_invalid_json_config_is_an_error(tmp_path: Path, text: bytes, reason: str) -> None:
     touch(tmp_path, f"{NAME}.safetensors")
     (tmp_path / "config.json").write_bytes(text)
-    with pytest.raises(ValueError) as caught:
+    config = tmp_path / "config.json"
+    with pytest.raises(ValueError, match=mentions(config, "JSON", reason)) as caught:
         find_autoencoder(tmp_path)
-    start, end = f"{tmp_path / 'config.json'}: cannot be read as JSON (", "); copy it again"
-    assert str(caught.value).startswith(start + reason)
-    assert str(caught.value).endswith(end)
     assert "\n" not in str(caught.value)
 
 
-def test_what_cannot_be_opened_is_no_json(tmp_path: Path) -> None:
+def test_json_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing.json", tmp_path, tmp_path / ("x" * 300)):
-        with pytest.raises(ValueError, match=rf"^{path}: cannot be read as JSON \(\[Errno \d+\] "):
+        with pytest.raises(ValueError, match=mentions(path, "JSON", "[Errno")):
             read_json(path)
 
 
@@ -209,7 +197,7 @@ def test_shards_are_read_together(model: AutoEncoderKL, sharded: Path) -> None:
     read = AutoEncoderKL.from_checkpoint(sharded)
     assert_same(read.state_dict(), model.state_dict())
     assert read.latents == model.latents
-    # what lies beside and is not named is no shard
+    # a file that the index does not name is no shard
     (sharded / f"{NAME}-00003-of-00002.safetensors").write_bytes(b"x")
     assert find_autoencoder(sharded).weights == found.weights
 
@@ -223,7 +211,10 @@ def test_one_file_is_preferred_to_shards(sharded: Path) -> None:
     ("name", "shown"),
     [
         ("missing.safetensors", "'missing.safetensors'"),
-        ("../whole/diffusion_pytorch_model.safetensors", "'../whole/diffusion_pytorch_model.safe"),
+        (
+            "../whole/diffusion_pytorch_model.safetensors",
+            "'../whole/diffusion_pytorch_model.safetensors'",
+        ),
         ("/etc/passwd", "'/etc/passwd'"),
         ("./config.json", "'./config.json'"),
         ("sub", "'sub'"),
@@ -240,42 +231,38 @@ def test_one_file_is_preferred_to_shards(sharded: Path) -> None:
         (["x"], "\"['x']\""),
     ],
 )
-def test_an_index_names_files_beside_it_alone(sharded: Path, name: object, shown: str) -> None:
+def test_an_index_that_names_files_elsewhere_is_an_error(
+    sharded: Path, name: object, shown: str
+) -> None:
     touch(sharded / "sub", "x.safetensors")
     touch(sharded.parent / "checkpoints")  # `..` is then a run directory
     index = set_index(sharded, {"weight_map": {"encoder.conv_in.weight": name}})
-    error = f"{index}: its weight_map names {shown}"
     for find in (find_autoencoder, AutoEncoderKL.from_checkpoint):
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises(ValueError, match=mentions(index, "weight_map", shown)) as caught:
             find(sharded)
-        assert str(caught.value).startswith(error)
-        assert str(caught.value).endswith(", which does not lie beside it; copy the folder again")
         assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     "content", [{}, {"weight_map": {}}, {"weight_map": None}, {"weight_map": ["a"]}, {"x": 1}]
 )
-def test_an_index_that_names_nothing_is_refused(sharded: Path, content: object) -> None:
+def test_an_empty_index_is_an_error(sharded: Path, content: object) -> None:
     index = set_index(sharded, content)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=mentions(index, "weight_map")):
         find_autoencoder(sharded)
-    assert str(caught.value) == (
-        f"{index}: its weight_map names no files beside it; copy the folder again"
-    )
 
 
-def test_an_index_that_is_no_json_is_refused(sharded: Path) -> None:
+def test_an_invalid_json_index_is_an_error(sharded: Path) -> None:
     index = set_index(sharded, "[]")
-    with pytest.raises(ValueError, match=f"^{re.escape(str(index))}: cannot be read as JSON"):
+    with pytest.raises(ValueError, match=mentions(index, "JSON", "list")):
         find_autoencoder(sharded)
 
 
-def test_a_shard_that_lacks_tensors_is_missed(sharded: Path) -> None:
+def test_a_shard_without_its_tensors_is_an_error(sharded: Path) -> None:
     index = sharded / f"{NAME}.safetensors.index.json"
     names = json.loads(index.read_text())["weight_map"]
     set_index(sharded, {"weight_map": dict.fromkeys(names, next(iter(names.values())))})
-    with pytest.raises(ValueError, match=f"^{re.escape(str(sharded))}: "):
+    with pytest.raises(ValueError, match=mentions(sharded, "encoder.conv_in.weight")):
         AutoEncoderKL.from_checkpoint(sharded)
 
 
@@ -292,7 +279,7 @@ def linked(folder: Path, cache: Path) -> Path:
     return snapshot
 
 
-def test_links_as_in_the_hubs_cache_are_followed(
+def test_links_of_the_hub_cache_are_followed(
     model: AutoEncoderKL, sharded: Path, tmp_path: Path
 ) -> None:
     whole = linked(tmp_path / "whole", tmp_path / "cache")
@@ -307,15 +294,15 @@ def test_links_as_in_the_hubs_cache_are_followed(
         assert_same(AutoEncoderKL.from_checkpoint(folder).state_dict(), model.state_dict())
 
 
-def test_a_link_to_nothing_is_no_file(tmp_path: Path) -> None:
+def test_a_broken_link_is_an_error(tmp_path: Path) -> None:
     touch(tmp_path, config=CONFIG)
     (tmp_path / f"{NAME}.safetensors").symlink_to(tmp_path / "gone")
-    with pytest.raises(ValueError, match="a config.json and no weights"):
+    with pytest.raises(ValueError, match=mentions(tmp_path, "config.json", f"{NAME}.safetensors")):
         find_autoencoder(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin"])
-def test_each_kind_of_file_is_read(model: AutoEncoderKL, tmp_path: Path, suffix: str) -> None:
+def test_file_formats_are_read(model: AutoEncoderKL, tmp_path: Path, suffix: str) -> None:
     folder = tmp_path / "vae"
     model.save_pretrained(folder, "fp16" if "fp16" in suffix else "fp32")
     path = folder / f"{NAME}.safetensors"

@@ -1,4 +1,4 @@
-"""Our checkpoint files: whole or not at all, and never silently damaged."""
+"""Checkpoint files of a run: atomic writes and detection of damage."""
 
 import hashlib
 import logging
@@ -18,6 +18,7 @@ from kl_vae.checkpoints.run_files import (
     remove_checkpoint,
     write_checkpoint,
 )
+from tests.messages import is_about, mentions
 
 
 @pytest.fixture
@@ -32,13 +33,13 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_checkpoint_reads_back_as_written(run: Path) -> None:
+def test_round_trip(run: Path) -> None:
     content = read_checkpoint(checkpoint_path(run, 20))
     assert content["step"] == 20
     assert torch.equal(content["x"], torch.ones(3))
 
 
-def test_its_sha256_lies_beside_it_as_sha256sum_writes_it(run: Path) -> None:
+def test_the_sha256_file_has_the_format_of_sha256sum(run: Path) -> None:
     path = run / "checkpoints" / "step_00000020.pt"
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert path.with_name("step_00000020.pt.sha256").read_text() == f"{digest}  {path.name}\n"
@@ -50,10 +51,10 @@ def test_content_that_cannot_be_saved_leaves_no_file(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_a_full_disk_is_an_oserror_and_leaves_what_was_there(
+def test_a_full_disk_is_an_oserror_and_keeps_the_old_file(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch.save makes a RuntimeError of it, which does not say why."""
+    """torch.save raises a RuntimeError instead, without the reason."""
     path = checkpoint_path(run, 300)
     before = {file: (run / "checkpoints" / file).read_bytes() for file in names(path.parent)}
     room = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -71,28 +72,28 @@ def test_a_file_that_cannot_be_read_is_named(run: Path, monkeypatch: pytest.Monk
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("kl_vae.checkpoints.run_files.sha256_of", fail)
-    with pytest.raises(ValueError, match=r"300.pt: cannot be read \(Input/output error\)"):
+    with pytest.raises(ValueError, match=mentions("step_00000300.pt", "Input/output error")):
         read_checkpoint(checkpoint_path(run, 300))
 
 
-def test_damage_is_named_by_its_sha256(run: Path) -> None:
+def test_a_changed_byte_is_detected_by_the_sha256(run: Path) -> None:
     path = checkpoint_path(run, 300)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="step_00000300.pt: does not match its sha256, it is dam"):
+    with pytest.raises(ValueError, match=mentions("step_00000300.pt", "sha256")):
         read_checkpoint(path)
 
 
-def test_a_checkpoint_whose_sha256_was_not_yet_written_is_whole(run: Path) -> None:
+def test_a_checkpoint_without_its_sha256_file_is_read(run: Path) -> None:
     path = checkpoint_path(run, 300)
     path.with_name(path.name + ".sha256").unlink()
     assert read_checkpoint(path)["step"] == 300
 
 
-def test_another_programs_file_is_not_ours(tmp_path: Path) -> None:
+def test_a_file_of_another_program_is_an_error(tmp_path: Path) -> None:
     torch.save({"model": {}}, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="model.pt: not a checkpoint of kl_vae"):
+    with pytest.raises(ValueError, match=mentions("model.pt", "checkpoint", "kl_vae")):
         read_checkpoint(tmp_path / "model.pt")
 
 
@@ -105,7 +106,7 @@ def test_checkpoints_are_listed_newest_first(run: Path) -> None:
     assert list_checkpoints(run) == [checkpoint_path(run, step) for step in steps]
 
 
-def test_the_newest_that_can_be_read_is_taken_and_the_rest_are_named(
+def test_damaged_checkpoints_are_skipped_and_logged(
     run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert newest_checkpoint(run) is not None
@@ -118,11 +119,9 @@ def test_the_newest_that_can_be_read_is_taken_and_the_rest_are_named(
     assert newest is not None
     assert newest[0] == checkpoint_path(run, 1)
     assert newest[1]["step"] == 1
-    assert [message.split(": ", 1)[0] for message in caplog.messages] == 2 * [
-        "skipping a checkpoint"
-    ]
-    assert "step_00000300.pt: does not match its sha256" in caplog.messages[0]
-    assert "step_00000020.pt: does not match its sha256" in caplog.messages[1]
+    first, second = caplog.messages
+    assert is_about(first, "step_00000300.pt", "sha256")
+    assert is_about(second, "step_00000020.pt", "sha256")
 
 
 def test_a_run_without_a_checkpoint_has_no_newest(tmp_path: Path) -> None:
@@ -132,11 +131,11 @@ def test_a_run_without_a_checkpoint_has_no_newest(tmp_path: Path) -> None:
 def test_a_run_without_a_checkpoint_that_can_be_read_is_refused(run: Path) -> None:
     for path in list_checkpoints(run):
         path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="none of its checkpoints can be read; copy them from a b"):
+    with pytest.raises(ValueError, match=mentions(f"{run}:", "checkpoints")):
         newest_checkpoint(run)
 
 
-def test_the_best_is_the_one_that_the_run_names(run: Path) -> None:
+def test_the_best_checkpoint_is_read_from_best_json(run: Path) -> None:
     best = run / "checkpoints" / BEST
     assert best_checkpoint(run) is None
     best.write_text('{"checkpoint": "step_00000020.pt"}')
@@ -151,7 +150,7 @@ def test_the_best_is_the_one_that_the_run_names(run: Path) -> None:
 
 def test_removing_a_checkpoint_removes_its_sha256(run: Path) -> None:
     remove_checkpoint(checkpoint_path(run, 300))
-    remove_checkpoint(checkpoint_path(run, 300))  # once is enough
+    remove_checkpoint(checkpoint_path(run, 300))  # again
     assert names(run / "checkpoints") == [
         f"step_{step:08d}.pt{end}" for step in (1, 20) for end in ("", ".sha256")
     ]

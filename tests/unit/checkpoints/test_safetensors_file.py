@@ -1,8 +1,7 @@
-"""Safetensors: read in part, refused where they lie, written."""
+"""Read, check and write safetensors files."""
 
 import json
 import os
-import re
 import struct
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 
 from kl_vae.checkpoints.safetensors_file import is_safetensors, read_safetensors, safetensors_bytes
 from tests.hostile_files import ERRORS, MARKER, write_hostile_files
+from tests.messages import mentions
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
 REFUSED = [name for name in ERRORS if name.endswith(".safetensors")]
@@ -32,7 +32,7 @@ def path(tmp_path: Path) -> Path:
 # --- reading
 
 
-def test_what_is_chosen_is_read(path: Path) -> None:
+def test_only_chosen_tensors_are_read(path: Path) -> None:
     seen: list[str] = []
 
     def choose(keys: list[str]) -> list[str]:
@@ -44,7 +44,7 @@ def test_what_is_chosen_is_read(path: Path) -> None:
     assert torch.equal(content.tensors["b"], TENSORS["b"]) and content.metadata == {"format": "pt"}
 
 
-def test_the_tensors_outlive_the_file(path: Path) -> None:
+def test_tensors_remain_when_the_file_is_removed(path: Path) -> None:
     tensors = read_safetensors(path, lambda keys: keys).tensors
     path.unlink()
     for key, x in TENSORS.items():
@@ -57,13 +57,13 @@ def test_a_file_without_metadata_or_tensors(tmp_path: Path) -> None:
     assert read_safetensors(tmp_path / "none.safetensors", lambda keys: keys) == ({}, {})
 
 
-def test_errors_of_the_choice_are_passed_on(path: Path) -> None:
+def test_errors_of_the_callback_are_raised(path: Path) -> None:
     def choose(keys: list[str]) -> list[str]:
         raise ValueError("none of these")
 
     with pytest.raises(ValueError, match="^none of these$"):
         read_safetensors(path, choose)
-    with pytest.raises(ValueError, match=f"^{path}: cannot be read as safetensors "):
+    with pytest.raises(ValueError, match=mentions(path, " safetensors")):
         read_safetensors(path, lambda keys: ["c"])
 
 
@@ -78,45 +78,43 @@ def test_hostile_files_are_refused(hostile: dict[str, Path], name: str) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 7, 8, 9, 50, 100, -1])
-def test_a_truncated_file_is_refused(path: Path, kept: int) -> None:
+def test_a_truncated_file_is_an_error(path: Path, kept: int) -> None:
     path.write_bytes(path.read_bytes()[:kept])
-    error = f"^{path}: cannot be read as safetensors (.+); is the file whole. Copy or download it "
-    with pytest.raises(ValueError, match=error):
+    with pytest.raises(ValueError, match=mentions(path, " safetensors")):
         read_safetensors(path, lambda keys: keys)
 
 
-def test_a_dtype_that_torch_does_not_know_is_refused(path: Path) -> None:
+def test_an_unknown_dtype_is_an_error(path: Path) -> None:
     header = json.dumps({"a": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(3))
-    with pytest.raises(ValueError, match=f"^{path}: cannot be read as safetensors "):
+    with pytest.raises(ValueError, match=mentions(path, " safetensors")):
         read_safetensors(path, lambda keys: keys)
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may read any file")
-def test_a_file_without_permission_is_refused(path: Path) -> None:
+def test_a_file_without_permission_is_an_error(path: Path) -> None:
     path.chmod(0)
     assert is_safetensors(path)
-    with pytest.raises(ValueError, match=f"^{path}: cannot be read as safetensors .*denied"):
+    with pytest.raises(ValueError, match=mentions(path, " safetensors", "Permission denied")):
         read_safetensors(path, lambda keys: keys)
 
 
-def test_without_safetensors_the_error_says_what_to_install(
+def test_without_safetensors_the_error_names_the_extra(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("safetensors", "safetensors.torch"):
         monkeypatch.setitem(sys.modules, module, None)
-    error = f'{path}: a safetensors file; pip install "kl-vae[formats]"'
-    with pytest.raises(ValueError, match=f"^{re.escape(error)}$"):
+    install = 'pip install "kl-vae[formats]"'
+    with pytest.raises(ValueError, match=mentions(path, install)):
         read_safetensors(path, lambda keys: keys)
-    error = 'writing safetensors files needs: pip install "kl-vae[formats]"'
-    with pytest.raises(ValueError, match=f"^{re.escape(error)}$"):
+    with pytest.raises(ValueError, match=mentions("safetensors", install)):
         safetensors_bytes(TENSORS, {})
 
 
-# --- telling
+# --- detection
 
 
-def test_safetensors_are_told_by_their_content(path: Path) -> None:
+def test_safetensors_are_detected_by_content(path: Path) -> None:
     for name in ("model.ckpt", "model.pt", "model"):
         assert is_safetensors(path.rename(path.with_name(name)))
         path.with_name(name).rename(path)
@@ -127,14 +125,14 @@ def test_safetensors_are_told_by_their_content(path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\x80\x02}.", b"PK\x03\x04", bytes(100)])
-def test_other_content_is_told_by_its_name(tmp_path: Path, content: bytes) -> None:
+def test_unknown_content_is_detected_by_name(tmp_path: Path, content: bytes) -> None:
     for name, meant in (("a.safetensors", True), ("a.SafeTensors", True), ("a.ckpt", False)):
         (tmp_path / name).write_bytes(content)
         named = meant and not content.startswith((b"PK", b"\x80"))
         assert is_safetensors(tmp_path / name) == named
 
 
-def test_what_torch_saves_is_none(tmp_path: Path) -> None:
+def test_files_of_torch_save_are_not_safetensors(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     for new in (False, True):
         torch.save(TENSORS, path, _use_new_zipfile_serialization=new)
@@ -144,7 +142,7 @@ def test_what_torch_saves_is_none(tmp_path: Path) -> None:
 # --- writing
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(safetensors_bytes(TENSORS, {"kl_vae": "{}"}))
     content = read_safetensors(path, lambda keys: keys)
@@ -152,7 +150,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert all(torch.equal(content.tensors[key], x) for key, x in TENSORS.items())
 
 
-def test_tensors_of_one_storage_are_written_apart(tmp_path: Path) -> None:
+def test_tensors_that_share_storage_are_written_separately(tmp_path: Path) -> None:
     x = torch.arange(6.0).view(2, 3)
     tensors = {
         "whole": x,

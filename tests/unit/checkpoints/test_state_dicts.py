@@ -1,4 +1,4 @@
-"""The autoencoder's tensors are found in whatever trainers and pipelines put around them."""
+"""Find the tensors of the autoencoder in checkpoints of trainers and pipelines."""
 
 import time
 from collections import OrderedDict
@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from kl_vae import AutoEncoderKL
 from kl_vae.checkpoints.reading import autoencoder_tensors, select
+from tests.messages import mentions
 
 Tensors = dict[str, Tensor]
 KEYS = ("encoder.conv_in.weight", "encoder.x.bias", "decoder.conv_in.weight", "quant_conv.weight")
@@ -22,7 +23,7 @@ def tensors(value: float = 1.0, prefix: str = "", keys: tuple[str, ...] = KEYS) 
 
 
 def assert_found(content: object, value: float = 1.0, ema: bool = True) -> None:
-    """The four tensors, all of that value, and nothing else."""
+    """Assert that exactly the four tensors are found, each filled with the value."""
     found = autoencoder_tensors(content, "it", ema)
     assert found.keys() == set(KEYS)
     assert {float(x.mean()) for x in found.values()} == {value}
@@ -73,28 +74,28 @@ def test_the_state_dict_is_found_in_its_wrapping(content: object, ema: bool) -> 
         {"encoder.weight": torch.ones(3), "epoch": 3},
     ],
 )
-def test_tensors_of_something_else_are_found_as_well(content: object) -> None:
-    """That they are of no autoencoder is for others to say, who name what is missing."""
+def test_tensors_of_other_models_are_returned(content: object) -> None:
+    """A later check reports the missing tensors."""
     found = autoencoder_tensors(content, "it")
     assert found.keys() == {"encoder.weight"}
     assert torch.equal(found["encoder.weight"], torch.ones(3))
 
 
 @pytest.mark.parametrize(
-    ("content", "error"),
+    ("content", "part"),
     [
-        ([torch.ones(1)], "it: holds list, not a state dict"),
-        (torch.ones(1), "it: holds Tensor, not a state dict"),
-        (None, "it: holds NoneType, not a state dict"),
-        ({}, "it: holds no tensors; give a file with a state dict"),
-        ({"epoch": 3}, "it: holds no tensors; give a file with a state dict"),
-        ({"state_dict": {}}, "it: holds no tensors; give a file with a state dict"),
-        ({"state_dict": [tensors()]}, "it: holds no tensors; give a file with a state dict"),
-        ({"a": {"b": {"c": {"d": {"e": tensors()}}}}}, "it: holds no tensors; give a file with"),
+        ([torch.ones(1)], "list"),
+        (torch.ones(1), "Tensor"),
+        (None, "NoneType"),
+        ({}, "tensors"),
+        ({"epoch": 3}, "tensors"),
+        ({"state_dict": {}}, "tensors"),
+        ({"state_dict": [tensors()]}, "tensors"),
+        ({"a": {"b": {"c": {"d": {"e": tensors()}}}}}, "tensors"),
     ],
 )
-def test_a_file_without_a_state_dict_is_refused(content: object, error: str) -> None:
-    with pytest.raises(ValueError, match=f"^{error}"):
+def test_a_file_without_a_state_dict_is_an_error(content: object, part: str) -> None:
+    with pytest.raises(ValueError, match=mentions("it:", part, "state dict")):
         autoencoder_tensors(content, "it")
 
 
@@ -123,12 +124,12 @@ def test_prefixes_are_removed(prefix: str, ema: bool) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "first_stage_model.", "net."])
-def test_the_tensors_of_a_loss_stay(prefix: str) -> None:
+def test_loss_tensors_are_kept(prefix: str) -> None:
     own = (*KEYS, "loss.logvar", "loss.discriminator.main.0.weight", "encoder.module.x")
     assert autoencoder_tensors(tensors(1.0, prefix, own), "it").keys() == set(own)
 
 
-def test_what_wraps_a_part_is_removed_as_well() -> None:
+def test_prefixes_of_submodules_are_removed() -> None:
     keys = (
         "encoder._orig_mod.conv_in.weight",
         "_fsdp_wrapped_module.encoder._fsdp_wrapped_module.x.bias",
@@ -148,7 +149,7 @@ def test_what_wraps_a_part_is_removed_as_well() -> None:
         lambda model: nn.ModuleDict({"vae": model, "unet": nn.Linear(1, 1)}),
     ],
 )
-def test_what_real_wrappers_save_is_the_models_own(
+def test_state_dicts_of_wrapped_models(
     tiny_model: AutoEncoderKL, wrap: Callable[[nn.Module], nn.Module]
 ) -> None:
     own = tiny_model.state_dict()
@@ -157,7 +158,7 @@ def test_what_real_wrappers_save_is_the_models_own(
     assert all(torch.equal(x, own[key]) for key, x in found.items())
 
 
-def test_what_a_compiled_part_saves_is_the_models_own(tiny_model: AutoEncoderKL) -> None:
+def test_state_dict_of_a_partly_compiled_model(tiny_model: AutoEncoderKL) -> None:
     keys = tiny_model.state_dict().keys()
     tiny_model.encoder = torch.compile(tiny_model.encoder)  # type: ignore[assignment]
     tiny_model.decoder.mid = torch.compile(tiny_model.decoder.mid)  # type: ignore[assignment]
@@ -167,7 +168,7 @@ def test_what_a_compiled_part_saves_is_the_models_own(tiny_model: AutoEncoderKL)
 
 @pytest.mark.parametrize("prefix", ["first_stage_model.", "vae.", "module.first_stage_model."])
 @pytest.mark.parametrize("ema", [True, False])
-def test_of_a_pipeline_only_the_autoencoder_is_taken(prefix: str, ema: bool) -> None:
+def test_only_the_autoencoder_of_a_pipeline_is_returned(prefix: str, ema: bool) -> None:
     others = {
         "model.diffusion_model.encoder.x": torch.zeros(1),
         "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1),
@@ -197,34 +198,36 @@ def test_of_a_pipeline_only_the_autoencoder_is_taken(prefix: str, ema: bool) -> 
     ],
 )
 @pytest.mark.parametrize("ema", [True, False])
-def test_of_two_autoencoders_the_first_stage_is_taken(first: str, other: str, ema: bool) -> None:
+def test_the_first_stage_is_preferred_to_other_autoencoders(
+    first: str, other: str, ema: bool
+) -> None:
     assert_found(tensors(2.0, other) | tensors(1.0, first), ema=ema)
     assert_found(tensors(1.0, first) | tensors(2.0, other), ema=ema)
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "first_stage_model.", "module.vae."])
-def test_half_an_autoencoder_is_taken_as_it_is(prefix: str) -> None:
+def test_an_encoder_or_decoder_alone(prefix: str) -> None:
     for half in ("encoder", "decoder"):
         keys = (f"{half}.conv_in.weight", f"{half}.x.bias")
         assert autoencoder_tensors(tensors(1.0, prefix, keys), "it").keys() == set(keys)
-    # a whole one is preferred to a half
+    # a complete autoencoder is preferred to a part
     content = tensors(1.0, "net.vae.") | tensors(2.0, "aux.", ("decoder.conv_in.weight",))
     assert_found(content)
 
 
-def test_names_that_only_end_alike_are_no_prefix() -> None:
+def test_similar_names_are_not_prefixes() -> None:
     content = tensors() | {"my_encoder.conv_in.weight": torch.zeros(1)}
     assert autoencoder_tensors(content, "it").keys() == {*KEYS, "my_encoder.conv_in.weight"}
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "first_stage_model."])
-def test_latent_diffusions_averages_are_taken_unless_the_weights_are_asked_for(prefix: str) -> None:
+def test_ema_of_latent_diffusion(prefix: str) -> None:
     content = tensors(1.0, prefix) | {prefix + key: x for key, x in shadows(2.0).items()}
     assert_found({"state_dict": content}, 2.0, ema=True)
     assert_found({"state_dict": content}, 1.0, ema=False)
 
 
-def test_what_the_averages_lack_is_taken_from_the_weights() -> None:
+def test_tensors_without_an_average_are_those_of_the_weights() -> None:
     average = shadows(2.0)
     del average["model_ema.encoderxbias"]
     content = tensors() | {"loss.logvar": torch.full((), 3.0)} | average
@@ -268,7 +271,7 @@ def test_an_average_under_a_prefix_of_the_same_state_dict(prefix: str) -> None:
         assert_found(content, 1.0, ema=False)
 
 
-def test_an_average_of_torchs_beside_the_weights() -> None:
+def test_averaged_model_of_torch() -> None:
     model = nn.ModuleDict({"encoder": nn.ModuleDict({"conv_in": nn.Conv2d(1, 1, 1)})})
     average = AveragedModel(model)
     with torch.no_grad():
@@ -290,42 +293,42 @@ def test_an_average_of_torchs_beside_the_weights() -> None:
     ],
 )
 @pytest.mark.parametrize("ema", [True, False])
-def test_of_a_file_with_the_average_alone_that_is_taken(content: object, ema: bool) -> None:
+def test_a_file_with_only_the_average(content: object, ema: bool) -> None:
     assert_found(content, ema=ema)
 
 
-def test_an_average_without_a_loss_leaves_the_loss_of_the_weights() -> None:
+def test_loss_tensors_are_kept_with_an_average() -> None:
     content = {"model": tensors() | {"loss.logvar": torch.zeros(())}, "ema": tensors(2.0)}
     for ema in (True, False):
         found = autoencoder_tensors(content, "it", ema)
         assert found.keys() == {*KEYS, "loss.logvar"}
 
 
-def test_the_outermost_of_several_state_dicts_is_taken() -> None:
+def test_the_outermost_state_dict_is_preferred() -> None:
     content = {"best": {"model": tensors(2.0)}, "model": tensors(1.0)}
     assert_found(content)
     assert_found(dict(reversed(content.items())))
 
 
 @pytest.mark.parametrize("ema", [True, False])
-def test_a_mapping_shared_by_both_is_taken(ema: bool) -> None:
+def test_weights_and_average_may_share_tensors(ema: bool) -> None:
     shared = tensors()
     assert_found({"ema": shared, "model": shared}, ema=ema)
 
 
 @pytest.mark.parametrize("width", [1, 50])
-def test_mappings_that_hold_themselves_come_to_an_end(width: int) -> None:
+def test_recursive_mappings_terminate(width: int) -> None:
     start = time.monotonic()
     content: dict[str, Any] = {"x": 1}
     content |= dict.fromkeys(map(str, range(width)), content)
-    with pytest.raises(ValueError, match="^it: holds no tensors; give a file with a state dict"):
+    with pytest.raises(ValueError, match=mentions("it:", "tensors", "state dict")):
         autoencoder_tensors(content, "it")
     content["inner"] = {"outer": content, "model": tensors()}
     assert_found(content)
     assert time.monotonic() - start < 1.0  # not 50 ** 4 steps
 
 
-def test_select_says_where_in_the_file_each_tensor_is() -> None:
+def test_select_maps_names_to_keys_of_the_file() -> None:
     keys = [f"module.{key}" for key in KEYS] + ["module.model_ema.encoderconv_inweight", "step"]
     assert select(keys, ema=False) == {key: f"module.{key}" for key in KEYS}
     assert select(iter(keys)) == {
@@ -338,7 +341,7 @@ def test_select_says_where_in_the_file_each_tensor_is() -> None:
     }
 
 
-def test_many_autoencoders_in_one_file_take_no_longer_than_many_keys() -> None:
+def test_run_time_with_many_autoencoders() -> None:
     keys = [f"{i}.encoder.{x}" for i in range(20_000) for x in ("conv_in.weight", "x.bias")]
     own = {"encoder.conv_in.weight": "encoder.conv_in.weight", "12": "12"}
     start = time.monotonic()

@@ -1,4 +1,4 @@
-"""Files of torch.save: what is read, and that no file executes anything or takes much memory."""
+"""Read files of torch.save without executing code and with limited memory."""
 
 import argparse
 import collections
@@ -42,15 +42,16 @@ from tests.hostile_files import (
     write_pipeline,
     write_zip,
 )
+from tests.messages import mentions
 
 WEIGHT = torch.arange(3.0)
-# the slowest is read in another process alone
+# the slowest is read in a separate process
 REFUSED = [x for x in ERRORS if not x.endswith(".safetensors") and x != "many_steps.ckpt"]
 GIB = 2**30
 
 
 class Malicious:
-    """Makes a folder when it is unpickled."""
+    """Create a folder when unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -84,7 +85,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("mmap", [False, True])
 @pytest.mark.parametrize("save", [zip_of_torch, legacy_torch])
-def test_all_that_a_training_run_saves_is_read(
+def test_a_training_checkpoint_is_read(
     tmp_path: Path, save: Callable[[object, Path], None], mmap: bool
 ) -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
@@ -146,7 +147,7 @@ def test_files_of_python_2_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mmap", [False, True])
-def test_the_suffix_says_nothing(tmp_path: Path, mmap: bool) -> None:
+def test_the_suffix_is_ignored(tmp_path: Path, mmap: bool) -> None:
     path = tmp_path / "model.safetensors"
     torch.save({"weight": WEIGHT}, path)
     assert torch.equal(read_torch_file(path, mmap=mmap)["weight"], WEIGHT)
@@ -160,7 +161,7 @@ def test_a_mapped_file_is_not_written_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("save", [zip_of_torch, legacy_torch])
-def test_without_mmap_nothing_of_the_file_is_needed(
+def test_without_mmap_tensors_are_copies(
     tmp_path: Path, save: Callable[[object, Path], None]
 ) -> None:
     path = tmp_path / "model.ckpt"
@@ -203,7 +204,7 @@ class ModelCheckpoint:
 
 
 class DictConfig(dict[str, Any]):
-    """Of the kind whose pickle fills it, then sets its attributes."""
+    """A dict whose pickle sets items, then attributes."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return DictConfig, ({"flags": None},), {"_parent": None}, None, iter(self.items())
@@ -236,7 +237,7 @@ PACKAGES = {
 
 @pytest.fixture
 def packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
-    """Modules of the names that other packages have, with our classes in them."""
+    """Modules named like those of other packages, with the classes above."""
     modules = {}
     with monkeypatch.context() as patch:
         for name, members in PACKAGES.items():
@@ -288,7 +289,7 @@ def test_checkpoints_of_trainers_are_read(
     save(of_a_trainer(), path)
     if not installed:
         for name in packages:
-            monkeypatch.setitem(sys.modules, name, None)  # an ImportError, should it be imported
+            monkeypatch.setitem(sys.modules, name, None)  # importing raises ImportError
     before = torch.serialization.get_safe_globals()
     loaded = read_torch_file(path, mmap=mmap)
     assert set(torch.serialization.get_safe_globals()) == set(before)
@@ -334,7 +335,7 @@ def test_dicts_of_packages_are_read_as_dicts(tmp_path: Path, name: str) -> None:
     assert list(read_torch_file(tmp_path / "last.ckpt")["extra"].items()) == [("a", 1)]
 
 
-def test_stand_ins_take_anything() -> None:
+def test_stand_ins_accept_any_arguments() -> None:
     assert isinstance(StandIn(1, *[2], a=3), StandIn)
     StandIn().__setstate__({"a": 1})
     assert {StandIn(): 1} and StandIn() != StandIn()
@@ -342,8 +343,8 @@ def test_stand_ins_take_anything() -> None:
         iter(StandIn())  # type: ignore[call-overload]
 
 
-def test_the_packages_are_not_imported(tmp_path: Path) -> None:
-    """Where they are installed: torchmetrics is, for the tests."""
+def test_packages_are_not_imported(tmp_path: Path) -> None:
+    """torchmetrics is installed for the tests."""
     extra = call("torchmetrics.Metric", text("a"))
     write_zip(tmp_path / "last.ckpt", state_dict(extra=extra))
     code = f"""
@@ -358,28 +359,26 @@ assert "torchmetrics" not in sys.modules
 
 
 @pytest.mark.parametrize(
-    ("extra", "reason"),
+    ("extra", "name"),
     [
-        (named("posix.system"), "it names posix.system"),
-        (named("os.system"), "it names os.system"),
-        (call("builtins.eval", text("1")), "it names builtins.eval"),
-        (call("__builtin__.getattr", text("1"), text("real")), "it names builtins.getattr"),
-        (call("torch.load", text("a")), "it names torch.load"),
-        (call("torch.hub.load", text("a")), "it names torch.hub.load"),
-        (named("torch.nn.modules.conv.Conv2d"), "it names torch.nn.modules.conv.Conv2d"),
-        (named("pytorch_lightning_.Trainer"), "it names pytorch_lightning_.Trainer"),
-        (named("numpy.load"), "it names numpy.load"),
-        (named("pathlib.os.system b"), "it names pathlib.os.system b"),
+        (named("posix.system"), "posix.system"),
+        (named("os.system"), "os.system"),
+        (call("builtins.eval", text("1")), "builtins.eval"),
+        (call("__builtin__.getattr", text("1"), text("real")), "builtins.getattr"),
+        (call("torch.load", text("a")), "torch.load"),
+        (call("torch.hub.load", text("a")), "torch.hub.load"),
+        (named("torch.nn.modules.conv.Conv2d"), "torch.nn.modules.conv.Conv2d"),
+        (named("pytorch_lightning_.Trainer"), "pytorch_lightning_.Trainer"),
+        (named("numpy.load"), "numpy.load"),
+        (named("pathlib.os.system b"), "pathlib.os.system b"),
         (
             call("omegaconf.DictConfig", dict_of((text("a"), call("posix.system", text("b"))))),
-            "it names posix.system",
+            "posix.system",
         ),
     ],
 )
 @pytest.mark.parametrize("legacy", [False, True])
-def test_what_nothing_stands_in_for_is_refused(
-    tmp_path: Path, extra: bytes, reason: str, legacy: bool
-) -> None:
+def test_other_globals_are_an_error(tmp_path: Path, extra: bytes, name: str, legacy: bool) -> None:
     path = tmp_path / "last.ckpt"
     before = torch.serialization.get_safe_globals()
     if legacy:
@@ -387,17 +386,13 @@ def test_what_nothing_stands_in_for_is_refused(
         write_legacy(path, state_dict(tensor(legacy=b"N"), extra=extra))
     else:
         write_zip(path, state_dict(extra=extra))
-    error = (
-        rf"^{path}: not a checkpoint of tensors and plain values \({reason}\); nothing in it was "
-        r"executed; export its state_dict alone with torch\.save$"
-    )
-    with pytest.raises(ValueError, match=error):
+    with pytest.raises(ValueError, match=mentions(path, name, "state_dict", "torch.save")):
         read_torch_file(path)
     assert set(torch.serialization.get_safe_globals()) == set(before)
 
 
-def test_nasty_arguments_of_stand_ins_do_nothing(tmp_path: Path) -> None:
-    """Neither a length that a real class would allocate, nor a tensor that it would walk."""
+def test_arguments_of_stand_ins_are_ignored(tmp_path: Path) -> None:
+    """A huge length is not allocated and a tensor is not iterated over."""
     arguments = [integer(10**12), tensor(), named("builtins.list"), dict_of((text("a"), b"N"))]
     extra = call("numpy.ndarray", *arguments) + tuple_of(*arguments) + b"b"
     write_zip(tmp_path / "last.ckpt", state_dict(extra=extra))
@@ -405,7 +400,7 @@ def test_nasty_arguments_of_stand_ins_do_nothing(tmp_path: Path) -> None:
     assert isinstance(loaded["extra"], StandIn) and torch.equal(loaded[KEY], torch.zeros(4))
 
 
-def test_threads_read_at_once(tmp_path: Path) -> None:
+def test_concurrent_reads(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     write_zip(path, state_dict(extra=call(CALLBACK) + dict_of((text("a"), b"N")) + b"b"))
     before = set(torch.serialization.get_safe_globals())
@@ -432,22 +427,19 @@ def test_a_malicious_file_is_refused_and_not_executed(
 ) -> None:
     path, folder = tmp_path / "model.ckpt", tmp_path / "made"
     save({"state_dict": {"weight": WEIGHT}, "extra": Malicious(folder)}, path)
-    error = (
-        f"^{path}: not a checkpoint of tensors and plain values .it names posix.mkdir.; nothing in "
-        "it was executed; export its state_dict alone with torch.save$"
-    )
-    if save is plain_pickle:
-        error = error.replace("posix.mkdir", "(torch|posix).*")  # its tensors come first
-    with pytest.raises(ValueError, match=error):
+    name = (
+        "torch.storage._load_from_bytes" if save is plain_pickle else "posix.mkdir"
+    )  # the first global
+    with pytest.raises(ValueError, match=mentions(path, name, "state_dict", "torch.save")):
         read_torch_file(path)
     assert not folder.exists()
     if save is plain_pickle:
         pickle.loads(path.read_bytes())
-        assert folder.exists()  # it would have been
+        assert folder.exists()  # the file is indeed malicious
 
 
 @pytest.mark.parametrize("save", [zip_of_torch, legacy_torch])
-def test_a_damaged_file_is_refused_or_read(
+def test_a_damaged_file_is_read_or_a_value_error(
     tmp_path: Path, save: Callable[[object, Path], None]
 ) -> None:
     path = tmp_path / "model.ckpt"
@@ -479,36 +471,35 @@ def test_hostile_files_are_refused(hostile: dict[str, Path], name: str) -> None:
     assert not hostile[MARKER].exists()
 
 
-def test_the_malicious_ones_would_make_the_marker(tmp_path: Path) -> None:
+def test_pickle_executes_the_malicious_files(tmp_path: Path) -> None:
     extra = call("posix.system", text(f"touch '{tmp_path / MARKER}'"))
     pickle.loads(b"\x80\x02" + dict_of((text("extra"), extra)) + b".")
     assert (tmp_path / MARKER).exists()
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may read any file")
-def test_a_file_without_permission_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_permission_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "model.ckpt"
     torch.save({"weight": WEIGHT}, path)
     path.chmod(0)
-    with pytest.raises(ValueError, match=f"^{path}: cannot be read .*Permission denied"):
+    with pytest.raises(ValueError, match=mentions(path, "Permission denied")):
         read_torch_file(path)
 
 
-def test_a_missing_file_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "nothing.pt"
-    error = f"^no such checkpoint: {path}; give an existing file or run directory$"
-    with pytest.raises(ValueError, match=error):
+    with pytest.raises(ValueError, match=mentions(path, "checkpoint")):
         read_torch_file(path)
 
 
-def test_what_of_torchs_own_is_not_needed_is_refused(tmp_path: Path) -> None:
+def test_unneeded_globals_of_torch_are_an_error(tmp_path: Path) -> None:
     extra = call("torch._tensor._rebuild_from_type_v2")
     write_zip(tmp_path / "model.ckpt", state_dict(extra=extra))
-    with pytest.raises(ValueError, match=r"\(it names torch\._tensor\._rebuild_from_type_v2\)"):
+    with pytest.raises(ValueError, match=mentions("torch._tensor._rebuild_from_type_v2")):
         read_torch_file(tmp_path / "model.ckpt")
 
 
-# --- memory, in processes of their own
+# --- memory, in separate processes
 
 _MEMORY = """
 import json, resource, sys
@@ -548,12 +539,12 @@ print(json.dumps([said, resident() - before]))
     said, grown = in_a_process(code, *(hostile[name] for name in ERRORS))
     assert said.keys() == ERRORS.keys()
     for name, error in said.items():
-        assert re.search(ERRORS[name], error), error  # and not for want of memory
+        assert re.search(ERRORS[name], error), error  # not MemoryError
     assert grown < 0.4 * GIB
     assert not hostile[MARKER].exists()
 
 
-def test_of_a_pipeline_only_what_is_used_is_read(tmp_path: Path) -> None:
+def test_only_used_tensors_of_a_pipeline_are_read(tmp_path: Path) -> None:
     paths = [tmp_path / "pipeline.ckpt", tmp_path / "pipeline.safetensors"]
     for path in paths:
         write_pipeline(path)
@@ -573,39 +564,36 @@ print(json.dumps([said, resident() - before]))
 def test_tensors_within_a_file(tmp_path: Path) -> None:
     x = torch.ones(4, 4)
     check_within_file({"a": x, "b": x.t(), "c": torch.nn.Parameter(x), "d": x[:0]}, 192, "it")
-    with pytest.raises(ValueError, match="takes? 192 bytes, the file has 191"):
+    with pytest.raises(ValueError, match=mentions("it:", "192 bytes", 191)):
         check_within_file({"a": x, "b": x.t(), "c": torch.nn.Parameter(x)}, 191, "it")
 
 
 @pytest.mark.parametrize(
-    ("x", "what"),
+    ("x", "part"),
     [
         (torch.ones(4).to_sparse(), "torch.sparse_coo"),
-        (torch.ones(4, device="meta"), "on meta"),
-        (torch.ones(4).as_subclass(type("Named", (Tensor,), {})), "a Named"),
-        ("text", "a str"),
+        (torch.ones(4, device="meta"), "meta"),
+        (torch.ones(4).as_subclass(type("Named", (Tensor,), {})), "Named"),
+        ("text", "str"),
     ],
 )
-def test_other_tensors_than_dense_ones_on_the_cpu_are_refused(x: Tensor, what: str) -> None:
-    error = f"^it: a is {what}, not a dense tensor on the CPU; convert it before torch.save$"
-    with pytest.raises(ValueError, match=error):
-        check_within_file({"a": x}, 100, "it")
+def test_tensors_must_be_dense_and_on_the_cpu(x: Tensor, part: str) -> None:
+    with pytest.raises(ValueError, match=mentions("it:", "key.x", part, "dense", "torch.save")):
+        check_within_file({"key.x": x}, 100, "it")
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's, that both are on their way out
-def test_quantised_and_nested_tensors_are_refused() -> None:
+@pytest.mark.filterwarnings("ignore")  # deprecation warnings of torch
+def test_quantised_and_nested_tensors_are_an_error() -> None:
     quantised = torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
     nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
-    for x, what in ((quantised, "quantised"), (nested, "nested")):
-        with pytest.raises(ValueError, match=f"^it: a is {what}, not a dense tensor on the CPU"):
-            check_within_file({"a": x}, 100, "it")
+    for x, part in ((quantised, "quantised"), (nested, "nested")):
+        with pytest.raises(ValueError, match=mentions("it:", "key.x", part, "dense")):
+            check_within_file({"key.x": x}, 100, "it")
 
 
-def test_repeated_values_are_refused() -> None:
-    error = (
-        r"^it: a\?\[1mb \[9, 4\] repeats values \(its 144 bytes are views of 16\); save its clone$"
-    )
-    with pytest.raises(ValueError, match=error):
+def test_expanded_tensors_are_an_error() -> None:
+    parts = ("a?[1mb", "[9, 4]", "144 bytes", 16, "clone")
+    with pytest.raises(ValueError, match=mentions("it:", *parts)):
         check_within_file({"a\x1b[1mb": torch.ones(4).expand(9, 4)}, 1000, "it")
 
 
@@ -620,5 +608,5 @@ def test_repeated_values_are_refused() -> None:
         (ValueError("x" * 500), "x" * 300 + "..."),
     ],
 )
-def test_errors_are_said_on_one_line(error: Exception, line: str) -> None:
+def test_errors_are_shortened_to_one_line(error: Exception, line: str) -> None:
     assert one_line(error) == line
