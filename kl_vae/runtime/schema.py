@@ -14,8 +14,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 Config = TypeVar("Config")
 
-# numbers that YAML 1.1 reads as text: 1e-4, 1.e-4, 5E3
-_EXPONENT_WITHOUT_POINT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+# PyYAML reads numbers without a point or a sign of the exponent as text: 1e-4, 1.5e3, 5E3
+_NUMBER_AS_TEXT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 def from_mapping(cls: type[Config], mapping: object, path: str = "") -> Config:
@@ -86,6 +86,8 @@ def _convert(hint: Any, value: object, path: str, errors: list[str]) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, path, errors)
     before = len(errors)
+    if isinstance(value, str):
+        value = _read_number(value, _options(hint))
     for option in _options(hint):
         if option is type(None) and value is None:
             return None
@@ -107,8 +109,8 @@ def _convert(hint: Any, value: object, path: str, errors: list[str]) -> Any:
         elif get_origin(option) is Callable and callable(value):
             return value
         elif get_origin(option) is dict and isinstance(value, Mapping):
-            return dict(value)
-    errors.append(f"{path}={show(value)}: {_fix(hint, value)}")
+            return _read_numbers(value)
+    errors.append(f"{path}={show(value)}: is {_type_name(type(value))}, expected {_expected(hint)}")
     return None
 
 
@@ -128,24 +130,26 @@ def _options(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
-def _fix(hint: Any, value: object) -> str:
-    number = _as_yaml_number(hint, value) if isinstance(value, str) else None
-    if number is not None:
-        return f"YAML reads {value} as text, since it has no point or no sign; write {number}"
-    return f"is {_type_name(type(value))}, expected {_expected(hint)}"
+def _read_number(text: str, options: tuple[Any, ...] = (float,)) -> object:
+    """Return the number that a text such as 1e-4 means, where `options` takes one; else the text.
+
+    A key that takes text keeps it.
+    """
+    if str in options or not _NUMBER_AS_TEXT.fullmatch(text):
+        return text
+    number = float(text)
+    if float in options:
+        return number
+    return int(number) if int in options and number.is_integer() else text
 
 
-def _as_yaml_number(hint: Any, text: str) -> str | None:
-    """Rewrite a number such as 1e-4, 12e-5 or 1.5E3 as YAML 1.1 takes it, digit for digit."""
-    if not _EXPONENT_WITHOUT_POINT.fullmatch(text):
-        return None
-    if float in _options(hint):
-        mantissa, exponent = text.lower().split("e")
-        whole, _, decimals = mantissa.partition(".")
-        return f"{whole}.{decimals or 0}e{int(exponent):+03d}"
-    if int in _options(hint) and float(text).is_integer():
-        return str(int(float(text)))
-    return None
+def _read_numbers(value: Any) -> Any:
+    """Read numbers as `_read_number` does in keys and values without a type of their own."""
+    if isinstance(value, Mapping):
+        return {key: _read_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_read_numbers(inner) for inner in value]
+    return _read_number(value) if isinstance(value, str) else value
 
 
 def _type_name(kind: type) -> str:

@@ -166,10 +166,6 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["model.params.ddconfig.ch=many"],
         "model.params.ddconfig.ch='many': is text, expected a whole number",
     ),
-    "exponent without a point": (
-        ["optimizer.learning_rate=1e-4"],
-        "optimizer.learning_rate='1e-4': YAML reads 1e-4 as text",
-    ),
     "groups": (
         ["model.params.ddconfig.ch=48"],
         "model.params.ddconfig.ch=48: channels 48 cannot be split into 32 groups",
@@ -245,6 +241,17 @@ def test_a_mistake_is_one_line_and_writes_nothing(mistake: str, project: Path, c
     assert errors[0].startswith("kl-vae train: error: ")
     assert text in errors[0]
     assert sorted(project.rglob("*")) == before
+
+
+def test_a_number_needs_no_point(project: Path) -> None:
+    arguments = ["training.max_steps=1e0", "model.params.lossconfig.params.kl_weight=1E-4"]
+    text = (project / "tiny.yaml").read_text()
+    (project / "tiny.yaml").write_text(text + "optimizer:\n  learning_rate: 1e-5\n")
+    assert train("--run-dir", "run", *arguments) == 0
+    config = yaml.safe_load((project / "run" / "config.yaml").read_text())
+    assert config["optimizer"]["learning_rate"] == 1e-5
+    assert config["training"]["max_steps"] == 1
+    assert config["model"]["params"]["lossconfig"]["params"]["kl_weight"] == 1e-4
 
 
 def test_a_run_of_another_config_is_refused_naming_what_changed(project: Path, capsys: Any) -> None:

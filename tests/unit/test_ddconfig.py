@@ -142,7 +142,7 @@ def test_context_channels_let_a_context_act_in_every_block(tiny_ddconfig: Config
     [
         ({"chh": 1}, r"chh=1: unknown key; did you mean ch\?"),
         ({"ch": "32"}, "ch='32': is text, expected a whole number"),
-        ({"ch": "1e2"}, "ch='1e2': YAML reads 1e2 as text, since .*; write 100$"),
+        ({"ch": "1e-2"}, "ch='1e-2': is text, expected a whole number"),
         ({"ch": True}, "ch=True: is true or false, expected a whole number"),
         ({"ch_mult": 2}, "ch_mult=2: is a whole number, expected a list, each item a whole number"),
         ({"ch_mult": [1, 2.5]}, r"ch_mult\[1\]=2.5: is a number, expected a whole number"),
@@ -151,7 +151,7 @@ def test_context_channels_let_a_context_act_in_every_block(tiny_ddconfig: Config
         ({"num_res_blocks": 0}, "num_res_blocks=0: must be at least 1"),
         ({"z_channels": -4}, "z_channels=-4: must be at least 1"),
         ({"dropout": 1.0}, "dropout=1.0: a probability, at least 0 and below 1"),
-        ({"dropout": "1e-1"}, "dropout='1e-1': YAML reads 1e-1 as text.*; write 1.0e-01$"),
+        ({"dropout": "1e1"}, "dropout=10.0: a probability, at least 0 and below 1"),
         ({"dropout": float("nan")}, "dropout=nan: is a number, expected a finite number"),
         ({"context_channels": -1}, r"context_channels=-1: 0 \(no context\) or more"),
         (

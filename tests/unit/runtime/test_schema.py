@@ -1,11 +1,14 @@
 """From plain values to a dataclass: conversions, and every kind of error."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import yaml
 
 from kl_vae.runtime.schema import from_mapping, show
+from tests.messages import mentions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,15 @@ class Outer:
     free: dict[str, Any] | None = None
     inner: Inner = field(default_factory=Inner)
     maybe: Inner | None = None
+    texts: tuple[str, ...] = ()
+    path: str | Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    number: float | None = None
+    numbers: tuple[float, ...] = ()
+    free: dict[str, Any] | None = None
 
 
 def test_plain_values_become_a_dataclass() -> None:
@@ -105,27 +117,36 @@ def test_a_mistake_is_named_with_its_key_path_value_and_mend(
 
 
 @pytest.mark.parametrize(
-    ("key", "text", "mend"),
-    [
-        ("rate", "1e-4", "1.0e-04"),
-        ("rate", "125e-6", "125.0e-06"),
-        ("rate", "1.25E4", "1.25e+04"),
-        ("rate", "-1.e-4", "-1.0e-04"),
-        ("steps", "1e4", "10000"),
-        ("steps", "2.5e1", "25"),
-    ],
+    ("text", "number"),
+    [("1e-5", 1e-5), ("1E-5", 1e-5), ("1e5", 1e5), ("-1e-3", -1e-3), ("+1.5e3", 1500.0)]
+    + [("1.e4", 1e4), (".5e1", 5.0), ("125e-6", 125e-6)],
 )
-def test_a_number_that_yaml_reads_as_text_is_written_as_it_must_be(
-    key: str, text: str, mend: str
-) -> None:
-    with pytest.raises(ValueError) as caught:
-        from_mapping(Inner, {key: text})
-    assert str(caught.value) == (
-        f"{key}={text!r}: YAML reads {text} as text, since it has no point or no sign; write {mend}"
-    )
+def test_a_number_that_pyyaml_reads_as_text_is_a_number(text: str, number: float) -> None:
+    values = yaml.safe_load(f"{{number: {text}, numbers: [{text}], free: {{a: [{text}]}}}}")
+    assert values["number"] == text
+    config = from_mapping(Numbers, values)
+    assert config == Numbers(number=number, numbers=(number,), free={"a": [number]})
+    assert type(config.number) is float
 
 
-def test_a_fraction_is_no_mend_of_a_whole_number() -> None:
+def test_a_whole_number_may_have_an_exponent() -> None:
+    config = from_mapping(Inner, {"steps": "1e4"})
+    assert config.steps == 10000 and type(config.steps) is int
+    assert from_mapping(Inner, {"steps": "2.5e1"}).steps == 25
+
+
+def test_a_number_is_text_where_text_is_expected() -> None:
+    config = from_mapping(Outer, {"name": "1e-5", "texts": ["1e5"], "path": "1e5"})
+    assert (config.name, config.texts, config.path) == ("1e-5", ("1e5",), "1e5")
+
+
+@pytest.mark.parametrize("text", ["1e-5x", "e5", "1e", "1e400", "many"])
+def test_other_text_is_no_number(text: str) -> None:
+    with pytest.raises(ValueError, match=mentions("number", "finite number")):
+        from_mapping(Numbers, {"number": text})
+
+
+def test_a_fraction_is_no_whole_number() -> None:
     with pytest.raises(ValueError, match="steps='1e-4': is text, expected a whole number or null"):
         from_mapping(Inner, {"steps": "1e-4"})
 
