@@ -7,7 +7,6 @@ at the locations in `weights`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 import math
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from kl_vae.checkpoints.reading import Weights
 from kl_vae.ddconfig import DDConfig
 from kl_vae.latents import LatentNormalization
 from kl_vae.runtime.files import sha256_of
-from kl_vae.runtime.schema import from_mapping
+from kl_vae.runtime.schema import from_mapping, suggest
 
 logger = logging.getLogger(__name__)
 
@@ -124,9 +123,7 @@ def find_preset(name: str) -> Preset:
     """
     if name in PRESETS:
         return PRESETS[name]
-    close = difflib.get_close_matches(name, PRESETS, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(PRESETS)}"
-    raise ValueError(f"preset {name!r}: unknown; {hint}")
+    raise ValueError(f"preset {name!r}: unknown; {suggest(name, PRESETS)}")
 
 
 def _architecture(

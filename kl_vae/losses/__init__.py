@@ -24,6 +24,7 @@ from torch import Tensor
 from kl_vae.losses.adversarial import LPIPSWithDiscriminator
 from kl_vae.losses.elbo import ELBO, default_loss
 from kl_vae.runtime.registry import Registry
+from kl_vae.runtime.schema import suggest
 
 __all__ = [
     "ELBO",
@@ -83,11 +84,13 @@ def build_loss(lossconfig: Mapping[str, Any] | Loss | None) -> Loss | None:
         return None
     name = _PUBLISHED_NAMES.get(target, target)
     constructor = LOSSES[name] if name in LOSSES else _import(target)
+    signature = inspect.signature(constructor)
     try:
-        inspect.signature(constructor).bind(**params)
+        signature.bind(**params)
     except TypeError as error:
-        takes = ", ".join(inspect.signature(constructor).parameters)
-        raise ValueError(f"lossconfig.params: {error}; {target} takes {takes}") from None
+        unknown = next((key for key in params if key not in signature.parameters), "")
+        hint = suggest(unknown, signature.parameters, f"{target} takes")
+        raise ValueError(f"lossconfig.params: {error}; {hint}") from None
     loss: Loss = constructor(**params)
     return loss
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from kl_vae.runtime.schema import suggest
+
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 1 << 20
@@ -84,9 +86,8 @@ def find_config(path_or_name: str | Path) -> Path:
     name = str(path_or_name).removesuffix(".yaml")
     if name in shipped:
         return shipped[name]
-    raise ValueError(
-        f"no such config: {path_or_name}; give a YAML file, or one of {', '.join(sorted(shipped))}"
-    )
+    hint = suggest(name, sorted(shipped), "give a YAML file, or one of")
+    raise ValueError(f"no such config: {path_or_name}; {hint}")
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -8,7 +8,7 @@ import inspect
 import math
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -30,7 +30,7 @@ def from_mapping(cls: type[Config], mapping: object, path: str = "") -> Config:
         ValueError: unknown or missing keys, wrong types and impossible values, one line each, each
             with its full key path, the value and how to fix it.
     """
-    errors: list[str] = []
+    errors = _Errors(cls, path)
     config = _build(cls, mapping, path, errors)
     if errors:
         raise ValueError("\n".join(errors))
@@ -47,13 +47,58 @@ def from_arguments(cls: type[Config], *args: object, **kwargs: object) -> Config
     return from_mapping(cls, inspect.signature(cls).bind(*args, **kwargs).arguments)
 
 
+def suggest(name: object, known: Iterable[str], otherwise: str = "choose one of") -> str:
+    """Return the fix for an unknown name: the closest known one, else all of them."""
+    known = list(known)
+    close = _closest(str(name), known)
+    return f"did you mean {close}?" if close else f"{otherwise} {', '.join(known)}"
+
+
+def _closest(name: str, known: Iterable[str]) -> str | None:
+    """Return the name that is spelled alike; one that contains `name`, if there is one."""
+    known = list(known)
+    longer = [other for other in known if len(name) > 3 and name in other]
+    close = difflib.get_close_matches(name, longer, n=1, cutoff=0.0)
+    return next(iter(close or difflib.get_close_matches(name, known, n=1)), None)
+
+
 def show(value: object) -> str:
     """Return a value as text for an error message: one line, shortened."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _build(cls: Any, mapping: object, path: str, errors: list[str]) -> Any:
+class _Errors(list[str]):
+    """The errors of a mapping from which a `cls` is built, one line each."""
+
+    def __init__(self, cls: Any, path: str) -> None:
+        super().__init__()
+        self._places: dict[str, list[str]] = {}  # the paths of all keys, by their last part
+        for place in _key_paths(cls, path):
+            self._places.setdefault(place.rpartition(".")[2], []).append(place)
+
+    def add_unknown(self, path: str, key: object, value: object, known: Iterable[str]) -> None:
+        """Add an unknown key: it belongs elsewhere, or is close to a name here, or elsewhere."""
+        name, hint = str(key), suggest(key, known, "known keys are")
+        if name not in self._places and _closest(name, known) is None:
+            name = _closest(name, self._places) or name
+        if name in self._places:
+            hint = f"did you mean {' or '.join(self._places[name])}?"
+        self.append(f"{_join(path, key)}={show(value)}: unknown key; {hint}")
+
+
+def _key_paths(cls: Any, path: str) -> Iterator[str]:
+    """Yield the path of each key of nested dataclasses."""
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        place = _join(path, field.name)
+        yield place
+        for option in _options(hints[field.name]):
+            if dataclasses.is_dataclass(option):
+                yield from _key_paths(option, place)
+
+
+def _build(cls: Any, mapping: object, path: str, errors: _Errors) -> Any:
     if isinstance(mapping, cls):
         return mapping
     if not isinstance(mapping, Mapping):
@@ -65,7 +110,7 @@ def _build(cls: Any, mapping: object, path: str, errors: list[str]) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in mapping:
         if key not in fields:
-            errors.append(f"{_join(path, key)}={show(mapping[key])}: {_unknown(key, fields)}")
+            errors.add_unknown(path, key, mapping[key], fields)
     values: dict[str, Any] = {}
     for name, field in fields.items():
         if name in mapping:
@@ -81,7 +126,7 @@ def _build(cls: Any, mapping: object, path: str, errors: list[str]) -> Any:
         return None
 
 
-def _convert(hint: Any, value: object, path: str, errors: list[str]) -> Any:
+def _convert(hint: Any, value: object, path: str, errors: _Errors) -> Any:
     """Return `value` as the type `hint` asks, or append to `errors`."""
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, path, errors)
@@ -173,12 +218,6 @@ def _expected(hint: Any) -> str:
         else:
             names.append(_type_name(get_origin(option) or option))
     return " or ".join(names)
-
-
-def _unknown(key: object, known: Mapping[str, object]) -> str:
-    close = difflib.get_close_matches(str(key), known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"known keys are {', '.join(known)}"
-    return f"unknown key; {hint}"
 
 
 def _join(path: str, key: object) -> str:

@@ -26,6 +26,7 @@ from PIL import Image
 
 from kl_vae import AutoEncoderKL
 from kl_vae.cli.main import main
+from tests.messages import is_about
 from tests.processes import (
     TRAIN,
     Running,
@@ -162,6 +163,14 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["training.max_step=5"],
         "training.max_step=5: unknown key; did you mean max_steps?",
     ),
+    "misplaced key": (
+        ["max_steps=5"],
+        "max_steps=5: unknown key; did you mean training.max_steps?",
+    ),
+    "misplaced in data": (
+        ["data.max_steps=5"],
+        "data.max_steps=5: unknown key; did you mean training.max_steps?",
+    ),
     "wrong type": (
         ["model.params.ddconfig.ch=many"],
         "model.params.ddconfig.ch='many': is text, expected a whole number",
@@ -241,6 +250,11 @@ def test_a_mistake_is_one_line_and_writes_nothing(mistake: str, project: Path, c
     assert errors[0].startswith("kl-vae train: error: ")
     assert text in errors[0]
     assert sorted(project.rglob("*")) == before
+
+
+def test_a_misspelled_config_is_answered_with_the_nearest(capsys: Any) -> None:
+    assert main(["train", "quikstart"]) == 2
+    assert is_about(capsys.readouterr().err, "quikstart", "did you mean quickstart?")
 
 
 def test_a_number_needs_no_point(project: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kl_vae.losses import ELBO, LPIPSWithDiscriminator, build_loss, register_loss
+from tests.messages import mentions
 
 
 def test_none_has_no_loss_and_a_callable_is_its_own() -> None:
@@ -58,8 +59,12 @@ def test_a_dotted_path_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ({"target": "no_such.Loss"}, "no_such.Loss: cannot be imported .*; choose one of elbo"),
         ({"target": "torch.NoLoss"}, "torch.NoLoss: cannot be imported .*; choose one of elbo"),
         (
-            {"target": "elbo", "params": {"weight": 1}},
-            "lossconfig.params: .*unexpected keyword argument 'weight'; elbo takes reconstruction,",
+            {"target": "elbo", "params": {"temperature": 1}},
+            mentions("lossconfig.params", "temperature", "elbo", "reconstruction", "kl_weight"),
+        ),
+        (
+            {"target": "elbo", "params": {"kl_wieght": 1}},
+            mentions("lossconfig.params", "kl_wieght", "did you mean kl_weight?"),
         ),
         ({"target": "elbo", "parameters": {}}, "takes the keys target and params; write loss"),
         ({"params": {}}, "takes the keys target and params; write lossconfig"),

@@ -20,6 +20,7 @@ from kl_vae.runtime.config_file import (
     parse_yaml,
     shipped_configs,
 )
+from tests.messages import mentions
 
 COMPVIS = """\
 model:
@@ -107,8 +108,10 @@ def test_what_is_too_large_or_no_text_is_refused(tmp_path: Path) -> None:
 def test_a_missing_file_names_the_shipped_configs() -> None:
     names = ", ".join(sorted(shipped_configs()))
     assert "quickstart" in names
-    with pytest.raises(ValueError, match=f"no such config: kl-f9; give a YAML file.*{names}$"):
-        load_config("kl-f9")
+    with pytest.raises(ValueError, match=f"no such config: runs/other; give a YAML file.*{names}$"):
+        load_config("runs/other")
+    with pytest.raises(ValueError, match=mentions("quikstart", "did you mean quickstart?")):
+        load_config("quikstart")
 
 
 @pytest.mark.parametrize("name", sorted(shipped_configs()))

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from kl_vae.runtime.schema import from_mapping, show
+from kl_vae.runtime.schema import from_mapping, show, suggest
 from tests.messages import mentions
 
 
@@ -81,6 +81,10 @@ def test_defaults_and_ready_dataclasses_are_taken() -> None:
     [
         ({"nam": 1}, "nam=1: unknown key; did you mean name?"),
         ({"zzz": 1}, "zzz=1: unknown key; known keys are name, kind, sizes, pairs, flag, free, "),
+        ({"steps": 1}, "steps=1: unknown key; did you mean top.inner.steps or top.maybe.steps?"),
+        ({"step": 1}, "step=1: unknown key; did you mean top.inner.steps or top.maybe.steps?"),
+        ({"inner": {"sizes": 1}}, "inner.sizes=1: unknown key; did you mean top.sizes?"),
+        ({"inner": {"stepps": 1}}, "inner.stepps=1: unknown key; did you mean steps?"),
         ({7: 1}, "7=1: unknown key; known keys are name"),
         ({"name": 1}, "name=1: is a whole number, expected text"),
         ({"name": None}, "name=None: is null, expected text"),
@@ -144,6 +148,13 @@ def test_a_number_is_text_where_text_is_expected() -> None:
 def test_other_text_is_no_number(text: str) -> None:
     with pytest.raises(ValueError, match=mentions("number", "finite number")):
         from_mapping(Numbers, {"number": text})
+
+
+def test_the_longer_name_is_suggested_before_one_that_is_spelled_alike() -> None:
+    assert suggest("batch_size", ["patch_size", "global_batch_size"]) == (
+        "did you mean global_batch_size?"
+    )
+    assert suggest("x", ["a", "b"]) == "choose one of a, b"
 
 
 def test_a_fraction_is_no_whole_number() -> None:
