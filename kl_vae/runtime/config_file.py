@@ -63,8 +63,7 @@ def load_config(path_or_name: str | Path, overrides: Iterable[str] = ()) -> dict
     if not isinstance(config, dict):
         raise ValueError(f"{path}: holds no keys; see docs/config.md")
     _remove_unsupported_sections(config)
-    for override in overrides:
-        apply_override(config, override)
+    apply_overrides(config, overrides)
     return config
 
 
@@ -113,6 +112,48 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ValueError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}: {error}") from None
+
+
+def apply_overrides(config: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Apply `key.path=value` one after the other, as `apply_override` does.
+
+    Where they replace a root in an installed package, the `include` of that package's images is
+    dropped, unless it is given as well: it names files that another root does not have.
+    """
+    overrides = list(overrides)
+    before = _package_roots(config)
+    for override in overrides:
+        apply_override(config, override)
+    given = {override.partition("=")[0] for override in overrides}
+    for key, root in before.items():
+        section = _section(config, key)
+        now = section.get("root") or _section(config, "data.train").get("root")
+        if now == root or not section.get("include"):
+            continue
+        if given.isdisjoint(("data", key, f"{key}.include")):
+            del section["include"]
+            logger.info(
+                "%s.include is dropped: it names images of %s, and the root is now %s",
+                key,
+                root,
+                now,
+            )
+
+
+def _package_roots(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return where the images of training and of validation are, if that is in a package."""
+    keys = ("data.train", "data.validation")
+    train_root = _section(config, keys[0]).get("root")
+    roots = {key: str(_section(config, key).get("root") or train_root) for key in keys}
+    return {key: root for key, root in roots.items() if root.startswith("package:")}
+
+
+def _section(config: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Return the section at a key path; empty where there is none."""
+    section: Any = config
+    for key in path.split("."):
+        section = section.get(key) if isinstance(section, Mapping) else None
+    return section if isinstance(section, dict) else {}
 
 
 def apply_override(config: dict[str, Any], override: str) -> None:

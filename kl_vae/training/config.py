@@ -13,7 +13,7 @@ from kl_vae.data import DataConfig
 from kl_vae.ddconfig import DDConfig
 from kl_vae.latents import LatentNormalization
 from kl_vae.optim.config import DiscriminatorOptimizerConfig, OptimizerConfig
-from kl_vae.runtime.config_file import apply_override, load_config
+from kl_vae.runtime.config_file import apply_overrides, load_config
 from kl_vae.runtime.schema import from_mapping
 
 
@@ -168,8 +168,7 @@ class RunConfig:
             values = load_config(config, overrides)
         else:
             values = copy.deepcopy(dict(config))
-            for override in overrides:
-                apply_override(values, override)
+            apply_overrides(values, overrides)
         if isinstance(values.get("data"), dict):
             values["data"].pop("listing_cache", None)  # a key of version 0.1 without effect
         return from_mapping(cls, values)

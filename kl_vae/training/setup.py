@@ -398,10 +398,11 @@ def describe(setup: Setup, ranks: Ranks, run: RunDirectory, train_set: ImageData
         device = f"cpu ({torch.get_num_threads()} threads)"
     precision = training.precision + (", compiled" if training.compile else "")
     latents = f"{model.latent_channels} x {side // f} x {side // f}"
+    sources = [config.data.train.root, config.data.validation.root if setup.val_set else None]
     for line in (
         f"model      {count:,} parameters, f = {f}: {side} x {side} -> latents {latents}{frozen}",
         f"data       {len(train_set)} training images and {len(setup.val_set or ())} for "
-        f"validation, from {config.data.train.root}",
+        f"validation, from {' and '.join(root for root in sources if root)}",
         f"devices    {ranks.world_size} x {device}, {precision}",
         f"batch      {training.global_batch_size} images per step = {ranks.world_size} (ranks) x "
         f"{training.accumulate_batches} (accumulated) x {images}",

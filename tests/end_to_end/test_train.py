@@ -398,6 +398,30 @@ class OnlyMSE(nn.Module):
     assert "--import no_such_parts: No module named" in capsys.readouterr().err
 
 
+def test_the_quickstart_trains_on_another_folder(project: Path, caplog: Any) -> None:
+    caplog.set_level("INFO")
+    fewer = ["training.max_steps=1", "training.global_batch_size=2", "data.resize=64"]
+    fewer += ["model.params.ddconfig.ch=8", "--run-dir", "run"]
+    assert main(["train", "quickstart", "data.train.root=images", *fewer]) == 0
+    for key in ("data.train.include", "data.validation.include"):
+        assert any(is_about(message, key, "images") for message in caplog.messages)
+    config = yaml.safe_load((project / "run" / "config.yaml").read_text())
+    assert config["data"]["train"]["include"] == config["data"]["validation"]["include"] == []
+    (data,) = [message for message in caplog.messages if message.startswith("data ")]
+    training, held_out = re.findall(r"\d+", data)
+    assert int(training) + int(held_out) == 24 and int(held_out) > 0
+    assert data.endswith("from images")
+
+
+def test_a_validation_folder_of_its_own_is_named(project: Path, caplog: Any) -> None:
+    caplog.set_level("INFO")
+    (project / "val").mkdir()
+    (project / "images" / "000.png").rename(project / "val" / "000.png")
+    assert train("data.validation.root=val", "training.max_steps=1") == 0
+    (data,) = [message for message in caplog.messages if message.startswith("data ")]
+    assert is_about(data, 23, 1, "images", "val")
+
+
 def test_a_named_data_set_trains_on_its_own_split(project: Path, caplog: Any) -> None:
     folder = project / "sets" / "FashionMNIST" / "raw"
     folder.mkdir(parents=True)

@@ -20,7 +20,7 @@ from kl_vae.runtime.config_file import (
     parse_yaml,
     shipped_configs,
 )
-from tests.messages import mentions
+from tests.messages import is_about, mentions
 
 COMPVIS = """\
 model:
@@ -172,6 +172,51 @@ def test_overrides_apply_in_order_to_a_file(file: Path) -> None:
     config = load_config(file, ["optimizer.learning_rate=1", "optimizer.learning_rate=2"])
     assert config["optimizer"] == {"learning_rate": 2}
     assert load_config(file)["optimizer"] == {"learning_rate": 0.001}
+
+
+PACKAGE = """\
+data:
+  train: {root: "package:skimage/data", include: [chelsea.png, coffee.png]}
+  validation: {include: [coffee.png]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "train", "validation"),
+    [
+        (["data.train.root=photos"], None, None),
+        (["data.train={root: photos}"], None, None),
+        (["data.train.root=photos", "data.train.include=[a.png]"], ["a.png"], None),
+        (["data.validation.include=[b.png]", "data.train.root=photos"], None, ["b.png"]),
+        (["data.validation.root=photos"], ["chelsea.png", "coffee.png"], None),
+        (["data.train.root=package:skimage/data"], ["chelsea.png", "coffee.png"], ["coffee.png"]),
+        (["data.resize=64"], ["chelsea.png", "coffee.png"], ["coffee.png"]),
+    ],
+)
+def test_names_of_a_packages_images_are_dropped_with_its_root(
+    file: Path,
+    overrides: list[str],
+    train: list[str] | None,
+    validation: list[str] | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    file.write_text(PACKAGE)
+    with caplog.at_level(logging.INFO, "kl_vae"):
+        data = load_config(file, overrides)["data"]
+    assert data["train"].get("include") == train
+    assert data["validation"].get("include") == validation
+    before = {"data.train": ["chelsea.png", "coffee.png"], "data.validation": ["coffee.png"]}
+    dropped = [key for key in before if "include" not in data[key.partition(".")[2]]]
+    dropped = [key for key in dropped if f"{key}={{root: photos}}" not in overrides]
+    assert len(caplog.messages) == len(dropped)
+    for key, message in zip(dropped, caplog.messages, strict=True):
+        assert is_about(message, f"{key}.include", "package:skimage/data", "photos")
+
+
+def test_patterns_of_a_users_own_folder_stay_when_it_moves(file: Path) -> None:
+    file.write_text("data: {train: {root: old, include: ['a/*']}}")
+    data = load_config(file, ["data.train.root=new"])["data"]
+    assert data["train"] == {"root": "new", "include": ["a/*"]}
 
 
 def test_of_a_compvis_file_the_model_is_read_and_the_rest_named_with_its_mend(
