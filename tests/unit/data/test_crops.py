@@ -10,6 +10,7 @@ from kl_vae.data import (
     resize_short_side,
 )
 from kl_vae.data.transforms import random_place
+from tests.messages import mentions
 
 IMAGE = torch.arange(5 * 7, dtype=torch.uint8).view(1, 5, 7)
 
@@ -47,7 +48,7 @@ def test_resizing_is_antialiased() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4, 5])
-def test_floats_stay_within_their_range(channels: int) -> None:
+def test_resized_floats_stay_in_range(channels: int) -> None:
     step = torch.cat([torch.zeros(channels, 8, 4), torch.ones(channels, 8, 4)], dim=2)
     large = resize_short_side(step, 64)
     assert (large.min(), large.max()) == (0, 1)
@@ -55,13 +56,9 @@ def test_floats_stay_within_their_range(channels: int) -> None:
     assert (bytes_.float() / 255 - large).abs().max() < 0.01
 
 
-def test_very_long_images_are_refused() -> None:
-    with pytest.raises(ValueError) as caught:
+def test_very_long_images_are_an_error() -> None:
+    with pytest.raises(ValueError, match=mentions("20000 x 2", "2560000 x 256", "resize")):
         resize_short_side(torch.zeros(3, 2, 20_000, dtype=torch.uint8), 256)
-    assert str(caught.value) == (
-        "20000 x 2 pixels would become 2560000 x 256 at a short side of 256: "
-        "leave the file out, or resize to less"
-    )
 
 
 def test_center_crop() -> None:
@@ -75,7 +72,7 @@ def random_crop(image: torch.Tensor, size: int, rng: torch.Generator) -> torch.T
     return image[:, rows, columns]
 
 
-def test_random_crop_reaches_every_place() -> None:
+def test_random_crop_reaches_every_position() -> None:
     rng = generator()
     corners = {int(random_crop(IMAGE, 4, rng)[0, 0, 0]) for _ in range(200)}
     assert corners == {7 * top + left for top in range(2) for left in range(4)}
@@ -92,14 +89,12 @@ def test_random_flip_mirrors_half_of_the_time() -> None:
     assert any(torch.equal(random_flip(IMAGE, rng), mirrored) for _ in range(20))
 
 
-def test_crops_larger_than_the_image_are_refused() -> None:
-    text = "7 x 5 is smaller than the crop of 6: set data.resize, or lower data.crop"
-    with pytest.raises(ValueError) as caught:
+def test_crops_larger_than_the_image_are_an_error() -> None:
+    error = mentions("7 x 5", 6, "data.resize", "data.crop")
+    with pytest.raises(ValueError, match=error):
         center_crop(IMAGE, 6)
-    assert str(caught.value) == text
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=error):
         random_crop(IMAGE, 6, generator())
-    assert str(caught.value) == text
 
 
 @pytest.mark.parametrize("channels", [3, 4, 6])

@@ -1,8 +1,9 @@
-"""Tar files that are damaged, lie, or lead out of their folder."""
+"""Tar files that are damaged, inconsistent, or name members outside their folder."""
 
 from __future__ import annotations
 
 import io
+import re
 import tarfile
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 
 from kl_vae.data import open_root
+from tests.messages import is_about, mentions
 from tests.shards import picture, write_shard
 
 BLOCK = tarfile.BLOCKSIZE
 IMAGE = picture(0)
-BLOCKS = 1 + -(-len(IMAGE) // BLOCK)  # that a member of it takes
+BLOCKS = 1 + -(-len(IMAGE) // BLOCK)  # of one member
 
 
 def refusal(path: Path) -> str:
@@ -26,7 +28,7 @@ def refusal(path: Path) -> str:
 
 
 def header(name: str = "0.png", **values: object) -> bytes:
-    """One block; the checksum is right, whatever the values are."""
+    """A header block of any values with a valid checksum."""
     info = tarfile.TarInfo(name)
     for key, value in values.items():
         setattr(info, key, value)
@@ -43,13 +45,9 @@ def test_cut_at_any_length(shard: Path) -> None:
     end = 3 * BLOCKS * BLOCK
     for length in [*range(0, end, BLOCK), 1, 511, end - 1, end]:
         shard.write_bytes(content[:length])
-        text = refusal(shard)
-        assert text.startswith(": no tar file, or damaged at byte ")
+        assert re.search(r"\bbyte [\d,]+", refusal(shard))
     shard.write_bytes(content[:end])
-    assert refusal(shard) == (
-        f": no tar file, or damaged at byte {end:,} (it does not end as tar files do: it was cut); "
-        "copy or pack it again, or leave it out"
-    )
+    assert is_about(refusal(shard), "tar", f"byte {end:,}")
     shard.write_bytes(content[: end + BLOCK])
     assert len(open_root(str(shard), 3)) == 3
 
@@ -60,11 +58,11 @@ def test_garbage_in_place_of_a_header(shard: Path) -> None:
     content[start : start + BLOCK] = np.random.default_rng(0).bytes(BLOCK)
     shard.write_bytes(content)
     with tarfile.open(shard) as file:
-        assert len(file.getmembers()) == 1  # what would be lost
-    assert f"damaged at byte {start:,} (no header of a member)" in refusal(shard)
+        assert len(file.getmembers()) == 1  # tarfile alone loses two
+    assert is_about(refusal(shard), f"byte {start:,}", "header")
 
 
-def test_random_bytes_anywhere_are_an_error_or_change_no_other_image(shard: Path) -> None:
+def test_random_bytes_are_an_error_or_leave_all_images(shard: Path) -> None:
     content = shard.read_bytes()
     rng = np.random.default_rng(0)
     for _ in range(100):
@@ -83,16 +81,16 @@ def test_random_bytes_anywhere_are_an_error_or_change_no_other_image(shard: Path
 @pytest.mark.parametrize(
     ("size", "text"),
     [
-        (2**40, "a member of 1099511627776 bytes"),
-        (2**70, "a member of 1180591620717411303424 bytes"),
-        (-5, "a member of -5 bytes"),
+        (2**40, "1099511627776 bytes"),
+        (2**70, "1180591620717411303424 bytes"),
+        (-5, "-5 bytes"),
     ],
 )
-def test_sizes_that_lie(tmp_path: Path, size: int, text: str) -> None:
+def test_wrong_sizes(tmp_path: Path, size: int, text: str) -> None:
     path = tmp_path / "a.tar"
     before = write_shard(path, {"a.png": IMAGE}).read_bytes()[: BLOCKS * BLOCK]
     path.write_bytes(before + header(size=size) + IMAGE)
-    assert f"damaged at byte {len(before):,} ({text}" in refusal(path)
+    assert is_about(refusal(path), f"byte {len(before):,}", text)
 
 
 def pax(records: bytes) -> bytes:
@@ -103,23 +101,23 @@ def pax(records: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("extended", "text"),
     [
-        (pax(b"11 size=-1\n"), "a member of -1 bytes"),
-        (pax(b"35 size=99999999999999999999999999\n"), "a member of 99999999999999999999999999"),
-        (header("x", type=tarfile.XHDTYPE, size=2**21), "an extended header of 2097152 bytes"),
-        (header("x", type=tarfile.GNUTYPE_LONGNAME, size=2**21), "an extended header of 2097152"),
+        (pax(b"11 size=-1\n"), "-1 bytes"),
+        (pax(b"35 size=99999999999999999999999999\n"), "99999999999999999999999999 bytes"),
+        (header("x", type=tarfile.XHDTYPE, size=2**21), "2097152 bytes"),
+        (header("x", type=tarfile.GNUTYPE_LONGNAME, size=2**21), "2097152 bytes"),
     ],
 )
-def test_extended_headers_that_lie(tmp_path: Path, extended: bytes, text: str) -> None:
+def test_wrong_extended_headers(tmp_path: Path, extended: bytes, text: str) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(extended + header() + b"\0" * 1024)
-    assert f"({text}" in refusal(path)
+    assert is_about(refusal(path), text)
 
 
 @pytest.mark.parametrize(
     "records", [b"9 path=x", b"-3 path=x\n", b"99999999999999 path=x\n", b"7 path\n", b"0 a=b\n"]
 )
-def test_extended_headers_that_cannot_be_read(tmp_path: Path, records: bytes) -> None:
-    """Some versions of tarfile ignore them; the member is found all the same."""
+def test_unreadable_extended_headers(tmp_path: Path, records: bytes) -> None:
+    """Some versions of tarfile ignore them and find the member."""
     path = tmp_path / "a.tar"
     path.write_bytes(pax(records) + header() + b"\0" * 1024)
     try:
@@ -131,32 +129,26 @@ def test_extended_headers_that_cannot_be_read(tmp_path: Path, records: bytes) ->
 def test_extended_headers_without_a_member(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(20 * pax(b"12 path=0.x\n") + b"\0" * 1024)
-    assert "damaged at byte 0" in refusal(path)
+    assert is_about(refusal(path), "byte 0")
 
 
 @pytest.mark.parametrize("name", ["../0.png", "a/../../0.png", "/../0.png", "a/.."])
-def test_names_that_lead_out_of_the_folder(tmp_path: Path, name: str) -> None:
+def test_names_outside_the_folder(tmp_path: Path, name: str) -> None:
     path = write_shard(tmp_path / "a.tar", {"1.png": IMAGE, name: IMAGE})
-    assert refusal(path) == (
-        f": the name of its member '{name}' leads out of the folder that it would be unpacked to; "
-        "pack it again"
-    )
+    assert is_about(refusal(path), f"'{name}'")
 
 
-def test_names_that_stand_twice(tmp_path: Path) -> None:
+def test_duplicate_names(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "a.tar", {"a/0.png": IMAGE, "./a/0.png": IMAGE})
-    assert refusal(path) == (
-        f": two members are named a/0.png (at bytes 0 and {BLOCKS * BLOCK:,}), of which one would "
-        "replace the other; pack it again"
-    )
+    assert is_about(refusal(path), "a/0.png", 0, f"{BLOCKS * BLOCK:,}")
 
 
-def test_members_with_holes(tmp_path: Path) -> None:
+def test_sparse_members(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(header(type=tarfile.GNUTYPE_SPARSE) + b"\0" * 1024)
-    assert refusal(path) == "/0.png: stored with holes; pack it without tar's --sparse"
+    assert is_about(refusal(path), "/0.png", "--sparse")
     path.write_bytes(pax(b"22 GNU.sparse.major=1\n") + header("b.png") + b"\0" * 1024)
-    assert refusal(path) == "/b.png: stored with holes; pack it without tar's --sparse"
+    assert is_about(refusal(path), "/b.png", "--sparse")
 
 
 @pytest.mark.parametrize(
@@ -171,24 +163,20 @@ def test_members_with_holes(tmp_path: Path) -> None:
 def test_compressed_shards(tmp_path: Path, name: str, start: bytes) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(start + b"\1" * 2000)
-    assert refusal(path) == (
-        f": compressed by {name}, where images can be read one after the other only; decompress it "
-        "(images are compressed already)"
-    )
+    assert is_about(refusal(path), name, "decompress")
 
 
 def test_other_files(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
-    path.write_bytes(b"text" * 200)
-    assert refusal(path).startswith(": no tar file, or damaged at byte 0 (")
-    path.write_bytes(b"")
-    assert refusal(path).startswith(": no tar file, or damaged at byte 0 (")
+    for content in (b"text" * 200, b""):
+        path.write_bytes(content)
+        assert is_about(refusal(path), "tar", "byte 0")
     write_shard(path, {"a.txt": b"text"})
-    with pytest.raises(ValueError, match=r"^no images in .*a.tar: looked for .jpg, .*tiff$"):
+    with pytest.raises(ValueError, match=mentions(path, ".jpg", ".tiff")):
         open_root(str(path), 3)
 
 
-def test_shards_one_after_the_other_and_members_that_are_no_files(tmp_path: Path) -> None:
+def test_concatenated_shards_and_special_members(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w", pax_headers={"comment": "global"}) as file:
         folder = tarfile.TarInfo("d")
@@ -201,7 +189,7 @@ def test_shards_one_after_the_other_and_members_that_are_no_files(tmp_path: Path
         info.size = len(IMAGE)
         file.addfile(info, io.BytesIO(IMAGE))
     first = path.read_bytes()
-    # a link may have a size that stands for nothing; of what is unknown it is content
+    # the size of a link is ignored; that of an unknown type is the size of its content
     odd = header("e", type=tarfile.LNKTYPE, size=5000) + header("f", type=b"Q", size=3) + b"abc"
     second = odd + b"\0" * 509 + write_shard(path, {"1.png": IMAGE}).read_bytes()
     path.write_bytes(first + second)

@@ -23,11 +23,12 @@ from kl_vae.data import (
     read_image,
     resize_short_side,
 )
+from tests.messages import mentions
 from tests.shards import write_shard
 
 
 def jpeg(width: int, height: int, seed: int = 0, orientation: int = 1, **options: object) -> bytes:
-    """A smooth picture."""
+    """A smooth image."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height // 16, width // 16, 3), np.uint8)
     image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
     exif = Image.Exif()
@@ -46,12 +47,12 @@ def save(folder: Path, name: str, content: bytes) -> Path:
     ("size", "short_side", "expected"),
     [
         ((256, 192), 192, (256, 192)),
-        ((256, 192), 97, (256, 192)),  # half of it is less
+        ((256, 192), 97, (256, 192)),  # half would be too small
         ((256, 192), 96, (128, 96)),
         ((256, 192), 48, (64, 48)),
         ((256, 192), 24, (32, 24)),
-        ((256, 192), 1, (32, 24)),  # an eighth is the least
-        ((260, 196), 24, (65, 49)),  # eight does not divide them, four does
+        ((256, 192), 1, (32, 24)),  # an eighth is the minimum
+        ((260, 196), 24, (65, 49)),  # divisible by four only
         ((258, 196), 24, (129, 98)),
         ((257, 196), 24, (257, 196)),
         ((256, 195), 24, (256, 195)),
@@ -68,9 +69,7 @@ def test_the_fraction(
 
 
 @pytest.mark.parametrize("size", [(1024, 768), (512, 1000), (768, 512)])
-def test_what_is_resized_has_the_size_and_nearly_the_values_of_the_whole(
-    tmp_path: Path, size: tuple[int, int]
-) -> None:
+def test_a_draft_is_close_to_the_full_decode(tmp_path: Path, size: tuple[int, int]) -> None:
     path = save(tmp_path, "a.jpg", jpeg(*size, progressive=True))
     whole = resize_short_side(read_image(path, 3), 128)
     image = read_image(path, 3, wanted=Wanted(256))
@@ -101,13 +100,13 @@ def test_other_formats_and_modes(tmp_path: Path) -> None:
         assert read_image(tmp_path / f"{mode}.jpg", 3, wanted=Wanted(32)).shape == (3, 32, 32)
 
 
-def test_the_limit_of_pixels_is_that_of_the_file(tmp_path: Path) -> None:
+def test_max_pixels_limits_the_size_of_the_file(tmp_path: Path) -> None:
     path = save(tmp_path, "a.jpg", jpeg(256, 256))
-    with pytest.raises(ImageError, match="256 x 256 pixels are more than max_pixels=1000"):
+    with pytest.raises(ImageError, match=mentions("256 x 256", "max_pixels=1000")):
         read_image(path, 3, max_pixels=1000, wanted=Wanted(8))
 
 
-def test_training_alone_is_decoded_smaller_and_always_alike(tmp_path: Path) -> None:
+def test_drafts_are_for_training_only_and_deterministic(tmp_path: Path) -> None:
     contents = {f"{i}.jpg": jpeg(512, 384, seed=i) for i in range(3)}
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -126,13 +125,13 @@ def test_training_alone_is_decoded_smaller_and_always_alike(tmp_path: Path) -> N
         assert torch.equal(drafted, samples(sources[0], draft=True, training=True))
         whole = samples(source, draft=False, training=True)
         assert not torch.equal(drafted, whole)
-        # the same crops: the draws and the sizes are
+        # both take the same crops
         assert (drafted.int() - whole.int()).abs().float().mean() < 1.5
         of_validation = samples(source, draft=True, training=False)
         assert torch.equal(of_validation, samples(source, draft=False, training=False))
 
 
-def test_the_config_says_it(tmp_path: Path) -> None:
+def test_the_config_sets_draft(tmp_path: Path) -> None:
     for i in range(4):
         save(tmp_path, f"{i}.jpg", jpeg(64, 64))
     for draft in (True, False):

@@ -1,4 +1,4 @@
-"""Samples of a folder: crops as functions of the key, errors as values."""
+"""Samples of a folder: crops depend on the key only, errors are values."""
 
 import pickle
 from pathlib import Path
@@ -10,6 +10,7 @@ from PIL import Image
 
 from kl_vae.data import FolderSource, ImageDataset, Wanted, list_images
 from kl_vae.data.dataset import MAX_REPLACEMENTS
+from tests.messages import is_about, mentions
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_resize_comes_before_the_crop(root: Path) -> None:
     assert all(data[0, index, 0].name == f"{root}/{index}.png" for index in range(3))
 
 
-def test_in_validation_a_damaged_file_gives_zeros_and_the_reason(root: Path) -> None:
+def test_a_damaged_file_in_validation_gives_zeros(root: Path) -> None:
     (root / "1.png").write_bytes(b"damaged")
     sample = dataset(root, training=False)[0, 1, 4]
     assert sample.image.shape == (3, 16, 16)
@@ -91,10 +92,10 @@ def test_in_validation_a_damaged_file_gives_zeros_and_the_reason(root: Path) -> 
     assert (sample.position, sample.name) == (4, "")
     ((name, reason),) = sample.bad
     assert name == f"{root}/1.png"
-    assert reason.startswith("not an image: the bytes are none of")
+    assert is_about(reason, "JPEG", "PNG")
 
 
-def test_in_training_another_image_takes_the_place_of_a_damaged_one(root: Path) -> None:
+def test_a_damaged_file_in_training_is_replaced(root: Path) -> None:
     whole = dataset(root)
     (root / "1.png").write_bytes(b"damaged")
     data = dataset(root)
@@ -104,16 +105,16 @@ def test_in_training_another_image_takes_the_place_of_a_damaged_one(root: Path) 
         assert sample.position == 4
         assert sample.image.any()
         assert {bad.name for bad in sample.bad} == {f"{root}/1.png"}
-        again = dataset(root)[epoch, 1, 7]  # in another process, at another place
+        again = dataset(root)[epoch, 1, 7]  # at another position
         assert torch.equal(sample.image, again.image)
         assert (sample.name, sample.bad) == (again.name, again.bad)
         chosen.add(sample.name)
-        # the others are what they were
+        # other images are unchanged
         assert torch.equal(data[epoch, 0, 0].image, whole[epoch, 0, 0].image)
     assert chosen == {f"{root}/0.png", f"{root}/2.png"}
 
 
-def test_where_every_file_is_damaged_there_is_no_image(root: Path) -> None:
+def test_replacements_are_limited(root: Path) -> None:
     for path in root.iterdir():
         path.write_bytes(b"damaged")
     sample = dataset(root)[0, 1, 4]
@@ -131,31 +132,28 @@ def test_a_vanished_file_gives_the_reason(root: Path) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_a_small_image_gives_the_reason(root: Path, training: bool) -> None:
     sample = dataset(root, crop=20, training=training)[0, 1, 0]
-    assert sample.bad[0] == (
-        f"{root}/1.png",
-        "16 x 16 is smaller than the crop of 20: set data.resize, or lower data.crop",
-    )
+    name, reason = sample.bad[0]
+    assert name == f"{root}/1.png"
+    assert is_about(reason, "16 x 16", 20, "data.resize", "data.crop")
     assert sample.image.shape == (3, 20, 20)
 
 
 def test_max_pixels_reaches_the_reader(root: Path) -> None:
     sample = dataset(root, training=False, max_pixels=100)[0, 0, 0]
-    assert "more than max_pixels=100" in sample.bad[0].reason
+    assert is_about(sample.bad[0].reason, "max_pixels=100")
 
 
 def test_check_sizes(root: Path) -> None:
     dataset(root, crop=16).check_sizes()
     dataset(root, crop=32, resize=32).check_sizes()
-    with pytest.raises(ValueError) as caught:
+    parts = (f"{root}/1.png", "16 x 16", 18, "data.resize", "data.crop")
+    with pytest.raises(ValueError, match=mentions(*parts)):
         dataset(root, crop=18).check_sizes()
-    assert str(caught.value) == (
-        f"{root}/1.png is 16 x 16, smaller than the crop of 18: set data.resize, or lower data.crop"
-    )
     (root / "0.png").write_bytes(b"damaged")
-    dataset(root).check_sizes()  # left to reading
+    dataset(root).check_sizes()  # an error on read only
 
 
-def test_check_sizes_of_many_images_looks_at_some(
+def test_check_sizes_of_many_images_checks_a_part(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(3, 9):
@@ -184,7 +182,7 @@ def test_a_dataset_can_be_sent_to_a_worker(root: Path) -> None:
     assert torch.equal(copy[0, 0, 0].image, data[0, 0, 0].image)
 
 
-def test_colours_are_drawn_anew_in_each_epoch(root: Path) -> None:
+def test_colours_differ_between_epochs(root: Path) -> None:
     data = dataset(root)
     data.flip, data.recolor = False, True
     whole = data.source.read(1)  # 16 x 16: there is one crop
@@ -199,7 +197,7 @@ def test_colours_are_drawn_anew_in_each_epoch(root: Path) -> None:
 
 
 class IndexAlone:
-    """A source of somebody's own, whose `read` knows of an index and of nothing else."""
+    """A user's source, whose `read` takes only an index."""
 
     channels, fingerprint = 3, "0" * 32
 
@@ -215,7 +213,7 @@ class IndexAlone:
 
 
 @pytest.mark.parametrize("resize", [None, 18])
-def test_sources_may_know_of_an_index_alone(root: Path, resize: int | None) -> None:
+def test_sources_may_take_only_an_index(root: Path, resize: int | None) -> None:
     data = dataset(root, resize=resize)
     own = ImageDataset(IndexAlone(data.source), 16, resize, True, 0, training=True, draft=True)
     for index in range(3):
@@ -223,7 +221,7 @@ def test_sources_may_know_of_an_index_alone(root: Path, resize: int | None) -> N
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_of_a_large_image_the_crop_alone_is_converted(
+def test_only_the_crop_is_converted(
     root: Path, monkeypatch: pytest.MonkeyPatch, training: bool
 ) -> None:
     data = dataset(root, training=training)

@@ -1,4 +1,4 @@
-"""How much memory reading one file takes, against what `read_image` says."""
+"""Compare the memory of reading one file with the docstring of `read_image`."""
 
 import json
 import struct
@@ -17,7 +17,7 @@ from tests.bad_files import bombs, png, tiff, zeros
 
 MB = 2**20
 DTYPES = ("u1", "<u2", ">f4", "<f8")
-# each file is read by a child of one process, which has imported everything already
+# each file is read in a fork of one process with all imports done
 SCRIPT = """
 import json, os, sys
 import torch
@@ -53,7 +53,7 @@ Memory = Callable[[list[Path], int, int], dict[str, int]]
 
 @pytest.fixture(scope="module")
 def memory() -> Iterator[Memory]:
-    """Bytes that reading each file takes at its peak, by the file's name."""
+    """Peak memory of reading each file in bytes, by the file's name."""
     command = [sys.executable, "-c", SCRIPT]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as reader:
@@ -75,7 +75,7 @@ def write(folder: Path, files: dict[str, bytes]) -> list[Path]:
 
 
 @pytest.mark.slow
-def test_small_files_take_little(tmp_path: Path, memory: Memory) -> None:
+def test_memory_of_small_files(tmp_path: Path, memory: Memory) -> None:
     comments = b"\xff\xfe\0\2" * 250_000
     image = Image.new("RGB", (8, 8))
     image.save(tmp_path / "a.jpg")
@@ -97,7 +97,7 @@ def test_small_files_take_little(tmp_path: Path, memory: Memory) -> None:
 
 
 @pytest.mark.slow
-def test_bytes_a_pixel(tmp_path: Path, memory: Memory) -> None:
+def test_bytes_per_pixel(tmp_path: Path, memory: Memory) -> None:
     width, height = 1600, 1250
     pixels = width * height
     grey = Image.new("L", (width, height), 77)
@@ -123,7 +123,7 @@ def test_bytes_a_pixel(tmp_path: Path, memory: Memory) -> None:
 
 
 @pytest.mark.slow
-def test_arrays_take_their_size_and_4_bytes_a_value(tmp_path: Path, memory: Memory) -> None:
+def test_memory_of_arrays(tmp_path: Path, memory: Memory) -> None:
     arrays = {f"{i}.npy": np.zeros((1000, 1500, 3), dtype) for i, dtype in enumerate(DTYPES)}
     for name, array in arrays.items():
         np.save(tmp_path / name, array)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kl_vae.data import ImageError, read_image, read_size
+from tests.messages import is_about
 
 GREY = np.array([[0, 40, 80], [120, 160, 200]], np.uint8)
 
@@ -54,40 +55,28 @@ def test_float_array_becomes_float32(tmp_path: Path, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("array", "channels", "reason"),
+    ("array", "channels", "parts"),
     [
-        (
-            np.array([[-0.5, 1]]),
-            1,
-            "the array's values are from -0.5 to 1: scale them to [0, 1] and",
-        ),
-        (
-            np.array([[0, 255.0]]),
-            1,
-            "the array's values are from 0 to 255: scale them to [0, 1] and",
-        ),
-        (np.array([[0, np.nan]]), 1, "the array holds NaN or infinity: save floats in [0, 1]"),
-        (np.array([[0, np.inf]]), 1, "the array holds NaN or infinity: save floats in [0, 1]"),
-        (np.array([[0, 1]]), 1, "the array is int64: save uint8, uint16, or floats in [0, 1]"),
-        (np.array([[True]]), 1, "the array is bool: save uint8, uint16, or floats in [0, 1]"),
-        (GREY, 3, "the array's shape is (2, 3); 3 channels need [height, width, 3]"),
-        (GREY[..., None, None], 1, "the array's shape is (2, 3, 1, 1): save [height, width] or"),
-        (GREY[:0], 1, "the array's shape is (0, 3): save [height, width] or"),
-        (
-            np.zeros((3, 2, 3)),
-            1,
-            "(3, 2, 3); 1 channels need [height, width, 1] or [height, width]",
-        ),
+        (np.array([[-0.5, 1]]), 1, ("-0.5", 1, "[0, 1]")),
+        (np.array([[0, 255.0]]), 1, (0, 255, "[0, 1]")),
+        (np.array([[0, np.nan]]), 1, ("NaN", "[0, 1]")),
+        (np.array([[0, np.inf]]), 1, ("infinity", "[0, 1]")),
+        (np.array([[0, 1]]), 1, ("int64", "uint8, uint16", "[0, 1]")),
+        (np.array([[True]]), 1, ("bool", "uint8, uint16", "[0, 1]")),
+        (GREY, 3, ("(2, 3)", "[height, width, 3]")),
+        (GREY[..., None, None], 1, ("(2, 3, 1, 1)", "[height, width]")),
+        (GREY[:0], 1, ("(0, 3)", "[height, width]")),
+        (np.zeros((3, 2, 3)), 1, ("(3, 2, 3)", "[height, width, 1]", "[height, width]")),
     ],
 )
-def test_arrays_that_are_refused(
-    tmp_path: Path, array: np.ndarray, channels: int, reason: str
+def test_invalid_arrays(
+    tmp_path: Path, array: np.ndarray, channels: int, parts: tuple[object, ...]
 ) -> None:
     np.save(tmp_path / "a.npy", array)
-    assert reason in refusal(tmp_path / "a.npy", channels)
+    assert is_about(refusal(tmp_path / "a.npy", channels), tmp_path / "a.npy", *parts)
 
 
-def test_pickles_are_refused(tmp_path: Path) -> None:
+def test_pickled_and_damaged_arrays_are_an_error(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.array([[{}]]), allow_pickle=True)
     refusal(tmp_path / "a.npy", 1)
     np.savez(tmp_path / "b.npz", GREY)
@@ -98,7 +87,7 @@ def test_pickles_are_refused(tmp_path: Path) -> None:
     refusal(tmp_path / "c.npy", 1)
 
 
-def test_what_a_reason_quotes_is_printable(tmp_path: Path) -> None:
+def test_messages_are_printable(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", GREY)
     content = (tmp_path / "a.npy").read_bytes().replace(b"|u1", b"\x1b,m")
     (tmp_path / "a.npy").write_bytes(content)
@@ -121,11 +110,11 @@ def test_large_arrays_keep_every_value(tmp_path: Path, dtype: str, order: str) -
     np.testing.assert_array_equal(image, array if dtype == "u1" else array / scale)
 
 
-@pytest.mark.parametrize(
-    ("value", "reason"), [(np.nan, "holds NaN or infinity"), (1.5, "values are from 0 to 1.5")]
-)
-def test_one_wrong_value_far_inside(tmp_path: Path, value: float, reason: str) -> None:
+@pytest.mark.parametrize(("value", "parts"), [(np.nan, ("NaN", "infinity")), (1.5, (0, 1.5))])
+def test_one_invalid_value_at_the_end(
+    tmp_path: Path, value: float, parts: tuple[object, ...]
+) -> None:
     array = np.zeros((600, 600))
     array[-1, -1] = value
     np.save(tmp_path / "a.npy", array)
-    assert reason in refusal(tmp_path / "a.npy", 1)
+    assert is_about(refusal(tmp_path / "a.npy", 1), *parts)

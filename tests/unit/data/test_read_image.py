@@ -1,4 +1,4 @@
-"""Decoding files: formats, orientation, limits, and what is refused."""
+"""Decode image files: formats, orientation and frames."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ from kl_vae.data import (
     to_uint8,
 )
 
-# [H=2, W=3]: every pixel its own value, so that a wrong transpose shows
+# [H=2, W=3]: all pixels differ, so that a wrong transpose is detected
 GREY = np.array([[0, 40, 80], [120, 160, 200]], np.uint8)
 ORIENTED = {
     1: GREY,
@@ -30,7 +30,7 @@ ORIENTED = {
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "bmp", "tif", "tiff", "PNG"])
-def test_lossless_formats_give_the_pixels(tmp_path: Path, suffix: str) -> None:
+def test_lossless_formats_are_exact(tmp_path: Path, suffix: str) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     path = tmp_path / f"a.{suffix}"
     Image.fromarray(pixels).save(path, **({"lossless": True} if suffix == "webp" else {}))
@@ -83,14 +83,14 @@ def test_orientation_out_of_range_is_ignored(tmp_path: Path) -> None:
     assert read_size(tmp_path / "a.png") == (2, 3)
 
 
-def test_damaged_exif_does_not_cost_the_picture(tmp_path: Path) -> None:
+def test_damaged_exif_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     Image.new("L", (8, 8), 128).save(path, exif=b"Exif\0\0XX\x2a\0broken")
     assert read_image(path, 1).shape == (1, 8, 8)
     assert read_size(path) == (8, 8)
 
 
-def test_bytes_count_and_not_the_extension(tmp_path: Path) -> None:
+def test_the_format_is_detected_by_content(tmp_path: Path) -> None:
     Image.fromarray(GREY).save(tmp_path / "a.gif")
     (tmp_path / "a.gif").rename(tmp_path / "a.jpg")
     np.testing.assert_array_equal(read_image(tmp_path / "a.jpg", 1)[0], GREY)

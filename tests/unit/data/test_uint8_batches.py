@@ -1,4 +1,4 @@
-"""Crops and batches stay uint8, and become what they were when each image was made floats."""
+"""Batches of uint8 crops give the same floats as images converted one by one."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from kl_vae.runtime.randomness import generator_for
 from kl_vae.training.step import to_device
 
 CPU = torch.device("cpu")
-# beyond one tile of 512 x 512, and odd
+# within and beyond one tile of 512 x 512
 SIZES = [(40, 52), (523, 601), (64, 64)]
 
 
 def picture(kind: str, height: int, width: int) -> tuple[Image.Image, str]:
-    """A picture of random colours, and how its file ends."""
+    """An image of random colours and the suffix of its file."""
     rng = np.random.default_rng(height)
     smooth = rng.integers(0, 256, (height // 8 + 1, width // 8 + 1, 4), np.uint8)
     colors = Image.fromarray(smooth).resize((width, height))
@@ -48,7 +48,7 @@ def picture(kind: str, height: int, width: int) -> tuple[Image.Image, str]:
 
 
 def decoded(path: Path, channels: int) -> Tensor:
-    """[C,H,W] by Pillow and NumPy alone, with the channels outside in memory."""
+    """[C,H,W] from Pillow and NumPy alone, contiguous in that order."""
     image = Image.open(path)
     if image.mode == "I;16":
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
@@ -66,7 +66,7 @@ def decoded(path: Path, channels: int) -> Tensor:
 def as_it_was(
     image: Tensor, crop: int, resize: int | None, training: bool, recolor: bool, index: int
 ) -> Tensor:
-    """A sample of seed 0 and epoch 3, made floats at the end of its way through one worker."""
+    """A sample of seed 0 and epoch 3, converted to floats in the worker."""
     if resize is not None:
         image = resize_short_side(image, resize)
     if training:
@@ -81,7 +81,7 @@ def as_it_was(
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("kind", ["png", "jpeg", "grey", "rgba", "16 bit", "cmyk"])
-def test_the_same_bits_as_of_floats(tmp_path: Path, kind: str, channels: int) -> None:
+def test_batches_equal_converted_images(tmp_path: Path, kind: str, channels: int) -> None:
     for number, (height, width) in enumerate(SIZES):
         image, suffix = picture(kind, height, width)
         image.save(tmp_path / f"{number}.{suffix}")
@@ -104,7 +104,7 @@ def test_the_same_bits_as_of_floats(tmp_path: Path, kind: str, channels: int) ->
             assert torch.equal(moved, expected) and moved.is_contiguous(memory_format=layout)
 
 
-def test_floats_of_arrays_are_mapped_as_before(tmp_path: Path) -> None:
+def test_batches_of_float_arrays(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     np.save(tmp_path / "0.npy", rng.random((40, 50, 5), np.float32))
     np.save(tmp_path / "1.npy", rng.integers(0, 65536, (33, 50, 5)).astype(np.uint16))
@@ -118,7 +118,7 @@ def test_floats_of_arrays_are_mapped_as_before(tmp_path: Path) -> None:
     assert torch.equal(to_device(batch.images, CPU, True), batch.images)
 
 
-def test_all_values_as_before() -> None:
+def test_all_uint8_values() -> None:
     values = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_float(values), values / 127.5 - 1)
     floats = torch.linspace(-1, 1, 7)
@@ -127,12 +127,12 @@ def test_all_values_as_before() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_maps_all_values_to_the_same_bits() -> None:
+def test_all_uint8_values_on_a_gpu() -> None:
     values = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_float(values.cuda()).cpu(), values / 127.5 - 1)
 
 
-def test_a_batch_of_bytes_and_floats_is_floats() -> None:
+def test_a_batch_of_uint8_and_floats_is_float() -> None:
     bytes_ = channels_inside(torch.full((3, 4, 6), 255, dtype=torch.uint8))
     samples = [Sample(bytes_, 0, "a", ()), Sample(torch.full((3, 4, 6), 0.5), 1, "b", ())]
     batch = collate(samples)
@@ -141,7 +141,7 @@ def test_a_batch_of_bytes_and_floats_is_floats() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
-def test_memory_is_that_of_the_crop_alone_and_in_its_order(channels: int) -> None:
+def test_crops_are_copied_with_channels_inside(channels: int) -> None:
     whole = torch.randint(0, 256, (64, 80, channels), dtype=torch.uint8).permute(2, 0, 1)
     for crop in (center_crop(whole, 32), whole[:, 8:16], whole):
         alone = channels_inside(crop)
@@ -153,7 +153,7 @@ def test_memory_is_that_of_the_crop_alone_and_in_its_order(channels: int) -> Non
     batch: Batch = collate([Sample(channels_inside(whole), i, "a", ()) for i in range(2)])
     layout = torch.contiguous_format if channels == 1 else torch.channels_last
     assert batch.images.is_contiguous(memory_format=layout)
-    # of one channel torch takes the strides for those of either layout
+    # with one channel the strides match both layouts
     assert (
         batch.images.stride() == torch.empty(2, channels, 64, 80).to(memory_format=layout).stride()
     )

@@ -1,4 +1,4 @@
-"""Images as files."""
+"""Load and save image files."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from kl_vae.visual.image_files import (
     save_thumbnail,
     write_image,
 )
+from tests.messages import mentions
 
 
 def smooth(channels: int) -> torch.Tensor:
@@ -29,7 +30,7 @@ def smooth(channels: int) -> torch.Tensor:
     return torch.stack([(rows * 5 + columns * (c + 1)) for c in range(channels)]).byte()
 
 
-def test_pictures_of_images(model: AutoEncoderKL) -> None:
+def test_conversion_to_saved_images(model: AutoEncoderKL) -> None:
     image = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).expand(3, 1, 5)
     assert as_saved(image)[0, 0].tolist() == [0, 0, 128, 255, 255]
     assert torch.equal(as_picture(as_saved(image), model.to_rgb), as_saved(image))
@@ -38,7 +39,7 @@ def test_pictures_of_images(model: AutoEncoderKL) -> None:
     assert image_suffix(5) == ".npy"
 
 
-def test_many_channels_are_stretched_to_the_range_of_both(tiny_ddconfig: dict) -> None:
+def test_many_channels_share_one_range(tiny_ddconfig: dict) -> None:
     tiny_ddconfig |= {"in_channels": 5, "out_ch": 5}
     model = AutoEncoderKL(tiny_ddconfig, embed_dim=3, colorize_nlabels=5)
     dark, bright = torch.zeros(5, 4, 6), torch.ones(5, 4, 6)
@@ -49,9 +50,7 @@ def test_many_channels_are_stretched_to_the_range_of_both(tiny_ddconfig: dict) -
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize(("name", "quality"), [("png", None), ("webp", 100)])
-def test_formats_that_lose_nothing(
-    tmp_path: Path, channels: int, name: str, quality: int | None
-) -> None:
+def test_lossless_formats(tmp_path: Path, channels: int, name: str, quality: int | None) -> None:
     picture_format = PictureFormat(name, quality)
     path = tmp_path / f"a{picture_format.suffix(channels)}"
     image = smooth(channels)
@@ -84,7 +83,7 @@ def test_arrays_are_floats_in_the_unit_interval(tmp_path: Path) -> None:
     assert saved.max() == 1
 
 
-def test_thumbnails_are_small_and_none_is_made_larger(tmp_path: Path) -> None:
+def test_thumbnails_are_never_upsampled(tmp_path: Path) -> None:
     for size, small in [((300, 200), (128, 85)), ((20, 24), (20, 24)), ((5000, 1), (128, 1))]:
         save_thumbnail(tmp_path / "a.jpg", torch.zeros(3, size[1], size[0], dtype=torch.uint8))
         with Image.open(tmp_path / "a.jpg") as thumbnail:
@@ -92,32 +91,30 @@ def test_thumbnails_are_small_and_none_is_made_larger(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "parts"),
     [
-        (("gif",), "format='gif': give one of png, webp, jpg"),
-        (("png", 90), "quality=90: png loses nothing; give webp or jpg, too"),
-        (("jpg", 101), "quality=101: give a number from 1 to 100"),
-        (("webp", 0), "quality=0: give a number from 1 to 100"),
+        (("gif",), ("format='gif'", "png, webp, jpg")),
+        (("png", 90), ("quality=90", "png", "webp", "jpg")),
+        (("jpg", 101), ("quality=101", 1, 100)),
+        (("webp", 0), ("quality=0", 1, 100)),
     ],
 )
-def test_impossible_formats(arguments: tuple, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_invalid_formats(arguments: tuple, parts: tuple[object, ...]) -> None:
+    with pytest.raises(ValueError, match=mentions(*parts)):
         PictureFormat(*arguments)
 
 
-def test_what_a_format_does_not_hold() -> None:
-    with pytest.raises(ValueError, match="format=jpg: holds no transparency; give png or webp"):
+def test_limits_of_formats() -> None:
+    with pytest.raises(ValueError, match=mentions("format=jpg", "transparency", "png", "webp")):
         PictureFormat("jpg").suffix(4)
-    message = "format=webp: holds 1, 3 or 4 channels, and the model has 6; leave the format out"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=mentions("format=webp", "channels", 1, 3, 4, 6)):
         PictureFormat("webp").suffix(6)
-    message = "20000 x 5: a webp has sides of up to 16383 pixels; give png"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=mentions("20000 x 5", "webp", 16383, "png")):
         PictureFormat("webp").check_size(5, 20000)
     PictureFormat("png").check_size(5, 2000000)
 
 
-def test_an_image_of_any_kind_is_loaded_alike(tmp_path: Path) -> None:
+def test_load_image_from_files_and_arrays(tmp_path: Path) -> None:
     pixels = smooth(3)
     array = pixels.permute(1, 2, 0).numpy()
     Image.fromarray(array).save(tmp_path / "a.png")
@@ -134,7 +131,7 @@ def test_an_image_of_any_kind_is_loaded_alike(tmp_path: Path) -> None:
     assert load_image(tmp_path / "a.png", channels=4).shape == (1, 4, 20, 24)
 
 
-def test_an_image_file_is_turned_upright(tmp_path: Path) -> None:
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     image = Image.new("RGB", (6, 4))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -145,23 +142,23 @@ def test_an_image_file_is_turned_upright(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "message"),
+    ("source", "parts"),
     [
-        (torch.zeros(3, 4, 4), "a tensor of torch.float32 has no known range; give uint8"),
-        (torch.zeros(4, 4, 4, dtype=torch.uint8), r"shape \[4, 4, 4\]: give \[3, H, W\]"),
-        (np.zeros((4, 4), np.uint8), r"an array of shape \[4, 4\]: give \[H, W, 3\]"),
-        (np.zeros((4, 4, 3), np.uint16), "an array of uint16: give uint8, or floats"),
-        (np.full((4, 4, 3), -1.0), "values from -1 to -1: give floats in"),
-        (np.full((4, 4, 3), np.nan), "values from nan to nan: give floats in"),
+        (torch.zeros(3, 4, 4), ("torch.float32", "uint8")),
+        (torch.zeros(4, 4, 4, dtype=torch.uint8), ("[4, 4, 4]", "[3, H, W]")),
+        (np.zeros((4, 4), np.uint8), ("[4, 4]", "[H, W, 3]")),
+        (np.zeros((4, 4, 3), np.uint16), ("uint16", "uint8")),
+        (np.full((4, 4, 3), -1.0), (-1, "[0, 1]")),
+        (np.full((4, 4, 3), np.nan), ("nan", "[0, 1]")),
     ],
 )
-def test_images_of_no_known_range_are_refused(source: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_invalid_images_are_an_error(source: object, parts: tuple[object, ...]) -> None:
+    with pytest.raises(ValueError, match=mentions(*parts)):
         load_image(source)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "jpg", "jpeg", "npy"])
-def test_a_saved_image_is_loaded_again(tmp_path: Path, suffix: str) -> None:
+def test_round_trip(tmp_path: Path, suffix: str) -> None:
     image = smooth(3)[None] / 127.5 - 1
     path = tmp_path / "new" / f"a.{suffix}"
     save_image(image * 1.0, path, quality=100 if suffix == "webp" else None)
@@ -171,14 +168,15 @@ def test_a_saved_image_is_loaded_again(tmp_path: Path, suffix: str) -> None:
     assert load_image(path).abs().max() <= 1
 
 
-def test_images_that_no_file_holds_are_refused(tmp_path: Path) -> None:
-    for image, name, message in [
-        (torch.zeros(3, 4, 4), "a.gif", "give one of .png"),
-        (torch.zeros(5, 4, 4), "a.png", "write .npy"),
-        (torch.zeros(2, 3, 4, 4), "a.png", "give one image"),
-        (torch.zeros(3, 4, 4, dtype=torch.uint8), "a.png", "give one image"),
-        (torch.zeros(4, 4, 4), "a.jpg", "transparency"),
-    ]:
-        with pytest.raises(ValueError, match=message):
+def test_save_image_of_unsupported_images_is_an_error(tmp_path: Path) -> None:
+    cases: list[tuple[torch.Tensor, str, tuple[object, ...]]] = [
+        (torch.zeros(3, 4, 4), "a.gif", (tmp_path / "a.gif", ".png", ".npy")),
+        (torch.zeros(5, 4, 4), "a.png", (tmp_path / "a.png", 5, ".npy")),
+        (torch.zeros(2, 3, 4, 4), "a.png", ("[2, 3, 4, 4]", "[C, H, W]", "[-1, 1]")),
+        (torch.zeros(3, 4, 4).byte(), "a.png", ("torch.uint8", "[C, H, W]", "[-1, 1]")),
+        (torch.zeros(4, 4, 4), "a.jpg", ("format=jpg", "transparency")),
+    ]
+    for image, name, parts in cases:
+        with pytest.raises(ValueError, match=mentions(*parts)):
             save_image(image, tmp_path / name)
     assert list(tmp_path.iterdir()) == []
