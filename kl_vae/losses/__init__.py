@@ -1,15 +1,15 @@
-"""Losses by name, and how a `lossconfig` selects one.
+"""Registry of losses, and construction of a loss from a `lossconfig`.
 
 A loss is a callable
 
     loss(inputs, reconstructions, posterior, global_step, last_layer, split) -> (total, log)
 
-with images [B, C, H, W] in [-1, 1], a DiagonalGaussianDistribution, the number of optimisation
-steps taken so far, the weight of the decoder's last convolution, and "train" or "val". `total` is
-the scalar to minimise; `log` holds detached scalars under keys such as "train/rec_loss", to which
-"train/total_loss" is added where it is missing. If the loss is an nn.Module with
-parameters, these are trained with the autoencoder, but for a discriminator's
-(`LPIPSWithDiscriminator`), which has an optimiser of its own.
+with images [B, C, H, W] in [-1, 1], a DiagonalGaussianDistribution, the number of completed
+optimisation steps, the weight of the decoder's last convolution, and "train" or "val". `total` is
+the scalar to minimise; `log` contains detached scalars with keys such as "train/rec_loss";
+"train/total_loss" is added if it is missing. If the loss is an nn.Module with parameters, they are
+trained with the autoencoder, except those of a discriminator (`LPIPSWithDiscriminator`), which has
+its own optimiser.
 """
 
 from __future__ import annotations
@@ -57,30 +57,30 @@ _NO_LOSS = "torch.nn.Identity"
 
 
 def build_loss(lossconfig: Mapping[str, Any] | Loss | None) -> Loss | None:
-    """Build the loss of a `lossconfig`; return None and a callable as they are.
+    """Build the loss of a `lossconfig`; None and callables are returned unchanged.
 
     Args:
-        lossconfig: `{target: NAME, params: {...}}`: a registered name, or the dotted path of a
+        lossconfig: `{target: NAME, params: {...}}` with a registered name, or the dotted path of a
             class or function. A dotted path is imported, so a lossconfig must come from the user
-            (Python, or a config file named on the command line), never from a checkpoint.
+            (Python, or a config file given on the command line), never from a checkpoint.
 
     Raises:
-        ValueError: a target that cannot be found, or params that it does not take.
+        ValueError: the target cannot be found, or does not accept the params.
     """
     if lossconfig is None or callable(lossconfig):
         return lossconfig
     keys = set(lossconfig) if isinstance(lossconfig, Mapping) else set()
     if "target" not in keys or keys - {"target", "params"}:
         raise ValueError(
-            f"lossconfig={lossconfig!r}: takes the keys target and params; "
-            "write lossconfig: {target: elbo, params: {kl_weight: 1.0e-6}}"
+            f"lossconfig={lossconfig!r}: the keys must be target and params; "
+            "use for example lossconfig: {target: elbo, params: {kl_weight: 1.0e-6}}"
         )
     target, params = lossconfig["target"], lossconfig.get("params") or {}
     if not isinstance(target, str) or not isinstance(params, Mapping):
         raise ValueError(
-            f"lossconfig={dict(lossconfig)!r}: target is a name and params are keys and values"
+            f"lossconfig={dict(lossconfig)!r}: target must be a name and params a mapping"
         )
-    if target == _NO_LOSS:  # in published configs for inference
+    if target == _NO_LOSS:  # used in published inference configs
         return None
     name = _PUBLISHED_NAMES.get(target, target)
     constructor = LOSSES[name] if name in LOSSES else _import(target)
@@ -89,7 +89,7 @@ def build_loss(lossconfig: Mapping[str, Any] | Loss | None) -> Loss | None:
         signature.bind(**params)
     except TypeError as error:
         unknown = next((key for key in params if key not in signature.parameters), "")
-        hint = suggest(unknown, signature.parameters, f"{target} takes")
+        hint = suggest(unknown, signature.parameters, f"{target} accepts")
         raise ValueError(f"lossconfig.params: {error}; {hint}") from None
     loss: Loss = constructor(**params)
     return loss
@@ -98,7 +98,7 @@ def build_loss(lossconfig: Mapping[str, Any] | Loss | None) -> Loss | None:
 def _import(target: str) -> Callable[..., Any]:
     module, _, name = target.rpartition(".")
     if not module:
-        LOSSES[target]  # raises, naming the known ones
+        LOSSES[target]  # raises an error that lists the known names
     try:
         found: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
@@ -107,5 +107,5 @@ def _import(target: str) -> Callable[..., Any]:
             f"{', '.join(LOSSES)}, or the dotted path of a class on PYTHONPATH (or --import it)"
         ) from None
     if not callable(found):
-        raise ValueError(f"lossconfig.target={target}: not a class or function; give one")
+        raise ValueError(f"lossconfig.target={target}: not callable; give a class or function")
     return found

@@ -1,15 +1,16 @@
-"""The loss of the published first stages: pixels, LPIPS, a PatchGAN discriminator and KL.
+"""Loss of the published first stages: pixel error, LPIPS, a PatchGAN discriminator and KL.
 
-The graph is cut at the reconstruction x_hat, so that each network is passed once per step:
+The graph is cut at the reconstruction x_hat, so that each network runs once per step:
 
-1. `forward`: the nll (pixels, LPIPS) at x_hat, and its gradient g_nll there.
-2. From `disc_start` on the adversarial term at x_hat with D frozen, and its gradient g_adv. The
-   adaptive weight compares what g_nll and g_adv induce at the decoder's last layer.
-3. `KnownGradient` gives g_nll + weight * disc_factor * g_adv to the reconstruction's graph: the
-   caller's one backward reaches the autoencoder.
-4. `discriminator_loss`: D's own step on the detached reconstruction.
+1. `forward` computes the nll (pixel error, LPIPS) at x_hat, and its gradient g_nll there.
+2. From `disc_start` on, it computes the adversarial term at x_hat with frozen D, and its gradient
+   g_adv. The adaptive weight compares the gradients that g_nll and g_adv induce at the decoder's
+   last layer.
+3. `KnownGradient` passes g_nll + weight * disc_factor * g_adv to the graph of the reconstruction,
+   so that a single backward call of the caller reaches the autoencoder.
+4. `discriminator_loss` computes the loss of D on the detached reconstruction.
 
-B batch, C channels, H and W the image's height and width, N = C * H * W values per image.
+Shapes: B batch, C channels, H and W image height and width, N = C * H * W values per image.
 """
 
 from __future__ import annotations
@@ -44,45 +45,47 @@ MAX_RATIO = 1e4
 
 @dataclass(frozen=True)
 class RegularizationWeights:
-    """Another published spelling of `kl_weight`."""
+    """Alternative published form of `kl_weight`."""
 
     kl_loss: float
 
 
 @dataclass(frozen=True)
 class AdversarialConfig:
-    """The arguments of `LPIPSWithDiscriminator`, in the published order.
+    """Arguments of `LPIPSWithDiscriminator`, in the published order.
 
     Attributes:
-        disc_start: optimisation steps before the discriminator is run at all.
-        logvar_init: s at the start.
-        kl_weight: weight of the KL (nats per image) against the summed error.
+        disc_start: optimisation steps before the discriminator is first used.
+        logvar_init: initial value of s = logvar.
+        kl_weight: weight of the KL (nats per image) relative to the summed error.
         pixelloss_weight: weight of the pixel error.
-        disc_num_layers: strided layers of the discriminator after its first.
-        disc_in_channels: channels of what it sees: of the image, and of cond where it is given.
+        disc_num_layers: number of strided layers of the discriminator.
+        disc_in_channels: input channels of the discriminator: those of the image, plus those of
+            cond if disc_conditional.
         disc_factor: factor of both adversarial losses; 0: no discriminator.
-        disc_weight: factor of the adaptive weight, or the weight itself where it is fixed.
-        perceptual_weight: weight of LPIPS; 0: its network is not loaded.
-        use_actnorm: the same as disc_norm "act".
-        disc_conditional: D sees `cond` beside the image; only for those who call the loss.
+        disc_weight: factor of the adaptive weight, or the weight itself if disc_weighting is fixed.
+        perceptual_weight: weight of LPIPS; 0: LPIPS is not loaded.
+        use_actnorm: equivalent to disc_norm "act".
+        disc_conditional: concatenate `cond` to the input of the discriminator; only for direct
+            calls of the loss.
         disc_loss: hinge, vanilla or non_saturating.
         disc_ndf: channels of the discriminator's first layer.
-        disc_norm: batch (as published), act, group (the same for every batch size) or none.
-        disc_weighting: adaptive from gradients that are averaged over the ranks ("global") or from
-            each rank's own ("rank"), or "fixed".
-        disc_warmup_steps: steps that D learns before it counts.
-        perceptual_start: optimisation steps before LPIPS is run in training.
-        lecam_weight: of the LeCam regularisation of D (Tseng et al. 2021); 0: none.
-        lecam_decay: of its moving averages of the logits.
+        disc_norm: batch (as published), act, group (independent of the batch size) or none.
+        disc_weighting: adaptive weight from gradients averaged over all ranks ("global") or from
+            the gradients of each rank ("rank"), or a "fixed" weight.
+        disc_warmup_steps: steps for which D is trained before the adversarial term is used.
+        perceptual_start: optimisation steps before LPIPS is used in training.
+        lecam_weight: weight of the LeCam regularisation of D (Tseng et al. 2021); 0: none.
+        lecam_decay: decay of LeCam's moving averages of the logits.
         reconstruction: `l1` (as published) or `mse`.
-        reduction: `sum` over an image's values (as published), or the whole total divided by N
-            (`mean`), which gives gradients of the same size at every resolution.
+        reduction: `sum` over an image's values (as published), or `mean`: the total divided by N,
+            which makes the gradient norm independent of the resolution.
         learn_logvar: train s with the autoencoder.
-        perceptual: vgg, alex or squeeze; or in Python a module (x, x_rec) -> [B, 1, 1, 1].
-        perceptual_linear: with the learned heads of LPIPS v0.1; else plain sums over features.
-        perceptual_features: a local file of the network's weights; None: torchvision's cache.
-        perceptual_heads: a local file of the heads; None: downloaded once.
-        regularization_weights: {kl_loss: W}, another published spelling of kl_weight.
+        perceptual: vgg, alex or squeeze; or, from Python, a module (x, x_rec) -> [B, 1, 1, 1].
+        perceptual_linear: use the learned linear heads of LPIPS v0.1; False: equal weights.
+        perceptual_features: weights file of the LPIPS network; None: the torchvision weights.
+        perceptual_heads: weights file of the linear heads; None: downloaded once.
+        regularization_weights: {kl_loss: W}, alternative published form of kl_weight.
     """
 
     disc_start: int
@@ -131,12 +134,13 @@ class AdversarialConfig:
                 raise ValueError(f"{key}={getattr(self, key)}: must be 0 or more")
         if self.use_actnorm and self.disc_norm not in ("batch", "act"):
             raise ValueError(
-                f"disc_norm={self.disc_norm}: with use_actnorm it is act; leave one out"
+                f"disc_norm={self.disc_norm}: conflicts with use_actnorm, which means act; remove "
+                "one of them"
             )
 
 
 class LPIPSWithDiscriminator(nn.Module):
-    """Pixel error, LPIPS, adversarial term and KL (Rombach et al. 2022, appendix G; Esser 2021).
+    """Pixel error, LPIPS, adversarial term and KL (Rombach et al. 2022, app. G; Esser et al. 2021).
 
     With e = |x - x_rec| per value and p = LPIPS(x, x_rec) per image, s = logvar:
 
@@ -144,20 +148,20 @@ class LPIPSWithDiscriminator(nn.Module):
                 (pixelloss_weight * e + perceptual_weight * p) / exp(s) + s
         total = nll + kl_weight * KL + weight * disc_factor * adversarial
 
-    From `disc_start` on the discriminator D learns; from `disc_start + disc_warmup_steps` on the
-    adversarial term counts, with the adaptive weight (Esser et al. 2021, eq. 7)
+    The discriminator D is trained from step `disc_start` on. The adversarial term is used from step
+    `disc_start + disc_warmup_steps` on, with the adaptive weight (Esser et al. 2021, eq. 7)
 
         weight = disc_weight * clamp(|d nll / d w| / (|d adversarial / d w| + 1e-4), 0, 1e4)
 
-    of the last layer's w.
+    where w is the weight of the last layer.
 
-    `AdversarialConfig` describes the arguments.
+    See `AdversarialConfig` for the arguments.
 
     Raises:
-        ValueError: an impossible value, or weights that cannot be found; the text names the fix.
+        ValueError: an argument is invalid, or pretrained weights cannot be found.
     """
 
-    logits_average: Tensor  # [2], of real and of fake: LeCam's anchors
+    logits_average: Tensor  # [2], moving averages of real and fake logits, for LeCam
 
     __signature__ = inspect.signature(AdversarialConfig)
 
@@ -195,11 +199,11 @@ class LPIPSWithDiscriminator(nn.Module):
             self.register_buffer("logits_average", torch.zeros(2))
 
     def discriminates(self, global_step: int) -> bool:
-        """Return whether the discriminator runs after `global_step` optimisation steps."""
+        """Return whether the discriminator is trained after `global_step` optimisation steps."""
         return self.disc_factor > 0 and global_step >= self.disc_start
 
     def counts(self, global_step: int) -> bool:
-        """Return whether the adversarial term is in the autoencoder's loss."""
+        """Return whether the autoencoder's loss includes the adversarial term."""
         start = self.disc_start + self.disc_warmup_steps
         return self.discriminates(global_step) and self.disc_weight > 0 and global_step >= start
 
@@ -213,22 +217,22 @@ class LPIPSWithDiscriminator(nn.Module):
         split: str = "train",
         cond: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the autoencoder's scalar to minimise, and its detached terms under `{split}/...`.
+        """Return the autoencoder's loss, a scalar, and its detached terms with keys `{split}/...`.
 
-        Without gradients, as in validation, LPIPS is run from the first step on, the discriminator
-        is not, and the total has no adversarial term: it means the same from beginning to end.
+        Without gradients, as in validation, LPIPS is always used and the discriminator never, so
+        that the total is comparable over the whole run.
 
         Args:
             inputs: images [B, C, H, W].
-            reconstructions: the same shape.
-            posterior: of the inputs.
-            global_step: optimisation steps so far.
-            last_layer: the weight whose gradients the adaptive weight compares.
+            reconstructions: reconstructions of the same shape.
+            posterior: posterior of the inputs.
+            global_step: number of completed optimisation steps.
+            last_layer: weight whose gradients the adaptive weight compares.
             split: train or val.
-            cond: [B, C', H, W] that the discriminator sees beside the image, where conditional.
+            cond: additional input [B, C', H, W] of the discriminator, if disc_conditional.
 
         Raises:
-            ValueError: cond or last_layer is missing, or images the networks cannot take.
+            ValueError: cond or last_layer is missing, or a network does not support the images.
         """
         training = torch.is_grad_enabled() and reconstructions.requires_grad
         x = inputs.float()
@@ -240,8 +244,8 @@ class LPIPSWithDiscriminator(nn.Module):
             kl_weight = self.kl_weight / (x[0].numel() if self.reduction == "mean" else 1)
         value = nll.detach()
         if training:
-            known = [x_hat, self.logvar] if self.logvar.requires_grad else [x_hat]
-            gradient, *rest = torch.autograd.grad(nll, known)
+            sources = [x_hat, self.logvar] if self.logvar.requires_grad else [x_hat]
+            gradient, *rest = torch.autograd.grad(nll, sources)
             log["disc_factor"] = torch.tensor(0.0)
             if self.counts(global_step):
                 adversarial, adversarial_gradient = self._adversarial(x_hat, cond)
@@ -251,8 +255,8 @@ class LPIPSWithDiscriminator(nn.Module):
                 value = value + weight * self.disc_factor * adversarial
                 gradient = gradient + weight * self.disc_factor * adversarial_gradient
             pairs = [reconstructions, gradient.to(reconstructions.dtype)]
-            for tensor, its_gradient in zip(known[1:], rest, strict=True):
-                pairs += [tensor, its_gradient]
+            for tensor, known_gradient in zip(sources[1:], rest, strict=True):
+                pairs += [tensor, known_gradient]
             value = KnownGradient.apply(value, *pairs)
         total = value + kl_weight * kl_loss
         log = {"total_loss": total, "kl_loss": kl_loss, "logvar": self.logvar, **log}
@@ -266,14 +270,15 @@ class LPIPSWithDiscriminator(nn.Module):
         *,
         forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the discriminator's scalar to minimise, and its log under `train/...`.
+        """Return the discriminator's loss, a scalar, and its log with keys `train/...`.
 
         Args:
             inputs: real images [B, C, H, W].
-            reconstructions: the same shape; no gradient goes into them.
-            cond: as in `forward`.
-            forward: (real, fake) -> their logits, in training a `RealAndFake` of the discriminator
-                in DistributedDataParallel, whose one call a backward keeps the ranks together.
+            reconstructions: reconstructions of the same shape, which receive no gradient.
+            cond: see `forward`.
+            forward: computes the logits of (real, fake). In distributed training this is a
+                `RealAndFake` wrapped in DistributedDataParallel, which supports only one forward
+                call per backward.
         """
         run = forward or RealAndFake(self.discriminator)
         real, fake = run(self._seen(inputs, cond), self._seen(reconstructions.detach(), cond))
@@ -286,27 +291,27 @@ class LPIPSWithDiscriminator(nn.Module):
         return loss, {f"train/{key}": term.detach() for key, term in log.items()}
 
     def running_statistics(self) -> list[Tensor]:
-        """Return the floating-point buffers that forward passes of the discriminator update."""
+        """Return the floating-point buffers that discriminator passes update."""
         buffers = [*self.discriminator.buffers(), *self.buffers(recurse=False)]
         return [buffer for buffer in buffers if buffer.is_floating_point()]
 
     @torch.no_grad()
     def note_logits(self, real: Tensor, fake: Tensor) -> None:
-        """Update LeCam's averages from this rank's mean logits, after D's step."""
+        """Update the LeCam averages from this rank's mean logits, after a discriminator step."""
         if self.lecam_weight > 0:
             means = mean_over_ranks(torch.stack([real, fake]).float())
             self.logits_average.lerp_(means, 1.0 - self.lecam_decay)
 
     def check_last_layer(self, last_layer: Tensor | None) -> None:
-        """Raise ValueError where the adaptive weight needs a last layer that takes no gradient."""
+        """Raise ValueError if the weighting is adaptive and the last layer needs no gradient."""
         if self.disc_weighting != "fixed" and (last_layer is None or not last_layer.requires_grad):
             raise ValueError(
                 f"disc_weighting={self.disc_weighting}: needs the gradient of the last layer, "
-                "which is frozen or not given; set disc_weighting: fixed"
+                "which is frozen or missing; set disc_weighting: fixed"
             )
 
     def _nll(self, x: Tensor, x_hat: Tensor, perceptual: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the negative log-likelihood, a scalar, and its terms; all float32."""
+        """Return the negative log-likelihood, a scalar, and its terms, in float32."""
         difference = x - x_hat
         error = difference.abs() if self.reconstruction == "l1" else difference.square()
         rec_loss = self.pixelloss_weight * error.mean()
@@ -321,7 +326,7 @@ class LPIPSWithDiscriminator(nn.Module):
 
     def _adversarial(self, x_hat: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the adversarial term, a scalar, and its gradient at x_hat [B, C, H, W]."""
-        # detached parameters: D learns nothing from this
+        # detached parameters: D receives no gradient
         frozen = {key: p.detach() for key, p in self.discriminator.named_parameters()}
         logits: Tensor = functional_call(self.discriminator, frozen, (self._seen(x_hat, cond),))
         with torch.autocast(x_hat.device.type, enabled=False):
@@ -349,19 +354,19 @@ class LPIPSWithDiscriminator(nn.Module):
         )
 
     def _seen(self, image: Tensor, cond: Tensor | None) -> Tensor:
-        """Return the discriminator's input: the image, with `cond` beside it where conditional."""
+        """Return the input of the discriminator: the image, with `cond` if conditional."""
         if not self.disc_conditional:
             return image
         if cond is None:
             raise ValueError(
-                "disc_conditional=True: needs cond [B, C, H, W], which training on images alone "
-                "does not give; set it to false, or call the loss with cond"
+                "disc_conditional=True: needs cond [B, C, H, W], which the training command does "
+                "not provide; set disc_conditional to false, or call the loss with cond"
             )
         return torch.cat([image, cond], dim=1)
 
 
 def _perceptual_loss(config: AdversarialConfig) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """Return the perceptual distance (x, x_rec) -> [B, 1, 1, 1]; None where it has no weight."""
+    """Return the perceptual distance (x, x_rec) -> [B, 1, 1, 1]; None if its weight is 0."""
     if not isinstance(config.perceptual, str):
         return config.perceptual
     if config.perceptual_weight == 0:
@@ -375,16 +380,16 @@ def _perceptual_loss(config: AdversarialConfig) -> Callable[[Tensor, Tensor], Te
         )
     except ValueError as error:
         raise ValueError(
-            f"perceptual={config.perceptual}: {error} (here: perceptual_features, "
-            "perceptual_heads, perceptual_linear; perceptual_weight: 0.0 needs neither)"
+            f"perceptual={config.perceptual}: {error} (the arguments are perceptual_features, "
+            "perceptual_heads, perceptual_linear; none is needed with perceptual_weight: 0.0)"
         ) from None
 
 
 class KnownGradient(torch.autograd.Function):
-    """A scalar whose gradients with respect to some tensors are known already.
+    """Scalar with precomputed gradients with respect to given tensors.
 
     `KnownGradient.apply(value, x, x_gradient, y, y_gradient, ...)` returns `value`; its backward
-    gives x the gradient x_gradient, times what comes from above, and so on.
+    returns x_gradient times the upstream gradient for x, and so on.
     """
 
     @staticmethod
@@ -395,7 +400,7 @@ class KnownGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *scales: Tensor) -> tuple[Tensor | None, ...]:
-        """Give each tensor its gradient, none to the value and to the gradients."""
+        """Return the gradient of each tensor, and None for the value and the gradients."""
         gradients: list[Tensor | None] = [None]
         for gradient in ctx.saved_tensors:
             gradients += [scales[0] * gradient, None]
@@ -403,10 +408,10 @@ class KnownGradient(torch.autograd.Function):
 
 
 def gradient_at(total: Tensor, x: Tensor, values: int) -> Tensor:
-    """Return the gradient of a mean over `values` values with respect to x, of x's shape.
+    """Return the gradient of a mean over `values` values with respect to x, in the shape of x.
 
-    Each of them has a gradient of 1 / values, which half precision would round to 0: the sum is
-    differentiated (up to a power of two) and divided afterwards.
+    Each value has a gradient of 1 / values, which half precision might round to 0. The mean is
+    therefore scaled by a power of two near `values`, and the gradient is divided by it.
     """
     scale = 2.0 ** math.ceil(math.log2(max(values, 1)))
     (gradient,) = torch.autograd.grad(total * scale, x)
@@ -414,12 +419,12 @@ def gradient_at(total: Tensor, x: Tensor, values: int) -> Tensor:
 
 
 def last_layer_gradient(reconstructions: Tensor, last_layer: Tensor, gradient: Tensor) -> Tensor:
-    """Return the gradient of `last_layer` that one at the reconstructions [B, C, H, W] induces.
+    """Return the gradient of `last_layer` for a gradient at the reconstructions [B, C, H, W].
 
-    Goes back through the last layer alone. It is linear in the gradient, which is therefore brought
-    to a size that half precision holds and the result brought back.
+    This differentiates through the last layer only. The gradient is scaled to the range of half
+    precision, and the result is scaled back.
     """
-    size = gradient.abs().sum().clamp_min(1e-20)  # of zeros, too, a finite scale
+    size = gradient.abs().sum().clamp_min(1e-20)  # keeps the scale finite for zero gradients
     scale = torch.exp2(10.0 - size.log2().floor())
     (induced,) = torch.autograd.grad(
         reconstructions, last_layer, gradient * scale, retain_graph=True
@@ -435,16 +440,16 @@ def ratio_at_last_layer(
     *,
     over_ranks: bool,
 ) -> Tensor:
-    """Return the ratio of the norms of two gradients at the last layer, a scalar.
+    """Return the ratio of two gradient norms at the last layer, a scalar.
 
-    Esser et al. (2021, eq. 7). Each is induced by a gradient at the reconstructions.
+    See Esser et al. (2021), eq. 7.
 
     Args:
         reconstructions: [B, C, H, W], with their graph.
-        last_layer: the weight of the convolution that made them.
-        gradient: of the numerator, [B, C, H, W].
-        other: of the denominator, [B, C, H, W].
-        over_ranks: average what they induce over all ranks before the norms are taken.
+        last_layer: weight of the convolution that computed them.
+        gradient: gradient at the reconstructions for the numerator, [B, C, H, W].
+        other: gradient at the reconstructions for the denominator, [B, C, H, W].
+        over_ranks: average the gradients of the last layer over all ranks before taking norms.
     """
     induced = torch.stack(
         [last_layer_gradient(reconstructions, last_layer, g).flatten() for g in (gradient, other)]
@@ -457,9 +462,9 @@ def ratio_at_last_layer(
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """Return the mean of a tensor over all ranks; in a single process the tensor itself."""
+    """Return the mean of a tensor over all ranks, or the tensor itself in a single process."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return x
-    x = x.detach().clone()  # reduced in place
+    x = x.detach().clone()  # all_reduce works in place
     dist.all_reduce(x)
     return x / dist.get_world_size()

@@ -1,6 +1,6 @@
-"""The patch discriminator of the adversarial loss, and the losses on its logits.
+"""Patch discriminator of the adversarial loss, and losses on its logits.
 
-B batch, C channels, H and W the image's height and width, h and w those of the logits.
+Shapes: B batch, C channels, H and W image height and width, h and w height and width of the logits.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 
 class ActNorm(nn.Module):
-    """scale * (x + loc), [B, C, H, W] -> same (Kingma & Dhariwal 2018, section 3.1).
+    """Affine layer scale * (x + loc), [B, C, H, W] -> [B, C, H, W], with data-dependent init.
 
-    The first training batch sets loc = -mean and scale = 1 / (std + 1e-6) for each channel, so that
-    it leaves with mean 0 and variance 1; from then on both are trained as any parameter. Mean and
-    standard deviation (unbiased) are over the batches of all ranks, so that the ranks stay equal:
-    all of them must run this batch. A first batch that is not finite, or has one value per channel,
-    changes nothing; the next one counts as the first.
+    See Kingma & Dhariwal (2018), section 3.1. The first training batch sets loc = -mean and
+    scale = 1 / (std + 1e-6) for each channel, so that its output has mean 0 and variance 1;
+    afterwards both are ordinary parameters. Mean and (unbiased) standard deviation are computed
+    over all ranks, which must all run this batch, so that their parameters stay equal. A batch that
+    is not finite, or has only one value per channel, is skipped, and the next one is used instead.
 
     Args:
-        channels: C.
+        channels: number of channels C.
     """
 
     initialized: Tensor
@@ -34,7 +34,7 @@ class ActNorm(nn.Module):
         self.loc = nn.Parameter(torch.zeros(1, channels, 1, 1))
         self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
         self.register_buffer("initialized", torch.tensor(0, dtype=torch.uint8))
-        # a copy of the buffer on the host: no wait for the device per step
+        # host copy of the buffer, which avoids a device synchronisation per step
         self._known_initialized = False
         self.register_load_state_dict_post_hook(_forget_initialized)  # type: ignore[no-untyped-call]
 
@@ -52,7 +52,7 @@ class ActNorm(nn.Module):
         mean = sums[:-1] / sums[-1]
         deviations = _sum_over_ranks((values - mean[:, None]).square().sum(dim=1))
         std = (deviations / (sums[-1] - 1.0)).sqrt()
-        # the same on every rank, for these are sums over all
+        # equal on all ranks, since the sums are over all ranks
         if not (mean + std).isfinite().all():
             return False
         self.loc.copy_(-mean.view_as(self.loc))
@@ -66,7 +66,7 @@ def _forget_initialized(module: ActNorm, incompatible_keys: object) -> None:
 
 
 def _sum_over_ranks(values: Tensor) -> Tensor:
-    """Return the sum over all ranks, computed in place; a single process keeps its values."""
+    """Sum a tensor over all ranks in place, and return it; a no-op in a single process."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values)
     return values
@@ -81,21 +81,22 @@ _MOST_GROUPS = 32
 
 
 class PatchDiscriminator(nn.Module):
-    """Classifies each patch of an image as real or not (Isola et al. 2017, section 3.2.2).
+    """PatchGAN classifier of image patches as real or fake (Isola et al. 2017, section 3.2.2).
 
-    `n_layers` convolutions of stride 2, one of stride 1 and one to the logits, all 4 x 4. Between
-    them, but not after the first, `norm`: `batch` and `act` have the published modules and names
-    of parameters, so that published state dicts load. Under `batch` the ranks' statistics differ;
-    `group` normalises each image by itself, so it suits small batches and any number of ranks.
+    It has `n_layers` convolutions of stride 2, one of stride 1 and one to the logits, all 4 x 4.
+    All but the first and last are followed by `norm`. `batch` and `act` use the published modules
+    and parameter names, so that published state dicts load. With `batch`, statistics differ between
+    ranks; `group` normalises each image separately, which suits small batches and any number of
+    ranks.
 
     Args:
-        in_channels: C of the images.
-        n_layers: convolutions of stride 2; 3 sees patches of 70 x 70 pixels.
+        in_channels: number of image channels C.
+        n_layers: number of convolutions of stride 2; 3 gives patches of 70 x 70 pixels.
         ndf: channels after the first convolution; they double up to 8 * ndf.
         norm: `batch`, `act` (see `ActNorm`), `group` or `none`.
 
     Raises:
-        ValueError: an impossible value; the key of the lossconfig, the value and the fix.
+        ValueError: an argument is invalid; the message names the key of the lossconfig.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class PatchDiscriminator(nn.Module):
             ("disc_ndf", ndf),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{key}={value!r}: must be a whole number, 1 or more")
+                raise ValueError(f"{key}={value!r}: must be an integer of at least 1")
         _check_choice("disc_norm", norm, DISC_NORMS)
         self.in_channels = in_channels
         self.n_layers = n_layers
@@ -117,7 +118,7 @@ class PatchDiscriminator(nn.Module):
         layers = [nn.Conv2d(in_channels, ndf, 4, stride=2, padding=1), _activation()]
         for n, (before, after) in enumerate(pairwise(channels), start=1):
             stride = 2 if n < n_layers else 1
-            bias = norm != "batch"  # batch norm would take it away again
+            bias = norm != "batch"  # batch norm would cancel it
             layers += [
                 nn.Conv2d(before, after, 4, stride=stride, padding=1, bias=bias),
                 _normalization(norm, after),
@@ -128,7 +129,7 @@ class PatchDiscriminator(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        """Draw the published initial weights; the biases of convolutions keep torch's."""
+        """Initialise weights as published; convolution biases keep the PyTorch default."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)
@@ -138,41 +139,42 @@ class PatchDiscriminator(nn.Module):
 
     @property
     def minimum_size(self) -> int:
-        """The smallest height and width, in pixels, that gives a logit: 3 * 2 ** n_layers."""
-        # each convolution of stride 2 halves, rounding down; the two of stride 1 take one each
+        """Minimum height and width in pixels, 3 * 2 ** n_layers."""
+        # stride 2 halves the size, rounding down; both convolutions of stride 1 reduce it by one
         size: int = 3 * 2**self.n_layers
         return size
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, C, H, W] -> logits [B, 1, h, w], positive where a patch looks real.
+        """Compute logits [B, 1, h, w] of images [B, C, H, W], positive for patches judged real.
 
         Raises:
-            ValueError: the images have another number of channels, or are too small.
+            ValueError: the images have a wrong number of channels, or are too small.
         """
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
-                f"disc_in_channels={self.in_channels}: cannot take {list(x.shape)}; give images "
+                f"disc_in_channels={self.in_channels}: got shape {list(x.shape)}; give images "
                 f"[B, {self.in_channels}, H, W], or set disc_in_channels to their channels"
             )
         height, width = x.shape[2:]
         if min(height, width) < self.minimum_size:
             raise ValueError(
-                f"disc_num_layers={self.n_layers}: images of {height} x {width} pixels give no "
-                f"logit; take fewer disc_num_layers, or crops of {self.minimum_size} pixels or more"
+                f"disc_num_layers={self.n_layers}: images of {height} x {width} pixels are too "
+                f"small; reduce disc_num_layers, or use crops of at least {self.minimum_size} "
+                "pixels"
             )
         logits: Tensor = self.main(x)
         return logits
 
 
 class RealAndFake(nn.Module):
-    """Both passes of a discriminator in one call, as DistributedDataParallel needs it."""
+    """Wrapper that runs both discriminator passes in one call, for DistributedDataParallel."""
 
     def __init__(self, discriminator: nn.Module) -> None:
         super().__init__()
         self.discriminator = discriminator
 
     def forward(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-        """Images, each [B, C, H, W] -> their logits, each [B, 1, h, w]."""
+        """Compute the logits, [B, 1, h, w] each, of real and fake images, [B, C, H, W] each."""
         return self.discriminator(real), self.discriminator(fake)
 
 
@@ -188,7 +190,7 @@ def _normalization(norm: DiscNorm, channels: int) -> nn.Module:
     if norm == "group":
         groups = max(n for n in range(1, _MOST_GROUPS + 1) if channels % n == 0)
         return nn.GroupNorm(groups, channels, eps=1e-6)
-    return nn.Identity()  # keeps the indices of the layers behind it
+    return nn.Identity()  # keeps the indices of later layers
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
@@ -198,10 +200,10 @@ def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, kind: DiscLoss) -> Tensor:
-    """Return the scalar that the discriminator minimises, float32.
+    """Compute the discriminator loss, a float32 scalar.
 
-    `hinge` is that of Lim & Ye (2017); `vanilla` and `non_saturating` are both the cross entropy
-    of Goodfellow et al. (2014, eq. 1). Either is halved, as published.
+    `hinge` is the loss of Lim & Ye (2017); `vanilla` and `non_saturating` both use the cross
+    entropy of Goodfellow et al. (2014, eq. 1). All are halved, as published.
 
     Args:
         real: logits of images, any shape.
@@ -209,7 +211,7 @@ def discriminator_loss(real: Tensor, fake: Tensor, kind: DiscLoss) -> Tensor:
         kind: `hinge`, `vanilla` or `non_saturating`.
 
     Raises:
-        ValueError: another kind.
+        ValueError: the kind is unknown.
     """
     _check_choice("disc_loss", kind, DISC_LOSSES)
     real, fake = real.float(), fake.float()
@@ -219,7 +221,7 @@ def discriminator_loss(real: Tensor, fake: Tensor, kind: DiscLoss) -> Tensor:
 
 
 def generator_loss(fake: Tensor, kind: DiscLoss) -> Tensor:
-    """Return the scalar that the autoencoder minimises, float32.
+    """Compute the adversarial loss of the autoencoder, a float32 scalar.
 
     -mean(fake) for `hinge` and, as published, for `vanilla`; for `non_saturating`
     -mean(log sigmoid(fake)) (Goodfellow et al. 2014, section 3).
@@ -229,7 +231,7 @@ def generator_loss(fake: Tensor, kind: DiscLoss) -> Tensor:
         kind: `hinge`, `vanilla` or `non_saturating`.
 
     Raises:
-        ValueError: another kind.
+        ValueError: the kind is unknown.
     """
     _check_choice("disc_loss", kind, DISC_LOSSES)
     fake = fake.float()
@@ -239,10 +241,10 @@ def generator_loss(fake: Tensor, kind: DiscLoss) -> Tensor:
 def lecam(
     real: Tensor, fake: Tensor, average_real: Tensor | float, average_fake: Tensor | float
 ) -> Tensor:
-    """Return the LeCam regularisation (Tseng et al. 2021, eq. 4), a float32 scalar.
+    """Compute the LeCam regularisation (Tseng et al. 2021, eq. 4), a float32 scalar.
 
-    In the form of its authors' code, which penalises only real logits above the running average of
-    the fake ones and fake logits below that of the real ones.
+    As in the authors' code, it penalises only real logits above the running average of fake logits,
+    and fake logits below the running average of real logits.
 
     Args:
         real: logits of images, any shape.

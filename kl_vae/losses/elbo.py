@@ -1,6 +1,6 @@
-"""The plain loss: reconstruction error and KL, the negative evidence lower bound.
+"""Negative evidence lower bound: reconstruction error and KL.
 
-B batch, N = C * H * W values per image.
+Shapes: B batch, N = C * H * W values per image.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from kl_vae.runtime.schema import from_arguments
 
 @dataclass(frozen=True)
 class ELBOConfig:
-    """The arguments of `ELBO`.
+    """Arguments of `ELBO`.
 
     Attributes:
         reconstruction: `mse` or `l1`.
-        kl_weight: weight of the KL (nats per image) against the summed reconstruction error.
-        kl_warmup_steps: optimisation steps over which the KL's weight rises linearly from 0.
-        learn_logvar: train s (one scalar) with the autoencoder.
-        logvar_init: s at the start.
-        reduction: `mean` or `sum`, over an image's values.
+        kl_weight: weight of the KL (nats per image) relative to the summed reconstruction error.
+        kl_warmup_steps: optimisation steps over which the KL weight increases linearly from 0.
+        learn_logvar: train the scalar s = logvar with the autoencoder.
+        logvar_init: initial value of s.
+        reduction: `mean` or `sum` over the values of an image.
     """
 
     reconstruction: Literal["mse", "l1"] = "mse"
@@ -45,20 +45,20 @@ class ELBOConfig:
 class ELBO(nn.Module):
     """Negative log-likelihood of the image plus kl_weight * KL (Kingma & Welling 2013, eq. 10).
 
-    With e the mean over an image's values of |x - x_rec| (`l1`: a Laplace likelihood) or
-    (x - x_rec)^2 (`mse`: a Gaussian one), and s = logvar, the published first stages' form:
+    With e the mean over an image's values of |x - x_rec| (`l1`: Laplace likelihood) or
+    (x - x_rec)^2 (`mse`: Gaussian likelihood), and s = logvar, as in the published first stages:
 
         nll   = N * (e / exp(s) + s)
         total = mean over images of (nll + kl_weight * KL) / N
 
-    Published configs sum instead of dividing by N. The division changes no optimum, so `kl_weight`
-    means what it means there; it makes the gradient's size the same at every resolution, so that
-    one clipping bound fits all. `reduction="sum"` gives the published sum.
+    Published configs use the sum, without dividing by N; `reduction="sum"` selects it. The division
+    does not change the optimum, so `kl_weight` has the published meaning. It makes the gradient
+    norm independent of the resolution, so that one clipping threshold suits all resolutions.
 
-    `ELBOConfig` describes the arguments.
+    See `ELBOConfig` for the arguments.
 
     Raises:
-        ValueError: an impossible value; the text names the key, the value and the fix.
+        ValueError: an argument is invalid.
     """
 
     __signature__ = inspect.signature(ELBOConfig)
@@ -83,7 +83,7 @@ class ELBO(nn.Module):
         last_layer: Tensor | None = None,
         split: str = "train",
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the scalar to minimise, and its detached terms under `{split}/...`."""
+        """Return the scalar to minimise, and its detached terms with keys `{split}/...`."""
         difference = inputs.float() - reconstructions.float()
         error = difference.abs() if self.reconstruction == "l1" else difference.square()
         values = inputs[0].numel()
@@ -105,7 +105,7 @@ class ELBO(nn.Module):
         return total, {f"{split}/{key}": value.detach().clone() for key, value in log.items()}
 
     def kl_weight_at(self, global_step: int) -> float:
-        """Return the KL's weight after `global_step` optimisation steps."""
+        """Return the KL weight after `global_step` optimisation steps."""
         if global_step >= self.kl_warmup_steps:
             return self.kl_weight
         return self.kl_weight * global_step / self.kl_warmup_steps
@@ -121,8 +121,8 @@ def default_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return MSE (mean over all values) + 0.5 * KL (sum over latents, mean over images).
 
-    The documented loss of `lossconfig=None`. At this weight the KL outweighs the image and the
-    posterior collapses to N(0, I): set a lossconfig to train something useful.
+    This is the loss for `lossconfig=None`. With this weight the KL dominates and the posterior
+    collapses to N(0, I); set a lossconfig to train a useful model.
     """
     rec_loss = (inputs.float() - reconstructions.float()).square().mean()
     kl_loss = posterior.kl().mean()

@@ -1,7 +1,7 @@
-"""Rotations and scales that image and latents should undergo alike.
+"""Equivariance regularisation of the latents under rotation and scaling.
 
-B batch, C channels, H and W the image's height and width, z channels of the latents, h = H/f and
-w = W/f their height and width.
+Shapes: B batch, C channels, H and W image height and width, z latent channels, h = H/f and w = W/f
+latent height and width.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from kl_vae.runtime.randomness import generator_for
 
 @dataclass(frozen=True)
 class Equivariance:
-    """Quarter turns and a scale (EQ-VAE: Kouzelis et al. 2025, arXiv 2502.09509, section 3.2).
+    """Rotation and scaling (EQ-VAE: Kouzelis et al. 2025, arXiv 2502.09509, section 3.2).
 
-    Training decodes the transformed latents and compares with the image transformed in the same
-    way, so that latents rotate and shrink as images do. It needs no further pass.
+    Training decodes the transformed latents and compares the result with the transformed image, so
+    that latents rotate and scale as images do. No additional forward pass is needed.
 
     Attributes:
-        quarter_turns: rotation by 90 degrees each, 0 to 3.
-        scale: of height and width, above 0, at most 1.
+        quarter_turns: number of rotations by 90 degrees, 0 to 3.
+        scale: scale of height and width, in (0, 1].
     """
 
     quarter_turns: int
@@ -32,12 +32,12 @@ class Equivariance:
 
     @classmethod
     def draw(cls, probability: float, min_scale: float, *key: int | str) -> Equivariance | None:
-        """Draw the transformation of a step, a function of the key; None: the identity.
+        """Draw a random transformation determined by the key, or None for the identity.
 
         Args:
-            probability: of a transformation; its rotation is by 0 degrees in a quarter of cases.
-            min_scale: scales are uniform between this and 1.
-            key: such as seed and step.
+            probability: probability of a transformation; a quarter of them rotate by 0 degrees.
+            min_scale: scales are uniformly distributed between this and 1.
+            key: random key, such as seed and step.
         """
         generator = generator_for("equivariance", *key)
         chance, scale = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
@@ -55,8 +55,8 @@ class Equivariance:
         return self._apply(images, f)
 
     def _apply(self, x: Tensor, f: int) -> Tensor:
-        turned = torch.rot90(x, self.quarter_turns, (2, 3))
-        height, width = (f * max(1, round(side // f * self.scale)) for side in turned.shape[2:])
-        if (height, width) == turned.shape[2:]:
-            return turned
-        return F.interpolate(turned, (height, width), mode="bilinear", antialias=True)
+        rotated = torch.rot90(x, self.quarter_turns, (2, 3))
+        height, width = (f * max(1, round(side // f * self.scale)) for side in rotated.shape[2:])
+        if (height, width) == rotated.shape[2:]:
+            return rotated
+        return F.interpolate(rotated, (height, width), mode="bilinear", antialias=True)

@@ -1,6 +1,7 @@
-"""The perceptual distance LPIPS v0.1.
+"""LPIPS v0.1, a perceptual distance.
 
-B batch, C channels, H and W height and width, h and w those of a tap's features.
+Shapes: B batch, C channels, H and W image height and width, h and w height and width of a tap's
+features.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from kl_vae.losses.lpips_weights import find_weights, read_features, read_heads
 
-# ImageNet's mean and standard deviation for images in [-1, 1], rounded as published
+# ImageNet mean and standard deviation for images in [-1, 1], rounded as published
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
 _EPS = 1e-10
@@ -21,10 +22,10 @@ _EPS = 1e-10
 
 @dataclass(frozen=True)
 class _Network:
-    architecture: str  # torchvision's name
-    taps: tuple[int, ...]  # after these layers of torchvision's `.features` features are compared
+    architecture: str  # torchvision name
+    taps: tuple[int, ...]  # layers of torchvision's `.features` whose outputs are compared
     channels: tuple[int, ...]  # C of each tap
-    smallest_side: int  # smaller images vanish before the last tap
+    smallest_side: int  # smaller images have no features at the last tap
 
 
 _NETWORKS = {
@@ -40,24 +41,26 @@ _NETWORKS = {
 class LPIPS(nn.Module):
     """Learned perceptual image patch similarity (Zhang et al. 2018, eq. 1), version 0.1.
 
-    A network trained on ImageNet sees both images; at each tap its features are normalised over
-    the channels, and their squared differences weighted by channel, averaged over space, summed.
-    The distance is 0 for identical images; distances compare only within one `net`.
+    A network trained on ImageNet processes both images. At each tap, its features are normalised
+    over the channels; their squared differences are weighted by channel, averaged over space, and
+    summed over channels and taps. The distance is 0 for identical images. Distances of different
+    values of `net` are not comparable.
 
-    All tensors here are constants: it has no parameters and an empty state dict, moves with
-    `.to(device)`, stays in eval mode, and computes in float32 whatever autocast says.
+    The module has no parameters and an empty state dict; its buffers move with `.to(device)`. It
+    stays in eval mode, and computes in float32 also under autocast.
 
     Args:
-        net: `vgg` (the usual loss), `alex` or `squeeze`.
-        linear: weight the channels by the heads fitted to human judgement; False: all alike.
-        features: file of the network's weights under torchvision's keys; None: torchvision's own,
-            from torch.hub's cache or downloaded there. In distributed training one process per node
-            downloads and all ranks wait for it, so construct this on every rank.
-        heads: file of the heads as published; None: the published ones, from the same cache.
+        net: `vgg` (the usual choice for a loss), `alex` or `squeeze`.
+        linear: weight channels by linear heads fitted to human judgements; False: equal weights.
+        features: weights file of the network with torchvision keys; None: the torchvision weights,
+            downloaded to the torch.hub cache. In distributed training, one process per node
+            downloads while all ranks wait, so construct this on every rank.
+        heads: weights file of the linear heads; None: the published ones, downloaded to the same
+            cache.
 
     Raises:
-        ValueError: an impossible value, or a file that is not there, cannot be downloaded, or
-            holds something else.
+        ValueError: an argument is invalid, or a file is missing, cannot be downloaded, or has
+            other contents.
     """
 
     shift: Tensor
@@ -96,11 +99,11 @@ class LPIPS(nn.Module):
         """Return the distance per pair, [B, 1, 1, 1], differentiable in `reconstructions`.
 
         Args:
-            inputs: images [B, C, H, W] in [-1, 1], C 1 (taken for grey) or 3.
+            inputs: images [B, C, H, W] in [-1, 1], C = 1 (greyscale) or 3.
             reconstructions: images of the same shape.
 
         Raises:
-            ValueError: shapes that differ, that are no images, or too small for the network.
+            ValueError: the shapes differ, or are invalid or too small for the network.
         """
         self._check(inputs, reconstructions)
         with torch.autocast(inputs.device.type, enabled=False):
@@ -109,23 +112,23 @@ class LPIPS(nn.Module):
             pairs = zip(targets, self._features(reconstructions.float()), strict=True)
             distances = []
             for i, (target, features) in enumerate(pairs):
-                # the mean over space first: it commutes with the head, which then has less to do
+                # averaging over space first is cheaper, and commutes with the head
                 squares = (target - features).square().mean(dim=(2, 3), keepdim=True)
                 distances.append((self.get_buffer(f"head{i}") * squares).sum(dim=1, keepdim=True))
             return torch.stack(distances).sum(dim=0)
 
     def train(self, mode: bool = True) -> LPIPS:
-        """Stay in eval mode, whatever the mode of the loss that holds this."""
+        """Keep eval mode, whatever the mode of the parent module."""
         return super().train(False)
 
     def _features(self, images: Tensor) -> list[Tensor]:
-        """Return features [B, C, h, w] at each tap, of length 1 over the channels."""
-        h = (images - self.shift) / self.scale  # one channel becomes three alike
+        """Return the features [B, C, h, w] of each tap, with unit norm over the channels."""
+        h = (images - self.shift) / self.scale  # broadcasts one channel to three
         taps = []
         for i, layer in enumerate(self.features):
             h = layer(h)
             if i in self.network.taps:
-                # vector_norm, not the root of a sum: its gradient at 0 is 0 instead of NaN
+                # the gradient of vector_norm at 0 is 0, that of the root of a sum is NaN
                 taps.append(h / (torch.linalg.vector_norm(h, dim=1, keepdim=True) + _EPS))
         return taps
 
@@ -140,19 +143,19 @@ class LPIPS(nn.Module):
             raise ValueError(f"LPIPS: images {shape}; give a batch [B, C, H, W]")
         if shape[1] not in (1, 3):
             raise ValueError(
-                f"LPIPS: images of {shape[1]} channels, it knows 1 and 3; set "
+                f"LPIPS: images of {shape[1]} channels, but 1 or 3 are required; set "
                 "perceptual_weight: 0, or use 3 channels"
             )
         if min(shape[2:]) < self.network.smallest_side:
             raise ValueError(
-                f"LPIPS: images of {shape[2]} x {shape[3]}, {self.net} needs "
-                f"{self.network.smallest_side} x {self.network.smallest_side} at least; use "
-                "larger images, or set perceptual_weight: 0"
+                f"LPIPS: images of {shape[2]} x {shape[3]}, but {self.net} needs at least "
+                f"{self.network.smallest_side} x {self.network.smallest_side}; use larger images, "
+                "or set perceptual_weight: 0"
             )
 
 
 def _build(network: _Network) -> nn.Sequential:
-    """Return torchvision's `.features` up to the last tap, on the meta device (no random draw)."""
+    """Build torchvision's `.features` up to the last tap, on the meta device (no random init)."""
     import torchvision
 
     with torch.device("meta"):
@@ -162,7 +165,7 @@ def _build(network: _Network) -> nn.Sequential:
 
 
 def _fill(features: nn.Sequential, tensors: dict[str, Tensor]) -> None:
-    """Replace each parameter by the tensor of its name, as a buffer that is not saved."""
+    """Replace each parameter by the tensor of the same name, as a non-persistent buffer."""
     for key, tensor in tensors.items():
         path, _, name = key.rpartition(".")
         module = features.get_submodule(path)

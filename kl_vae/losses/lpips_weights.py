@@ -1,4 +1,4 @@
-"""The weight files of LPIPS: found in torch.hub's cache or downloaded into it, and read."""
+"""Weights of LPIPS: download into the torch.hub cache, and loading."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEADS_SHA256 = {
     "alex": "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
     "squeeze": "4a5350f23600cb79923ce65bb07cbf57dca461329894153e05a1346bd531cf76",
 }
-# torchvision's names of the ImageNet weights that LPIPS v0.1 was fitted on
+# torchvision names of the ImageNet weights that LPIPS v0.1 was fitted with
 _FEATURES = {
     "vgg": "VGG16_Weights.IMAGENET1K_V1",
     "alex": "AlexNet_Weights.IMAGENET1K_V1",
@@ -37,20 +37,20 @@ _PREFIX = "features."
 
 @dataclass(frozen=True)
 class Download:
-    """A published file, and its name in torch.hub's folder of checkpoints."""
+    """A published file, and its name in the checkpoint folder of torch.hub."""
 
     url: str
     name: str
-    sha256: str  # or its first digits
+    sha256: str  # complete, or the first digits
 
     @property
     def path(self) -> Path:
-        """The file in the cache."""
+        """Path of the file in the cache."""
         return Path(torch.hub.get_dir()) / "checkpoints" / self.name
 
 
 def features_download(net: str) -> Download:
-    """Return torchvision's ImageNet weights of a network, under torchvision's name."""
+    """Return the download of a network's ImageNet weights from torchvision."""
     import torchvision
 
     url = torchvision.models.get_weight(_FEATURES[net]).url
@@ -59,7 +59,7 @@ def features_download(net: str) -> Download:
 
 
 def heads_download(net: str) -> Download:
-    """Return the published linear heads over a network's features."""
+    """Return the download of a network's published linear heads."""
     return Download(HEADS_URL.format(net=net), f"lpips_v0.1_{net}.pth", HEADS_SHA256[net])
 
 
@@ -68,12 +68,12 @@ def find_weights(
 ) -> tuple[Path, Path | None]:
     """Return the files of a network's features and of its heads (None unless `linear`).
 
-    A path that is given is taken as it is; None means the published file. In distributed training
-    one process per node downloads and the others wait for it, so all ranks must call this.
+    A path of None means the published file. In distributed training, one process per node downloads
+    while all other processes wait, so all ranks must call this.
 
     Raises:
-        ValueError: a file is not there and cannot be downloaded, or cached heads are not those
-            that were published.
+        ValueError: a file is missing and cannot be downloaded, or cached heads are not the
+            published ones.
     """
     features_file = None if features is None else _existing("features", features)
     heads_file = _existing("heads", heads) if linear and heads is not None else None
@@ -90,12 +90,13 @@ def find_weights(
 
 
 def read_features(path: Path, net: str, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Return the float32 tensors of torchvision's `.features`, by the keys of `shapes`.
+    """Load the float32 tensors of a torchvision network's `.features`, with the keys of `shapes`.
 
-    The file holds the whole network or `.features` alone, with or without "features." in the keys.
+    The file contains the whole network, or only `.features`, with or without the prefix
+    "features.".
 
     Raises:
-        ValueError: it cannot be read, or holds other keys or shapes than `shapes`.
+        ValueError: the file cannot be read, or its keys or shapes do not match `shapes`.
     """
     tensors = _read(path)
     if any(key.startswith(_PREFIX) for key in tensors):
@@ -107,10 +108,10 @@ def read_features(path: Path, net: str, shapes: Mapping[str, torch.Size]) -> dic
 
 
 def read_heads(path: Path, net: str, channels: Sequence[int]) -> list[Tensor]:
-    """Return the float32 weights [1, C, 1, 1] of the linear heads, from the first tap on.
+    """Load the float32 weights [1, C, 1, 1] of the linear heads, in the order of the taps.
 
     Raises:
-        ValueError: it cannot be read, or holds other keys or shapes than one head per tap.
+        ValueError: the file cannot be read, or its keys or shapes do not match one head per tap.
     """
     shapes = {f"lin{i}.model.1.weight": torch.Size((1, c, 1, 1)) for i, c in enumerate(channels)}
     tensors = _read(path)
@@ -119,29 +120,31 @@ def read_heads(path: Path, net: str, channels: Sequence[int]) -> list[Tensor]:
 
 
 def _fetch(files: Sequence[Download]) -> None:
-    together = dist.is_available() and dist.is_initialized()
+    distributed = dist.is_available() and dist.is_initialized()
     failure: Exception | None = None
-    # apart, each process downloads what it misses: the rename makes that safe
-    if not together or os.environ.get("LOCAL_RANK", "0") == "0":
+    # without torch.distributed, every process may download: the atomic rename makes that safe
+    if not distributed or os.environ.get("LOCAL_RANK", "0") == "0":
         failure = _download_missing(files)
-    if together:
-        dist.barrier()  # also after a failure, and where no file is missing: all ranks meet here
+    if distributed:
+        dist.barrier()  # on all ranks, also after a failure and if no file is missing
     missing = [file for file in files if not file.path.is_file()]
     if missing:
-        reason = failure or "the node's process with LOCAL_RANK=0 failed to"
+        reason = failure or "the process with LOCAL_RANK=0 on this node failed"
         wanted = " and ".join(f"{file.name} (from {file.url})" for file in missing)
         raise ValueError(
-            f"LPIPS: cannot download its weights ({reason}); put {wanted} into "
+            f"LPIPS: cannot download the weights ({reason}); put {wanted} into "
             f"{missing[0].path.parent}, or give local paths as features and heads "
-            "(linear: false needs no heads)"
+            "(heads are not needed with linear: false)"
         )
     for file in files:
-        if len(file.sha256) == 64:  # torchvision publishes the first 8 digits, for the download
+        if (
+            len(file.sha256) == 64
+        ):  # torchvision only publishes the first 8 digits, which the download checks
             digest = hashlib.sha256(file.path.read_bytes()).hexdigest()
             if digest != file.sha256:
                 raise ValueError(
-                    f"{file.path}: sha256 {digest}, not {file.sha256} of the published file; "
-                    "delete it, and it is downloaded again"
+                    f"{file.path}: sha256 is {digest}, but the published file has {file.sha256}; "
+                    "delete the file to download it again"
                 )
 
 
@@ -151,11 +154,11 @@ def _download_missing(files: Sequence[Download]) -> Exception | None:
             if not file.path.is_file():
                 logger.info("downloading %s to %s", file.url, file.path)
                 file.path.parent.mkdir(parents=True, exist_ok=True)
-                # written beside, its sha256 checked, then renamed
+                # downloads to a temporary file, checks its sha256, then renames it
                 torch.hub.download_url_to_file(
                     file.url, str(file.path), file.sha256, progress=sys.stderr.isatty()
                 )
-    except Exception as error:  # any: the other ranks wait for the outcome
+    except Exception as error:  # of any type, since the other ranks wait in the barrier
         return error
     return None
 
@@ -163,22 +166,24 @@ def _download_missing(files: Sequence[Download]) -> Exception | None:
 def _existing(key: str, path: str | Path) -> Path:
     path = Path(path).expanduser()
     if not path.is_file():
-        raise ValueError(f"{key}={path}: no such file; give an existing one, or none to download")
+        raise ValueError(f"{key}={path}: no such file; give an existing file, or null to download")
     return path
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's advice on its own old formats
+            warnings.simplefilter("ignore")  # warnings about old PyTorch formats
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on damaged bytes torch fails in any way
+    except Exception as error:  # torch.load may raise any type for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"{path}: cannot be read as a file of tensors ({reason}); download it again"
+            f"{path}: cannot be read as a file of tensors ({reason}); download the file again"
         ) from None
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: holds {type(content).__name__}; give a file with a state dict")
+        raise ValueError(
+            f"{path}: contains {type(content).__name__}; give a file with a state dict"
+        )
     return {str(k): x.detach().float() for k, x in content.items() if isinstance(x, Tensor)}
 
 
