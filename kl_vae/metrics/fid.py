@@ -1,9 +1,9 @@
-"""The Frechet distance between the Inception features of images and of their reconstructions.
+"""Frechet distance between the Inception features of images and of their reconstructions.
 
-n images, d features of each (2048), B batch, H and W the image's height and width.
+The network is the torch-fidelity port of the original, with the TensorFlow weights and its resize
+to 299 x 299 without antialiasing. Other networks and resizing methods give other values.
 
-The network is torch-fidelity's: the one of the original code, with TensorFlow's weights and its
-resize to 299 x 299, without antialiasing. Other networks and resizes give other values.
+Shapes: n images, d features per image (2048), B batch, H and W image height and width.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from kl_vae.metrics.moments import RunningMoments
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
-_SHA256 = "6726825d"  # its first digits
-_LAYER = "2048"  # after the last pooling
+_SHA256 = "6726825d"  # first digits
+_LAYER = "2048"  # output of the last pooling layer
 
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """The Gaussian that is fitted to n vectors of features, float64.
+    """Gaussian fitted to n feature vectors, float64.
 
     Attributes:
-        number: n.
-        mean: [d].
-        factor: R [min(n, d), d], of the covariance R^T R, with n - 1 in its denominator.
+        number: number of images n.
+        mean: mean [d].
+        factor: R, [min(n, d), d], with the unbiased covariance R^T R (denominator n - 1).
     """
 
     number: int
@@ -42,17 +42,17 @@ class FeatureStatistics:
 
     @classmethod
     def of(cls, parts: Callable[[], Iterable[Tensor]]) -> FeatureStatistics:
-        """The statistics of features that come in parts [n_i, d].
+        """Compute the statistics of features given in parts [n_i, d].
 
         Args:
-            parts: called once, or twice for few images (n <= d); each time it gives the same
-                parts in the same order.
+            parts: returns the parts, the same ones in the same order on each call; called once, or
+                twice for few images (n <= d).
 
         Raises:
-            ValueError: fewer than two images.
+            ValueError: there are fewer than two images.
         """
-        of_parts = (RunningMoments.of(part, covariance=True) for part in parts())
-        moments = functools.reduce(RunningMoments.merge, of_parts)
+        part_moments = (RunningMoments.of(part, covariance=True) for part in parts())
+        moments = functools.reduce(RunningMoments.merge, part_moments)
         number, mean = moments.count, moments.mean
         if number < 2:
             raise ValueError(f"rfid: {number} image has no covariance; give at least 2 images")
@@ -65,10 +65,11 @@ class FeatureStatistics:
 
 
 def frechet_distance(one: FeatureStatistics, other: FeatureStatistics) -> float:
-    """The squared Frechet distance of two Gaussians (Dowson & Landau 1982; Heusel et al. 2017).
+    """Compute the squared Frechet distance of two Gaussians.
 
-    |m1 - m2|^2 + Tr(C1) + Tr(C2) - 2 Tr((C1 C2)^(1/2)). The eigenvalues of C1 C2 are the squared
-    singular values of R1 R2^T, and so the last trace is their sum, whatever the ranks.
+    |m1 - m2|^2 + Tr(C1) + Tr(C2) - 2 Tr((C1 C2)^(1/2)) (Dowson & Landau 1982; Heusel et al. 2017).
+    The eigenvalues of C1 C2 are the squared singular values of R1 R2^T, so that the last trace is
+    the sum of these singular values, for covariances of any rank.
     """
     means = (one.mean - other.mean).square().sum()
     traces = one.factor.square().sum() + other.factor.square().sum()
@@ -77,10 +78,12 @@ def frechet_distance(one: FeatureStatistics, other: FeatureStatistics) -> float:
 
 
 def find_inception(weights: str | Path | None) -> Path:
-    """The file of the network's weights; torch.hub's cache has it, or it is downloaded there.
+    """Return the weights file of the Inception network.
+
+    If `weights` is None, the file is downloaded once to the torch.hub cache.
 
     Raises:
-        ValueError: `weights` is no file, or they cannot be downloaded.
+        ValueError: `weights` is not a file, or the download fails.
     """
     if weights is not None:
         path = Path(weights).expanduser()
@@ -92,25 +95,24 @@ def find_inception(weights: str | Path | None) -> Path:
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # written beside, its sha256 checked, then renamed
+        # downloads to a temporary file, checks its sha256, then renames it
         torch.hub.download_url_to_file(URL, str(path), _SHA256, progress=sys.stderr.isatty())
-    except Exception as error:  # any: no network has many faces
+    except Exception as error:  # network failures raise many types
         raise ValueError(
-            f"rfid: cannot download the weights of its network ({error}); put {WEIGHTS} (from "
-            f"{URL}) into {path.parent}, or give it as fid_weights"
+            f"rfid: cannot download the Inception weights ({error}); put {WEIGHTS} (from {URL}) "
+            f"into {path.parent}, or give the file as fid_weights"
         ) from None
     return path
 
 
 def load_inception(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Load the network from its file of weights.
+    """Load the Inception network from its weights file.
 
     Returns:
-        A function of pictures [B, 3, H, W], uint8, that gives their features [B, d], float32, on
-        the CPU.
+        A function that maps uint8 images [B, 3, H, W] to float32 features [B, d] on the CPU.
 
     Raises:
-        ValueError: torch-fidelity is not installed, or the file holds something else.
+        ValueError: torch-fidelity is not installed, or the file has other contents.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -118,24 +120,24 @@ def load_inception(path: Path, device: torch.device) -> Callable[[Tensor], Tenso
         raise ValueError('rfid needs torch-fidelity: pip install "kl-vae[eval]"') from error
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-        # the library unpickles whatever a file holds: it is given what was read here safely
+        # the library unpickles files without weights_only, so pass it tensors that were read safely
         stream = io.BytesIO()
         torch.save(tensors, stream)
         stream.seek(0)
         network = FeatureExtractorInceptionV3(
             "inception-v3-compat", [_LAYER], feature_extractor_weights_path=stream
         )
-    except Exception as error:  # on damaged bytes torch raises any type
+    except Exception as error:  # torch.load may raise any type for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"{path}: not the weights of rfid's network ({reason}); give {WEIGHTS} from {URL}"
+            f"{path}: not the Inception weights of rfid ({reason}); give {WEIGHTS} from {URL}"
         ) from None
     network = network.to(device)
 
     @torch.inference_mode()
-    def features(pictures: Tensor) -> Tensor:
+    def features(images: Tensor) -> Tensor:
         with torch.autocast(device.type, enabled=False):
-            found: Tensor = network(pictures.to(device))[0]
+            found: Tensor = network(images.to(device))[0]
         return found.float().cpu()
 
     return features

@@ -1,6 +1,6 @@
-"""The perceptual distance LPIPS as a measure.
+"""LPIPS as an evaluation metric.
 
-B batch, H and W the image's height and width.
+Shapes: B batch, H and W image height and width.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ def load_lpips(
     heads: str | Path | None,
     device: torch.device,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Load LPIPS v0.1 (Zhang et al. 2018) to measure images with; see `LPIPS`.
+    """Load LPIPS v0.1 (Zhang et al. 2018) as a metric; see `LPIPS`.
 
-    Among several ranks all of them call this.
+    All ranks must call this.
 
     Args:
         net: `vgg`, `alex` or `squeeze`.
-        features: file of the network's weights; None: torchvision's, downloaded once.
-        heads: file of the linear heads; None: the published ones, downloaded once.
-        device: where it computes.
+        features: weights file of the network; None: the torchvision weights, downloaded once.
+        heads: weights file of the linear heads; None: the published ones, downloaded once.
+        device: device for the computation.
 
     Returns:
-        A function of x and y, each [B, 3, H, W] in [-1, 1], that gives their distances [B]:
-        float32 on `device`, NaN where a side is smaller than the network can see.
+        A function that maps x and y, [B, 3, H, W] each in [-1, 1], to their distances [B],
+        float32 on `device`; NaN if a side is too small for the network.
 
     Raises:
-        ValueError: an unknown `net`, or a file that is not there, cannot be downloaded, or holds
-            something else.
+        ValueError: `net` is unknown, or a file is missing, cannot be downloaded, or has other
+            contents.
     """
     try:
         lpips = LPIPS(net, features=features, heads=heads).to(device)
     except ValueError as error:
-        raise ValueError(f"{error} (here as lpips_features and lpips_heads)") from error
+        raise ValueError(f"{error} (the arguments are lpips_features and lpips_heads)") from error
 
     @torch.inference_mode()
     def distances(x: Tensor, y: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""How close a reconstruction is to its image: PSNR, SSIM and MS-SSIM.
+"""Image similarity metrics: PSNR, SSIM and MS-SSIM.
 
-B batch, C channels, H and W the image's height and width.
+Shapes: B batch, C channels, H and W image height and width.
 """
 
 import math
@@ -9,33 +9,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# the constants of Wang et al. 2004, section III
+# constants of Wang et al. 2004, section III
 WINDOW = 11
 SIGMA = 1.5
 K1, K2 = 0.01, 0.03
-# of Wang et al. 2003, section 4.2: how much each scale counts, the finest first
+# weights of the scales, finest first (Wang et al. 2003, section 4.2)
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-MS_SSIM_SIDE = WINDOW * 2 ** (len(SCALE_WEIGHTS) - 1)  # the coarsest scale has one window then
+MS_SSIM_SIDE = WINDOW * 2 ** (len(SCALE_WEIGHTS) - 1)  # one window at the coarsest scale
 
 
 def mse(x: Tensor, y: Tensor, data_range: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
-    """Mean squared error over all C * H * W values, [B], float64, of images scaled to [0, 1].
+    """Compute the mean squared error of images scaled to [0, 1], [B], float64.
 
-    Args and Raises are those of `psnr`.
+    The mean is over all C * H * W values. See `psnr` for the arguments and errors.
     """
     x, y = _in_unit_range(x, y, data_range)
     return (x - y).square().flatten(1).mean(1)
 
 
 def psnr(x: Tensor, y: Tensor, data_range: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
-    """Peak signal-to-noise ratio, 10 log10((high - low)^2 / MSE), [B] in dB, float64.
+    """Compute the peak signal-to-noise ratio, 10 log10((high - low)^2 / MSE), [B] in dB, float64.
 
-    The MSE of an image is over all its C * H * W values. Identical images have inf.
+    The MSE of an image is over all C * H * W values. The result is inf for identical images.
 
     Args:
         x: images [B, C, H, W], of any dtype.
-        y: images of the same shape; the measure is symmetric.
-        data_range: (low, high), black and white: (-1, 1), or (0, 255) for 8 bits.
+        y: images of the same shape; the metric is symmetric.
+        data_range: values (low, high) of black and white, such as (-1, 1), or (0, 255) for 8 bits.
 
     Raises:
         ValueError: the shapes differ or are not [B, C, H, W].
@@ -44,16 +44,16 @@ def psnr(x: Tensor, y: Tensor, data_range: tuple[float, float] = (-1.0, 1.0)) ->
 
 
 def ssim(x: Tensor, y: Tensor, data_range: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
-    """Structural similarity (Wang et al. 2004, equation 13), [B] in [-1, 1], float64.
+    """Compute the structural similarity (Wang et al. 2004, equation 13), [B] in [-1, 1], float64.
 
     Gaussian window of 11 x 11, sigma 1.5, K1 = 0.01, K2 = 0.03, weighted population variances.
-    The mean is over the windows that lie wholly inside the image (no padding) and over channels.
-    Images with a side below 11 have no window and get NaN.
+    The mean is over channels and over the windows inside the image (no padding). The result is NaN
+    for images with a side below 11.
 
-    Black counts as 0, as in the paper: the luminance term is about ratios of means, and values
-    from -1 to 1 taken as they are would give another value than the same images in 8 bits.
+    Images are shifted so that black is 0, as in the paper, since the luminance term depends on
+    ratios of means.
 
-    Args and Raises are those of `psnr`.
+    See `psnr` for the arguments and errors.
     """
     x, y = _in_unit_range(x, y, data_range)
     if min(x.shape[2:]) < WINDOW:
@@ -63,17 +63,18 @@ def ssim(x: Tensor, y: Tensor, data_range: tuple[float, float] = (-1.0, 1.0)) ->
 
 
 def ms_ssim(x: Tensor, y: Tensor, data_range: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
-    """Multi-scale structural similarity (Wang et al. 2003, equation 7), [B] in [0, 1], float64.
+    """Compute the multi-scale structural similarity, [B] in [0, 1], float64.
 
-    Five scales, each half as large as the one before by means of 2 x 2 pixels (an odd last row or
-    column is left out). At each the contrast and structure terms of `ssim` are averaged over
-    channels and windows, at the coarsest all of SSIM; their product is weighted by
-    `SCALE_WEIGHTS`, a negative mean counting as 0. Images with a side below 176 get NaN.
+    Wang et al. (2003), equation 7. It uses five scales, each half the size of the previous one by
+    2 x 2 average pooling (an odd last row or column is dropped). At each scale, the contrast and
+    structure terms of `ssim` are averaged over channels and windows; at the coarsest, all of SSIM.
+    The result is the product of these means, clamped to at least 0, to the powers `SCALE_WEIGHTS`.
+    It is NaN for images with a side below 176.
 
-    These are the values of torchmetrics with its defaults (`normalize="relu"`): as there, the mean
-    at the coarsest scale is also over windows that reach into the image's reflection at its border.
+    The values equal those of torchmetrics with default arguments (`normalize="relu"`), which also
+    averages over windows in the reflection padding at the coarsest scale.
 
-    Args and Raises are those of `psnr`.
+    See `psnr` for the arguments and errors.
     """
     x, y = _in_unit_range(x, y, data_range)
     if min(x.shape[2:]) < MS_SSIM_SIDE:
@@ -90,7 +91,7 @@ def ms_ssim(x: Tensor, y: Tensor, data_range: tuple[float, float] = (-1.0, 1.0))
 
 
 def _similarities(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """SSIM, and its contrast and structure terms alone, of each window, [B, C, H - 10, W - 10]."""
+    """Return SSIM, and its contrast and structure terms, per window, [B, C, H - 10, W - 10]."""
     mean_x, mean_y = _window_mean(x), _window_mean(y)
     var_x = _window_mean(x.square()) - mean_x.square()
     var_y = _window_mean(y.square()) - mean_y.square()
@@ -104,19 +105,19 @@ def _similarities(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def _in_unit_range(x: Tensor, y: Tensor, data_range: tuple[float, float]) -> tuple[Tensor, Tensor]:
     if x.shape != y.shape or x.ndim != 4:
         raise ValueError(
-            f"images of shapes {list(x.shape)} and {list(y.shape)}: give two of one [B, C, H, W]"
+            f"images of shapes {list(x.shape)} and {list(y.shape)}: give equal shapes [B, C, H, W]"
         )
-    if x.device.type == "mps":  # has no float64
+    if x.device.type == "mps":  # float64 is not supported
         x, y = x.cpu(), y.cpu()
     low, high = data_range
     return (x.double() - low) / (high - low), (y.double() - low) / (high - low)
 
 
 def _window_mean(x: Tensor) -> Tensor:
-    """[B, C, H, W] -> the weighted means of all windows, [B, C, H - 10, W - 10]."""
+    """Compute the weighted mean of each window of x [B, C, H, W], [B, C, H - 10, W - 10]."""
     weights = [math.exp(-0.5 * (i - WINDOW // 2) ** 2 / SIGMA**2) for i in range(WINDOW)]
     total = sum(weights)
-    # the Gaussian is separable; on the CPU shifted sums are faster than a float64 convolution
+    # separable Gaussian; on the CPU, shifted sums are faster than a float64 convolution
     for dim in (2, 3):
         length = x.shape[dim] - WINDOW + 1
         mean = torch.zeros_like(x.narrow(dim, 0, length))
