@@ -1,1 +1,1 @@
-"""Optimizers, their configuration and the learning-rate schedule."""
+"""Optimisers, their configuration and the learning-rate schedule."""

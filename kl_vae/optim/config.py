@@ -1,4 +1,4 @@
-"""The optimiser and its learning rate, as a function of the step alone."""
+"""Optimiser and learning-rate schedule; the learning rate depends only on the step."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from kl_vae.optim.muon import Muon
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """How parameters are updated.
+    """Settings of an optimiser.
 
     Attributes:
         name: adamw (Loshchilov & Hutter 2019), adam (Kingma & Ba 2015) as published, or muon
             (Jordan et al. 2024) for kernels and matrices with AdamW for the rest.
-        learning_rate: after the warm-up; about 1e-4 to 1e-3 for adam and adamw, 0.01 to 0.02 for
-            muon.
-        adamw_learning_rate: with muon, that of norms, biases and scalars.
-        betas: decay of the first and second moment.
+        learning_rate: learning rate after the warm-up; about 1e-4 to 1e-3 for adam and adamw, 0.01
+            to 0.02 for muon.
+        adamw_learning_rate: with muon, learning rate of norms, biases and scalars.
+        betas: decay rates of the first and second moment.
         eps: added to the square root of the second moment. Some parameters have no effect (a bias
-            before a group norm with one channel per group, the bias of attention's keys), and their
-            gradients are rounding noise: at 1e-8 Adam would turn it into whole steps, which depend
+            before a group norm with one channel per group, the bias of attention keys), and their
+            gradients are rounding noise: with 1e-8, Adam would amplify it to full steps that depend
             on the number of ranks.
-        weight_decay: of the weights of convolutions and linear layers; norms, biases and scalars
-            are not decayed.
-        warmup_steps: over which the rate rises linearly from 0.
-        schedule: after the warm-up constant, or cosine down to min_learning_rate at the run's end.
-        min_learning_rate: where the cosine ends.
-        clip_grad_norm: limit of the norm of the whole gradient; null: no clipping.
+        weight_decay: weight decay of convolution and linear weights; norms, biases and scalars are
+            not decayed.
+        warmup_steps: number of steps over which the learning rate increases linearly from 0.
+        schedule: schedule after the warm-up: constant, or cosine to min_learning_rate at the end of
+            the run.
+        min_learning_rate: final learning rate of the cosine schedule.
+        clip_grad_norm: maximum norm of the gradient of all parameters; null: no clipping.
     """
 
     name: Literal["adamw", "adam", "muon"] = "adamw"
@@ -51,26 +52,30 @@ class OptimizerConfig:
         errors = []
         for key in ("learning_rate", "adamw_learning_rate"):
             if getattr(self, key) <= 0:
-                errors.append(f"{key}={getattr(self, key)}: must be above 0, such as 1.0e-4")
+                errors.append(f"{key}={getattr(self, key)}: must be above 0, for example 1.0e-4")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            errors.append(f"betas={list(self.betas)}: two numbers, each at least 0 and below 1")
+            errors.append(
+                f"betas={list(self.betas)}: must be two numbers, each at least 0 and below 1"
+            )
         for key in ("eps", "weight_decay", "warmup_steps"):
             if getattr(self, key) < 0:
                 errors.append(f"{key}={getattr(self, key)}: must be 0 or more")
         if not 0 <= self.min_learning_rate <= self.learning_rate:
             errors.append(
-                f"min_learning_rate={self.min_learning_rate}: between 0 and "
+                f"min_learning_rate={self.min_learning_rate}: must be between 0 and "
                 f"learning_rate={self.learning_rate}"
             )
         if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
-            errors.append(f"clip_grad_norm={self.clip_grad_norm}: above 0, or null for no clipping")
+            errors.append(
+                f"clip_grad_norm={self.clip_grad_norm}: must be above 0, or null for no clipping"
+            )
         if errors:
             raise ValueError("\n".join(errors))
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiscriminatorOptimizerConfig(OptimizerConfig):
-    """How a discriminator's parameters are updated; as published unless told otherwise."""
+    """Settings of the discriminator's optimiser, with the published defaults."""
 
     name: Literal["adamw", "adam", "muon"] = "adam"
     betas: tuple[float, ...] = (0.5, 0.9)
@@ -79,10 +84,10 @@ class DiscriminatorOptimizerConfig(OptimizerConfig):
 def build_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimizerConfig
 ) -> torch.optim.Optimizer:
-    """Build the optimiser over all trainable parameters, in two groups: matrices and others.
+    """Build the optimiser for all trainable parameters, in two groups: matrices and other tensors.
 
-    Matrices are the weights of convolutions and linear layers. Each group's `initial_lr` is its
-    rate at its peak.
+    Matrices are the weights of convolutions and linear layers. `initial_lr` of a group is its peak
+    learning rate.
     """
     trainable = [p for p in parameters if p.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -109,7 +114,7 @@ def build_optimizer(
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, step: int, total_steps: int, config: OptimizerConfig
 ) -> float:
-    """Set the rates of step `step` (from 0) of `total_steps`; return that of the first group."""
+    """Set the learning rates for step `step` (from 0); return the rate of the first group."""
     rate = learning_rate_at(step, total_steps, config)
     for group in optimizer.param_groups:
         group["lr"] = rate * (group["initial_lr"] / config.learning_rate)
@@ -117,7 +122,7 @@ def set_learning_rate(
 
 
 def learning_rate_at(step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """Return the learning rate of step `step` (from 0) of `total_steps`."""
+    """Return the learning rate for step `step` (from 0) of `total_steps`."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.schedule == "constant":

@@ -1,6 +1,6 @@
 """Muon: orthogonalised momentum for matrices, and AdamW for the other parameters.
 
-A stack is a list of n parameters whose matrices have one shape: [n, rows, columns].
+A stack is a list of n parameters whose matrices have equal shapes: [n, rows, columns].
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# of the odd quintic whose iteration drives singular values towards 1 (Jordan et al. 2024)
+# coefficients of the odd quintic iteration that maps singular values towards 1 (Jordan et al. 2024)
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-# Five iterations in two rounds, each from a Gram matrix of its own. That squares the singular
-# values, and the rounding of the small ones would grow through all five iterations of one round: to
-# 1e-3 of the result in float32, to half of it where TF32 is allowed. With two rounds the result is
-# as exact as without Gram matrices (1e-4, and about 1e-2 with TF32).
+# Five iterations in two rounds, each with a new Gram matrix. A Gram matrix squares the singular
+# values, and rounding errors of small ones would grow over five iterations of a single round to a
+# relative error of 1e-3 in float32, and 0.5 with TF32. With two rounds the result is as accurate as
+# without Gram matrices (1e-4, and about 1e-2 with TF32).
 NEWTON_SCHULZ_ROUNDS = (3, 2)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Return nearly the nearest matrices with orthonormal rows (or columns, if there are fewer).
+    """Approximate the nearest matrices with orthonormal rows (or columns, if there are fewer).
 
-    [n, rows, columns] -> the same in float32, also under autocast. Singular values are mapped to
-    0.67 to 1.21, which is enough; those below 1/600 of the matrix's Frobenius norm may stay
-    smaller, and 0 stays 0.
+    The result has the shape of `matrices`, [n, rows, columns], and is float32, also under autocast.
+    Singular values are mapped to 0.67 to 1.21; those below 1/600 of the Frobenius norm of their
+    matrix may be smaller, and 0 stays 0.
 
     An iteration is X <- P X with P = a I + b G + c G^2, G = X X^T. P and G commute, so that several
-    iterations are one product of the P's, [r, r], with X, [r, c], while G <- P G P keeps up with X.
+    iterations are one product of the matrices P, [r, r], with X, [r, c], and G <- P G P updates G.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     with torch.autocast(matrices.device.type, enabled=False):
@@ -43,7 +43,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def _iterate(gram: Tensor, iterations: int) -> Tensor:
-    """Return the product of the P's of `iterations`, from the first one's G; both [n, r, r]."""
+    """Return the product of P over `iterations`, starting from G; both [n, r, r]."""
     product = p = _factor(gram)
     for _ in range(iterations - 1):
         gram = p @ gram @ p
@@ -60,29 +60,30 @@ def _factor(gram: Tensor) -> Tensor:
     return p
 
 
-STACK_VALUES = 2**24  # of one stack: 64 MiB of float32, or one matrix if that is larger
+STACK_VALUES = 2**24  # maximum size of a stack: 64 MiB of float32, or one matrix if larger
 
-Stack = list[Tensor]  # parameters: torch._foreach_* are typed for no list of nn.Parameter
+Stack = list[Tensor]  # of parameters: torch._foreach_* do not accept list[nn.Parameter] as type
 
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
 
-    The kernel of a convolution is the matrix [out, in * kh * kw]. Its Nesterov momentum is replaced
-    by the nearest matrix with orthonormal rows or columns, so that every direction is learned at
-    the same rate, and scaled by sqrt(max(1, rows / columns)).
+    A convolution kernel is treated as a matrix [out, in * kh * kw]. Its Nesterov momentum is
+    replaced by the nearest matrix with orthonormal rows or columns, so that all directions are
+    learned at the same rate, and scaled by sqrt(max(1, rows / columns)).
 
     If torch.distributed is initialised, each rank orthogonalises a share of the matrices and all
-    ranks exchange the results: their parameters stay bit-identical if their gradients are, as under
-    DDP. Each rank holds the whole state, so that the number of ranks may change. Parameters without
-    gradient are not updated; they must be the same ones on all ranks.
+    ranks exchange the results. Parameters stay bit-identical across ranks if gradients are, as with
+    DDP. Each rank stores the whole state, so that the number of ranks may change. Parameters
+    without gradient are not updated; they must be the same on all ranks.
 
     Args:
-        groups: parameter groups, each with `lr`. With `orthogonalize=True` all its parameters
-            have 2 dimensions or more, and with several ranks lie on one device.
-        momentum: of the orthogonalised parameters.
-        betas: of AdamW, for the groups without `orthogonalize`.
-        eps: of AdamW.
+        groups: parameter groups, each with `lr`. All parameters of a group with
+            `orthogonalize=True` must have at least 2 dimensions and, with several ranks, be on one
+            device.
+        momentum: momentum of the orthogonalised parameters.
+        betas: betas of AdamW, for groups without `orthogonalize`.
+        eps: eps of AdamW.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step, without waiting for the device."""
+        """Perform one optimisation step, without device synchronisation."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -120,8 +121,8 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(
             self._states(parameters, "momentum"), _gradients(parameters), 1.0 - group["momentum"]
         )
-        connected = dist.is_available() and dist.is_initialized()
-        rank, world_size = (dist.get_rank(), dist.get_world_size()) if connected else (0, 1)
+        distributed = dist.is_available() and dist.is_initialized()
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         shares = assign(parameters, world_size)
         updates: Iterator[Tensor] = (
             orthogonalize(self._directions(stack, group["momentum"])) for stack in shares[rank]
@@ -137,7 +138,7 @@ class Muon(torch.optim.Optimizer):
             )
 
     def _directions(self, stack: Stack, momentum: float) -> Tensor:
-        """Return Nesterov's momentum of one stack, [n, rows, columns]."""
+        """Return the Nesterov momentum of a stack, [n, rows, columns]."""
         directions = torch._foreach_lerp(
             _gradients(stack), self._states(stack, "momentum"), momentum
         )
@@ -170,35 +171,36 @@ class Muon(torch.optim.Optimizer):
 def assign(parameters: Iterable[Tensor], world_size: int) -> list[list[Stack]]:
     """Return the stacks that each rank orthogonalises, the same on all ranks.
 
-    A stack has one matrix shape and at most STACK_VALUES values (or one matrix). Matrices are
-    assigned from the most to the least expensive, each to the rank with the least work so far.
+    A stack has at most STACK_VALUES values, or one matrix. Matrices are assigned from the most to
+    the least expensive, each to the rank with the least work so far.
     """
     loads = [0] * world_size
     shares: list[dict[Any, Stack]] = [{} for _ in range(world_size)]
     for p in sorted(parameters, key=_cost, reverse=True):  # equal costs keep their order
         rank = loads.index(min(loads))
         loads[rank] += _cost(p)
-        alike = (_matrix_shape(p), p.dtype, p.device)
-        shares[rank].setdefault(alike, []).append(p)
+        key = (_matrix_shape(p), p.dtype, p.device)
+        shares[rank].setdefault(key, []).append(p)
     return [[part for stack in share.values() for part in _parts(stack)] for share in shares]
 
 
 def exchange(updates: Iterable[Tensor], shares: list[list[Stack]]) -> Iterator[Tensor]:
-    """Send this rank's `updates` to all ranks; yield those of all shares in order.
+    """Send this rank's updates, [n, rows, columns] each, to all ranks; yield those of all ranks.
 
-    Each is [n, rows, columns]. The buffer for all is as large as the largest share times the ranks.
+    The order is that of `shares`. The buffer has the size of the largest share times the number of
+    ranks.
     """
     sizes = [sum(p.numel() for stack in share for p in stack) for share in shares]
     device = next(stack[0].device for share in shares for stack in share)
-    mine = torch.zeros(max(sizes), dtype=torch.float32, device=device)  # on each rank as long
+    own = torch.zeros(max(sizes), dtype=torch.float32, device=device)  # equal size on all ranks
     start = 0
     for update in updates:
-        mine[start : start + update.numel()].view(update.shape).copy_(update)
+        own[start : start + update.numel()].view(update.shape).copy_(update)
         start += update.numel()
-    everything = mine.new_empty(len(shares) * len(mine))
-    # renamed in torch 2.14, where the old name gives a warning
+    everything = own.new_empty(len(shares) * len(own))
+    # renamed in torch 2.14, where the old name warns
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    all_gather(everything, mine)
+    all_gather(everything, own)
     for share, values in zip(shares, everything.view(len(shares), -1), strict=True):
         start = 0
         for stack in share:
@@ -216,7 +218,7 @@ def _matrix_shape(x: Tensor) -> tuple[int, int]:
 
 
 def _cost(x: Tensor) -> int:
-    """Return about the number of multiplications: the shorter side squared, times the longer."""
+    """Estimate the number of multiplications: the shorter side squared, times the longer side."""
     return min(_matrix_shape(x)) * x.numel()
 
 
