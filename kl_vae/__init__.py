@@ -59,7 +59,7 @@ __all__ = [
     "train",
 ]
 
-# imported when first used: `kl-vae --help` lies below this package and should not wait for torch
+# imported on first use, so that `kl-vae --help` does not import torch
 _MODULES = {
     "AutoEncoderKL": "model",
     "ConversionResult": "inference.convert",

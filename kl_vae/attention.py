@@ -1,6 +1,6 @@
-"""The attention kinds, each over all positions of one feature map, and `make_attention`.
+"""Attention modules over all positions of a feature map, and their registry.
 
-B batch, C channels, H and W height and width, N = H * W positions.
+Shapes: B batch, C channels, H and W height and width, N = H * W positions.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ register_attention = ATTENTION.register
 
 
 def make_attention(attn_type: str, channels: int, norm: Norm = Normalize) -> nn.Module:
-    """Build the attention kind registered as `attn_type`: a module [B,C,H,W] -> [B,C,H,W].
+    """Build the attention module registered as `attn_type`, [B, C, H, W] -> [B, C, H, W].
 
     Raises:
-        ValueError: no such kind.
+        ValueError: `attn_type` is unknown.
     """
     attention: nn.Module = ATTENTION[attn_type](channels, norm)
     return attention
@@ -39,7 +39,7 @@ class VanillaAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        # contiguous: torch's CPU kernel of linear memory takes no transposed ones
+        # contiguous, since PyTorch's memory-efficient CPU kernel does not support transposed inputs
         q, k, v = (as_sequence(f(h)).contiguous() for f in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)
         out: Tensor = x + self.proj_out(h[:, 0].transpose(1, 2).reshape(x.shape))
@@ -47,16 +47,16 @@ class VanillaAttention(nn.Module):
 
 
 def as_sequence(x: Tensor) -> Tensor:
-    """View [B, C, H, W] as [B, 1 head, N, C]."""
+    """View [B, C, H, W] as [B, 1, N, C], with one head."""
     return x.flatten(2).transpose(1, 2)[:, None]
 
 
 @register_attention("linear")
 class LinearAttention(nn.Module):
-    """Attention of linear cost (Shen et al. 2018, efficient attention), as published with LDM.
+    """Efficient attention of linear cost (Shen et al. 2018), as published with LDM.
 
-    The keys are normalised over the positions, so that keys and values combine to one C x C
-    matrix. The published module has neither norm nor residual connection: nor has this one.
+    Keys are normalised over the positions, so that keys and values combine to a C x C matrix. Like
+    the published module, it has neither a norm nor a residual connection.
     """
 
     def __init__(self, channels: int, norm: Norm = Normalize) -> None:
@@ -73,5 +73,5 @@ class LinearAttention(nn.Module):
 
 @register_attention("none")
 def no_attention(channels: int, norm: Norm = Normalize) -> nn.Identity:
-    """Return no attention, without parameters."""
+    """Return an identity module, for no attention."""
     return nn.Identity()

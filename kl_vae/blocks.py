@@ -1,6 +1,6 @@
-"""The residual block, its normalisation, and resampling by 2.
+"""Residual block, normalisation, and resampling by 2.
 
-B batch, C channels, H and W height and width, D size of the context vector.
+Shapes: B batch, C channels, H and W height and width, D size of the context vector.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ register_block = BLOCKS.register
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm (Wu & He 2018) that autocast leaves in float32, on the CPU as on CUDA."""
+    """Group norm (Wu & He 2018) that runs in float32 under autocast, on every device."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(x.device.type):
@@ -35,17 +35,17 @@ class GroupNorm(nn.GroupNorm):
 
 @register_normalization("group")
 def Normalize(channels: int, groups: int = NORM_GROUPS) -> nn.GroupNorm:  # noqa: N802 - published
-    """Return a group norm over 32 groups, as in every published first stage, or another number."""
+    """Build a group norm, by default with 32 groups as in the published first stages."""
     return GroupNorm(groups, channels, eps=1e-6)
 
 
 @register_block("resnet")
 class ResnetBlock(nn.Module):
-    """Two 3 x 3 convolutions, each after norm and SiLU, added to a shortcut.
+    """Residual block of two 3 x 3 convolutions, each after norm and SiLU, and a shortcut.
 
-    [B, in_channels, H, W] -> [B, out_channels, H, W]. With `context_channels` D > 0 a linear
-    projection of the context [B, D] is added between the convolutions (where the published block
-    adds its time embedding).
+    [B, in_channels, H, W] -> [B, out_channels, H, W]. With `context_channels` D > 0, a linear
+    projection of the context [B, D] is added between the convolutions, where the published block
+    adds its time embedding.
     """
 
     def __init__(
@@ -81,9 +81,10 @@ class ResnetBlock(nn.Module):
 
 
 def zero_residuals(module: nn.Module) -> None:
-    """Let every ResnetBlock in `module` begin as its shortcut: its last convolution is 0.
+    """Zero the last convolution of every ResnetBlock in `module`.
 
-    Goyal et al. (2017, section 5.1) begin so with the last norm's scale.
+    Each block then starts as its shortcut. Goyal et al. (2017, section 5.1) do this with the scale
+    of the last norm.
     """
     for block in module.modules():
         if isinstance(block, ResnetBlock):
@@ -92,7 +93,7 @@ def zero_residuals(module: nn.Module) -> None:
 
 
 class Downsample(nn.Module):
-    """[B, C, H, W] -> [B, C, H/2, W/2]: a convolution of stride 2, or average pooling."""
+    """Downsampling by a convolution of stride 2 or average pooling, to [B, C, H/2, W/2]."""
 
     def __init__(self, channels: int, with_conv: bool) -> None:
         super().__init__()
@@ -103,13 +104,13 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.with_conv:
             return F.avg_pool2d(x, 2)
-        # the published padding: one column at the right, one row at the bottom
+        # published padding: one column at the right, one row at the bottom
         out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
         return out
 
 
 class Upsample(nn.Module):
-    """[B, C, H, W] -> [B, C, 2H, 2W]: nearest, then a convolution if `with_conv`."""
+    """Nearest upsampling to [B, C, 2H, 2W], then a convolution if `with_conv`."""
 
     def __init__(self, channels: int, with_conv: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The architecture's keys (the published `ddconfig`), and what a model of them takes, checked."""
+"""Architecture config (the published `ddconfig`), and checks of configs and model inputs."""
 
 from __future__ import annotations
 
@@ -15,36 +15,39 @@ from kl_vae.runtime.schema import from_mapping
 
 @dataclass(frozen=True, kw_only=True)
 class DDConfig:
-    """The architecture of encoder and decoder.
+    """Architecture of encoder and decoder.
 
     Attributes:
-        ch: channels at full resolution, before `ch_mult`.
+        ch: base number of channels, multiplied by `ch_mult`.
         out_ch: channels of the reconstruction.
-        ch_mult: channels of each level as multiples of `ch`; each further level halves the
+        ch_mult: channels of each level as multiples of `ch`; each level after the first halves the
             resolution, so that f = 2 ** (len(ch_mult) - 1).
         num_res_blocks: residual blocks per level of the encoder (the decoder has one more).
-        attn_resolutions: the levels with attention, by their resolution when the image's is
+        attn_resolutions: levels with attention, given by their resolution for images of size
             `resolution`.
         in_channels: channels of the image.
-        resolution: side of the square training image in pixels. Any other size that f divides is
-            taken as well; this one only says what `attn_resolutions` means.
+        resolution: side of the square training images in pixels. All other sizes that are multiples
+            of f are supported as well; this one only defines the meaning of `attn_resolutions`.
         z_channels: channels of the latents before `quant_conv`.
-        dropout: probability, in every residual block.
-        resamp_with_conv: resample with a convolution; else average pooling and plain nearest.
-        double_z: the encoder gives mean and log variance; false: z_channels alone.
-        attn_type: vanilla, linear, none, or a registered kind.
-        use_linear_attn: the published synonym of `attn_type: linear`.
-        tanh_out: the decoder ends in tanh.
+        dropout: dropout probability in every residual block.
+        resamp_with_conv: resample with convolutions; false: average pooling and plain nearest
+            upsampling.
+        double_z: the encoder outputs mean and log variance; false: z_channels only.
+        attn_type: vanilla, linear, none, or a registered attention.
+        use_linear_attn: published synonym of `attn_type: linear`.
+        tanh_out: apply tanh to the output of the decoder.
         give_pre_end: the decoder returns its features before the last norm and convolution.
         norm_type: group, or a registered normalisation.
-        norm_groups: groups of the group norm. Within a group of one channel it takes that channel's
-            mean away, and with it the colour of a plane: narrow models want fewer groups than 32.
+        norm_groups: number of groups of the group norm. With one channel per group, it removes the
+            mean of each channel, and with it the colour of uniform images: narrow models should use
+            fewer groups than 32.
         block_type: resnet, or a registered residual block.
-        context_channels: size of the context vector added in each residual block; 0: none.
-        zero_init_residual: each ResnetBlock begins as its shortcut, with a last convolution of 0.
+        context_channels: size of the context vector added in each residual block; 0: no context.
+        zero_init_residual: initialise the last convolution of each ResnetBlock to 0, so that it
+            starts as its shortcut.
 
     Raises:
-        ValueError: an impossible value; one line per mistake: the key, the value, the fix.
+        ValueError: a value is invalid; the message has one line per error.
     """
 
     ch: int
@@ -70,36 +73,40 @@ class DDConfig:
 
     @classmethod
     def from_dict(cls, ddconfig: Mapping[str, object]) -> DDConfig:
-        """Build from plain values; unknown keys and wrong types are a ValueError, all at once."""
+        """Build a config from plain values.
+
+        Raises:
+            ValueError: keys are unknown or values have the wrong type; all errors are listed.
+        """
         return from_mapping(cls, ddconfig)
 
     def __post_init__(self) -> None:
-        errors = [*self._impossible_sizes(), *self._unknown_names()]
+        errors = [*self._size_errors(), *self._name_errors()]
         if not errors:
-            errors = [*self._impossible_levels()]
+            errors = [*self._level_errors()]
         if errors:
             raise ValueError("\n".join(errors))
 
     @property
     def downsampling_factor(self) -> int:
-        """f: an image of H x W has latents of H/f x W/f."""
+        """Downsampling factor f: an image of H x W has latents of H/f x W/f."""
         return 1 << (len(self.ch_mult) - 1)
 
     @property
     def channels(self) -> tuple[int, ...]:
-        """Channels of each level, from full resolution down."""
+        """Channels of each level, starting at full resolution."""
         return tuple(self.ch * multiple for multiple in self.ch_mult)
 
     @property
     def attention(self) -> str:
-        """The attention kind, with the published synonym resolved."""
+        """Type of attention, with the published synonym resolved."""
         return "linear" if self.use_linear_attn else self.attn_type
 
     def has_attention(self, level: int) -> bool:
-        """Whether the residual blocks of a level are followed by attention."""
+        """Return whether the residual blocks of a level are followed by attention."""
         return self.resolution // 2**level in self.attn_resolutions
 
-    def _impossible_sizes(self) -> list[str]:
+    def _size_errors(self) -> list[str]:
         errors = []
         sizes = ("ch", "out_ch", "num_res_blocks", "in_channels", "resolution", "z_channels")
         for key in (*sizes, "norm_groups"):
@@ -108,16 +115,19 @@ class DDConfig:
         if not self.ch_mult or min(self.ch_mult) < 1:
             errors.append(f"ch_mult={list(self.ch_mult)}: needs one multiple >= 1 for each level")
         if not 0.0 <= self.dropout < 1.0:
-            errors.append(f"dropout={self.dropout}: a probability, at least 0 and below 1")
+            errors.append(f"dropout={self.dropout}: must be at least 0 and below 1")
         if self.context_channels < 0:
-            errors.append(f"context_channels={self.context_channels}: 0 (no context) or more")
+            errors.append(
+                f"context_channels={self.context_channels}: must be 0 (no context) or more"
+            )
         if self.use_linear_attn and self.attn_type not in ("vanilla", "linear"):
             errors.append(
-                f"use_linear_attn=True: contradicts attn_type={self.attn_type!r}; drop one of them"
+                f"use_linear_attn=True: conflicts with attn_type={self.attn_type!r}; remove one of "
+                "them"
             )
         return errors
 
-    def _unknown_names(self) -> list[str]:
+    def _name_errors(self) -> list[str]:
         errors = []
         for registry in (ATTENTION, NORMALIZATION, BLOCKS):
             try:
@@ -126,7 +136,7 @@ class DDConfig:
                 errors.append(str(error))
         return errors
 
-    def _impossible_levels(self) -> list[str]:
+    def _level_errors(self) -> list[str]:
         errors = []
         if self.resolution % self.downsampling_factor:
             errors.append(
@@ -134,19 +144,20 @@ class DDConfig:
                 f"{len(self.ch_mult) - 1} times; use a multiple of {self.downsampling_factor}"
             )
         if self.norm_type == "group":
-            # the first block normalises ch channels, whatever ch_mult[0]
+            # the first block normalises ch channels, independently of ch_mult[0]
             groups = self.norm_groups
             for channels in sorted({c for c in (self.ch, *self.channels) if c % groups}):
                 errors.append(
                     f"ch={self.ch}: channels {channels} cannot be split into {groups} groups; "
-                    f"choose ch and ch_mult so that each level has a multiple of {groups}"
+                    f"choose ch and ch_mult such that the channels of each level are a multiple of "
+                    f"{groups}"
                 )
         levels = [self.resolution // 2**level for level in range(len(self.ch_mult))]
         for resolution in self.attn_resolutions:
             if resolution not in levels:
                 errors.append(
-                    f"attn_resolutions={list(self.attn_resolutions)}: no level has the resolution "
-                    f"{resolution}; the levels have {', '.join(map(str, levels))}"
+                    f"attn_resolutions={list(self.attn_resolutions)}: no level has resolution "
+                    f"{resolution}; choose from {', '.join(map(str, levels))}"
                 )
         return errors
 
@@ -154,23 +165,24 @@ class DDConfig:
 def check_autoencoder(
     config: DDConfig, embed_dim: int | None, colorize_nlabels: int | None
 ) -> None:
-    """Check what AutoEncoderKL requires beyond its encoder and decoder.
+    """Check the additional requirements of AutoEncoderKL.
 
     Raises:
-        ValueError: the key, the value, the fix.
+        ValueError: a value is invalid for an autoencoder.
     """
     if not config.double_z:
-        raise ValueError("double_z=False: a KL autoencoder needs mean and log variance; set true")
+        raise ValueError(
+            "double_z=False: a KL autoencoder needs mean and log variance; set it to true"
+        )
     if config.give_pre_end:
-        raise ValueError("give_pre_end=True: an autoencoder must end in an image; set false")
+        raise ValueError("give_pre_end=True: an autoencoder must output an image; set it to false")
     if config.out_ch != config.in_channels:
         raise ValueError(
-            f"out_ch={config.out_ch}: a reconstruction has the image's channels; "
-            f"set {config.in_channels}, as in_channels"
+            f"out_ch={config.out_ch}: must equal in_channels; set it to {config.in_channels}"
         )
     if embed_dim is not None and (type(embed_dim) is not int or embed_dim < 1):
         raise ValueError(
-            f"embed_dim={embed_dim!r}: a whole number of at least 1, or null for no quant "
+            f"embed_dim={embed_dim!r}: must be an integer of at least 1, or null for no quant "
             "convolutions"
         )
     if colorize_nlabels is not None and colorize_nlabels != config.in_channels:
@@ -181,12 +193,19 @@ def check_autoencoder(
 
 
 def check_images(x: Tensor, config: DDConfig, *, any_size: bool = False) -> None:
-    """Raise ValueError unless x is [B, in_channels, H, W] in [-1, 1], H and W multiples of f.
+    """Check that x is a batch of images [B, in_channels, H, W] in [-1, 1].
 
-    With `any_size` f need not divide H and W. Values are looked at on the CPU alone: on another
-    device that would wait for it.
+    The range is only checked on the CPU, since other devices would have to synchronise.
+
+    Args:
+        x: the images.
+        config: the architecture.
+        any_size: accept H and W that are not multiples of f.
+
+    Raises:
+        ValueError: the type, shape, size or range is wrong.
     """
-    _check_floats(x, "images", "kl_vae.load_image makes them of a file, a PIL image or an array")
+    _check_floats(x, "images", "kl_vae.load_image converts a file, a PIL image or an array")
     if x.ndim != 4 or x.shape[1] != config.in_channels:
         raise ValueError(
             f"images of shape {list(x.shape)}: expected [B, {config.in_channels}, H, W]"
@@ -199,19 +218,19 @@ def check_images(x: Tensor, config: DDConfig, *, any_size: bool = False) -> None
         )
     if _can_be_read(x) and x.numel() and (largest := x.detach().abs().amax().item()) > _LARGEST:
         raise ValueError(
-            f"images with values up to {largest:g}: expected [-1, 1]; kl_vae.load_image gives "
-            "that, or divide 0..255 by 127.5 and subtract 1"
+            f"images with values up to {largest:g}: expected [-1, 1]; use kl_vae.load_image, or "
+            "divide 0..255 by 127.5 and subtract 1"
         )
 
 
 def check_latents(z: Tensor, channels: int) -> None:
     """Raise ValueError unless z is [B, channels, h, w]."""
-    _check_floats(z, "latents", "of a posterior call .sample() or .mode()")
+    _check_floats(z, "latents", "call .sample() or .mode() of a posterior")
     if z.ndim != 4 or z.shape[1] != channels:
         raise ValueError(f"latents of shape {list(z.shape)}: expected [B, {channels}, h, w]")
 
 
-# far beyond what resampling adds to [-1, 1], and below what 0..255 has in any image with contrast
+# far above the overshoot of resampling in [-1, 1], and below the maximum of typical 0..255 images
 _LARGEST = 10.0
 
 
@@ -223,7 +242,7 @@ def _check_floats(x: object, name: str, hint: str) -> None:
 
 
 def _can_be_read(x: Tensor) -> bool:
-    """Whether the values of x are there, and may be branched on."""
+    """Return whether code may branch on the values of x."""
     return (
         type(x) is Tensor
         and x.device.type == "cpu"
@@ -234,12 +253,14 @@ def _can_be_read(x: Tensor) -> bool:
 
 
 def check_context(context: Tensor | None, config: DDConfig) -> None:
-    """Raise ValueError unless there is a context [B, D] where, and only where, one is needed."""
+    """Raise ValueError unless a context [B, D] is given if and only if the model needs one."""
     size = config.context_channels
     if context is None:
         if size:
             raise ValueError(f"context=None: this model needs a context [B, {size}]")
     elif not size:
-        raise ValueError("context given: set context_channels in the ddconfig to use one")
+        raise ValueError(
+            "context given: this model has no context; set context_channels in the ddconfig"
+        )
     elif context.ndim != 2 or context.shape[1] != size:
         raise ValueError(f"context of shape {list(context.shape)}: expected [B, {size}]")

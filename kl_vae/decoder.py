@@ -1,6 +1,7 @@
-"""From latents to an image.
+"""Decoder of the autoencoder.
 
-B batch, z latent channels, h and w the latents' height and width, H = f h and W = f w the image's.
+Shapes: B batch, z latent channels, h and w latent height and width, H = f h and W = f w image
+height and width.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from kl_vae.encoder import Level, Middle, make_norm
 
 
 class Decoder(nn.Module):
-    """Latents [B, z_channels, h, w] -> image [B, out_ch, H, W].
+    """Decoder from latents [B, z_channels, h, w] to images [B, out_ch, H, W].
 
-    Takes the whole ddconfig as keywords (`DDConfig` describes each). With `give_pre_end` the output
-    is the features [B, ch * ch_mult[0], H, W] before the last norm.
+    It takes the complete ddconfig as keyword arguments (see `DDConfig`). With `give_pre_end`, it
+    returns the features [B, ch * ch_mult[0], H, W] before the last norm.
 
     Raises:
-        ValueError: an unknown key, a wrong type or an impossible value in the ddconfig.
+        ValueError: the ddconfig has an unknown key, a wrong type or an invalid value.
     """
 
     def __init__(self, **ddconfig: Any) -> None:
@@ -35,7 +36,7 @@ class Decoder(nn.Module):
         for level in reversed(range(len(config.ch_mult))):
             levels.append(UpLevel(channels, level, config))
             channels = config.channels[level]
-        # stored as published: up.0 is the full resolution, which comes last
+        # stored in the published order: up.0 has full resolution, and runs last
         self.up = nn.ModuleList(reversed(levels))
         self.norm_out = make_norm(config)(channels)
         self.conv_out = nn.Conv2d(channels, config.out_ch, 3, padding=1)
@@ -55,7 +56,7 @@ class Decoder(nn.Module):
 
 
 class UpLevel(Level):
-    """A level of the decoder, with one block more, and after it Upsample, but for the last one."""
+    """Level of the decoder: num_res_blocks + 1 blocks, then Upsample unless at full resolution."""
 
     def __init__(self, in_channels: int, level: int, config: DDConfig) -> None:
         super().__init__(in_channels, level, config.num_res_blocks + 1, config)

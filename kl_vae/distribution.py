@@ -1,6 +1,6 @@
-"""The posterior: a Gaussian with a diagonal covariance.
+"""Posterior of the autoencoder: a Gaussian with diagonal covariance.
 
-B batch, z latent channels, h and w the latents' height and width.
+Shapes: B batch, z latent channels, h and w latent height and width.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 class DiagonalGaussianDistribution:
-    """N(mean, diag(var)) over latents [z, h, w], one per image of a batch of B.
+    """Gaussians N(mean, diag(var)) over latents [z, h, w], one for each of B images.
 
     Args:
         parameters: moments [B, 2z, h, w]: mean, then log variance, which is clamped to [-30, 20].
-            Half precision is raised to float32: all arithmetic here is at least float32.
-        deterministic: a point at the mean: std and var are 0, and so are `kl` and `nll`.
+            Half precision is converted to float32.
+        deterministic: use a point mass at the mean; std, var, `kl` and `nll` are 0.
     """
 
     def __init__(self, parameters: Tensor, deterministic: bool = False) -> None:
@@ -29,7 +29,7 @@ class DiagonalGaussianDistribution:
         self.logvar = logvar.clamp(-30.0, 20.0)
 
     def __repr__(self) -> str:
-        """Shape, device and dtype, and the values' summary where they are at hand (on the CPU)."""
+        """Return shape, device and dtype, and on the CPU a summary of the values."""
         mean = self.mean
         text = f"shape={list(mean.shape)}, device={str(mean.device)!r}, dtype={mean.dtype}"
         if mean.device.type == "cpu" and type(mean) is Tensor and mean.numel():
@@ -54,8 +54,8 @@ class DiagonalGaussianDistribution:
         """Draw one sample per image, [B, z, h, w], by reparametrisation: mean + std * noise.
 
         Args:
-            generator: where the noise comes from; None: torch's global generator.
-            noise: standard normal noise [B, z, h, w] drawn beforehand, in place of a generator.
+            generator: random generator; None: PyTorch's global generator.
+            noise: standard normal noise [B, z, h, w], instead of a generator.
         """
         if noise is None:
             device = generator.device if generator is not None else self.mean.device
@@ -65,13 +65,13 @@ class DiagonalGaussianDistribution:
         return self.mean + self.std * noise.to(self.mean)
 
     def mode(self) -> Tensor:
-        """Return the most likely latents, [B, z, h, w]: the mean."""
+        """Return the mode of the posterior, which is the mean, [B, z, h, w]."""
         return self.mean
 
     def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
-        """Return KL(q || N(0, I)), one value per image, [B], in nats.
+        """Compute KL(q || N(0, I)) or, if given, KL(q || other) of each image, [B], in nats.
 
-        Kingma & Welling (2013, appendix B). With `other`, KL(q || other) instead.
+        See Kingma & Welling (2013), appendix B.
         """
         if self.deterministic:
             return self.mean.new_zeros(self.mean.shape[0])
@@ -87,7 +87,7 @@ class DiagonalGaussianDistribution:
         return 0.5 * terms.flatten(1).sum(dim=1)
 
     def nll(self, sample: Tensor) -> Tensor:
-        """Return -log q(sample), one value per image, [B], in nats; sample: [B, z, h, w]."""
+        """Compute -log q(sample) of each image, [B], in nats, for a sample [B, z, h, w]."""
         if self.deterministic:
             return self.mean.new_zeros(self.mean.shape[0])
         terms = math.log(2.0 * math.pi) + self.logvar + (sample - self.mean).square() / self.var

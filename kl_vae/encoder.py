@@ -1,6 +1,6 @@
-"""From an image to the moments of its posterior, and the parts that the decoder shares.
+"""Encoder of the autoencoder, and modules shared with the decoder.
 
-B batch, C channels, H and W the image's height and width, h = H/f, w = W/f, z latent channels.
+Shapes: B batch, C channels, H and W image height and width, h = H/f, w = W/f, z latent channels.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from kl_vae.ddconfig import DDConfig
 
 
 class Encoder(nn.Module):
-    """Image [B, in_channels, H, W] -> moments [B, 2 * z_channels, h, w].
+    """Encoder from images [B, in_channels, H, W] to moments [B, 2 * z_channels, h, w].
 
-    Takes the whole ddconfig as keywords (`DDConfig` describes each). Without `double_z` the output
-    has z_channels.
+    It takes the complete ddconfig as keyword arguments (see `DDConfig`). Without `double_z`, the
+    output has z_channels channels.
 
     Raises:
-        ValueError: an unknown key, a wrong type or an impossible value in the ddconfig.
+        ValueError: the ddconfig has an unknown key, a wrong type or an invalid value.
     """
 
     def __init__(self, **ddconfig: Any) -> None:
@@ -52,9 +52,9 @@ class Encoder(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention where configured.
+    """Residual blocks of one resolution, each followed by attention if configured.
 
-    [B, in_channels, H, W] -> [B, C, H, W], with the level's number of channels C.
+    [B, in_channels, H, W] -> [B, C, H, W], where C is the number of channels of the level.
     """
 
     def __init__(self, in_channels: int, level: int, num_blocks: int, config: DDConfig) -> None:
@@ -76,7 +76,7 @@ class Level(nn.Module):
 
 
 class DownLevel(Level):
-    """A level of the encoder, and after it Downsample, but for the last level."""
+    """Level of the encoder, followed by Downsample except for the last level."""
 
     def __init__(self, in_channels: int, level: int, config: DDConfig) -> None:
         super().__init__(in_channels, level, config.num_res_blocks, config)
@@ -90,7 +90,7 @@ class DownLevel(Level):
 
 
 class Middle(nn.Module):
-    """Residual block, attention, residual block: [B, C, h, w] -> [B, C, h, w]."""
+    """Middle part: residual block, attention, residual block, [B, C, h, w] -> [B, C, h, w]."""
 
     def __init__(self, channels: int, config: DDConfig) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Middle(nn.Module):
 
 
 def make_norm(config: DDConfig) -> Norm:
-    """Return the constructor of the configured norm: channels -> module."""
+    """Return a function that builds the configured norm for a number of channels."""
     if config.norm_type == "group":
         return partial(Normalize, groups=config.norm_groups)
     return NORMALIZATION[config.norm_type]

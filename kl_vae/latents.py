@@ -1,6 +1,6 @@
-"""From raw latents to those that a diffusion model is trained on, and back.
+"""Normalisation of latents for the training of diffusion models.
 
-B batch, z latent channels, h and w the latents' height and width, p side of a patch of latents.
+Shapes: B batch, z latent channels, h and w latent height and width, p side of a patch of latents.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class LatentNormalization:
-    """An affine map to about zero mean and unit variance (Rombach et al. 2022, appendix G).
+    """Affine normalisation to zero mean and unit variance (Rombach et al. 2022, appendix G).
 
     normalised = (z - shift_factor) * scale_factor, or with `per_channel` (z - mean) / std.
 
     Attributes:
-        scale_factor: 1 / std of all values (0.18215 of Stable Diffusion).
-        shift_factor: their mean (0 of Stable Diffusion, 0.1159 of FLUX.1).
-        mean: per channel, z values; with `patch_size` p of each channel and position in a patch
-            of p x p latents, z * p * p values, the column fastest (FLUX.2: p = 2).
-        std: likewise.
+        scale_factor: 1 / std of all values (Stable Diffusion: 0.18215).
+        shift_factor: mean of all values (Stable Diffusion: 0, FLUX.1: 0.1159).
+        mean: mean per channel, z values; with `patch_size` p, mean per channel and position in a
+            patch of p x p latents, z * p * p values with the column as the fastest index (FLUX.2:
+            p = 2).
+        std: standard deviation, in the same layout as `mean`.
         patch_size: p.
         per_channel: normalise by `mean` and `std`.
 
     Raises:
-        ValueError: an impossible value; one line per mistake.
+        ValueError: a value is invalid; the message has one line per error.
     """
 
     scale_factor: float = 1.0
@@ -41,20 +42,20 @@ class LatentNormalization:
     def __post_init__(self) -> None:
         errors = []
         if not (math.isfinite(self.scale_factor) and self.scale_factor > 0):
-            errors.append(f"scale_factor={self.scale_factor}: a finite number above 0")
+            errors.append(f"scale_factor={self.scale_factor}: must be a finite number above 0")
         if not math.isfinite(self.shift_factor):
-            errors.append(f"shift_factor={self.shift_factor}: a finite number")
+            errors.append(f"shift_factor={self.shift_factor}: must be a finite number")
         if self.patch_size < 1:
-            errors.append(f"patch_size={self.patch_size}: at least 1")
+            errors.append(f"patch_size={self.patch_size}: must be at least 1")
         if (self.mean is None) != (self.std is None):
-            given, lacking = ("mean", "std") if self.std is None else ("std", "mean")
-            errors.append(f"{lacking}=null: {given} is given; give both, or neither")
+            given, missing = ("mean", "std") if self.std is None else ("std", "mean")
+            errors.append(f"{missing}=null: {given} is given; give both, or neither")
         elif self.per_channel and self.mean is None:
-            errors.append("per_channel=True: needs mean and std; give them, or set false")
+            errors.append("per_channel=True: needs mean and std; give both, or set it to false")
         elif self.mean is not None and self.std is not None:
             if len(self.mean) != len(self.std):
                 errors.append(
-                    f"std has {len(self.std)} values, mean {len(self.mean)}; give one a channel"
+                    f"std has {len(self.std)} values, mean has {len(self.mean)}; give equal numbers"
                 )
             if not all(map(math.isfinite, self.mean)):
                 errors.append("mean: must be finite numbers")
@@ -64,35 +65,35 @@ class LatentNormalization:
             raise ValueError("\n".join(errors))
 
     def check_channels(self, channels: int) -> None:
-        """Raise ValueError unless mean and std are of latents with z = `channels`."""
+        """Raise ValueError unless mean and std have the right length for z = `channels`."""
         expected = channels * self.patch_size**2
         if self.mean is not None and len(self.mean) != expected:
             patches = f" times {self.patch_size} x {self.patch_size} positions"
             raise ValueError(
                 f"mean has {len(self.mean)} values: the latents have {channels} channels"
-                f"{patches if self.patch_size > 1 else ''}, so give {expected}"
+                f"{patches if self.patch_size > 1 else ''}; give {expected} values"
             )
 
     def normalize(self, z: Tensor) -> Tensor:
-        """Raw latents [B, z, h, w] -> normalised ones."""
+        """Normalise raw latents [B, z, h, w]."""
         shift, std = self._shift_and_std(z)
         return (z - shift) / std
 
     def denormalize(self, z: Tensor) -> Tensor:
-        """Normalised latents [B, z, h, w] -> raw ones, as `decode` takes them."""
+        """Convert normalised latents [B, z, h, w] back to raw latents for `decode`."""
         shift, std = self._shift_and_std(z)
         return z * std + shift
 
     def _shift_and_std(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Scalars, or [z, 1, 1], or where there are patches [z, h, w]."""
+        """Return shift and std: scalars, or [z, 1, 1], or [z, h, w] with patches."""
         if not self.per_channel:
             return z.new_tensor(self.shift_factor), z.new_tensor(1.0 / self.scale_factor)
         p, (height, width) = self.patch_size, z.shape[2:]
 
-        def over(values: tuple[float, ...] | None) -> Tensor:
+        def tile(values: tuple[float, ...] | None) -> Tensor:
             patch = torch.tensor(values, dtype=z.dtype, device=z.device).view(-1, p, p)
             if p == 1:
                 return patch
             return patch.repeat(1, -(-height // p), -(-width // p))[:, :height, :width]
 
-        return over(self.mean), over(self.std)
+        return tile(self.mean), tile(self.std)

@@ -1,7 +1,7 @@
-"""The KL autoencoder: encoder, posterior, decoder, and the loss that trains them.
+"""KL autoencoder: encoder, posterior, decoder and training loss.
 
-B batch, C channels, H and W the image's height and width, h = H/f, w = W/f, z latent channels
-(`embed_dim`, or z_channels where that is None), D size of the context vector.
+Shapes: B batch, C channels, H and W image height and width, h = H/f, w = W/f, z latent channels
+(`embed_dim`, or z_channels if that is None), D size of the context vector.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from kl_vae.runtime.schema import from_mapping
 
 
 class StepOutput(NamedTuple):
-    """What one pass of a batch through autoencoder and loss gives."""
+    """Result of one pass of a batch through autoencoder and loss."""
 
-    total: Tensor  # the scalar to minimise
-    log: dict[str, Tensor]  # detached scalars under "train/..." or "val/..."
-    target: Tensor  # [B, C, H, W], what the reconstruction should be
+    total: Tensor  # scalar to minimise
+    log: dict[str, Tensor]  # detached scalars with keys "train/..." or "val/..."
+    target: Tensor  # [B, C, H, W], target of the reconstruction
     reconstruction: Tensor  # [B, C, H, W]
     posterior: DiagonalGaussianDistribution
 
@@ -48,22 +48,21 @@ class StepOutput(NamedTuple):
 class AutoEncoderKL(nn.Module):
     """KL-regularised autoencoder (Rombach et al. 2022, section 3.1; Kingma & Welling 2013).
 
-    Images are float32 [B, C, H, W] in [-1, 1], H and W multiples of `f`.
+    Images are float32 [B, C, H, W] in [-1, 1], with H and W multiples of f.
 
     Args:
-        ddconfig: the architecture (`DDConfig` describes each key).
+        ddconfig: the architecture, see `DDConfig`.
         embed_dim: channels of the latents; None: z_channels, without quant convolutions.
-        lossconfig: `{target: NAME, params: {...}}`, or a callable (`kl_vae.losses` gives its
-            signature); None: `default_loss`.
+        lossconfig: `{target: NAME, params: {...}}`, or a callable with the signature described in
+            `kl_vae.losses`; None: `default_loss`.
         ckpt_path: a checkpoint to load weights from.
-        ignore_keys: beginnings of the checkpoint's keys that are not loaded.
+        ignore_keys: prefixes of checkpoint keys that are not loaded.
         colorize_nlabels: number of channels that `to_rgb` projects to three; in_channels, or None.
-        monitor: the validation metric, such as "val/rec_loss", that selects the best checkpoint.
-        latents: how `normalize_latents` scales (`LatentNormalization` describes each key); None:
-            unknown.
+        monitor: validation metric that selects the best checkpoint, such as "val/rec_loss".
+        latents: normalisation for `normalize_latents`, see `LatentNormalization`; None: unknown.
 
     Raises:
-        ValueError: a key, value or checkpoint that does not fit; the text says how to fix it.
+        ValueError: a key or value is invalid, or the checkpoint does not match.
     """
 
     __call__: Callable[..., tuple[Tensor, DiagonalGaussianDistribution]]
@@ -108,29 +107,29 @@ class AutoEncoderKL(nn.Module):
 
     @property
     def downsampling_factor(self) -> int:
-        """f: an image of H x W has latents of H/f x W/f."""
+        """Downsampling factor f: an image of H x W has latents of H/f x W/f."""
         return self.config.downsampling_factor
 
     @property
     def latent_channels(self) -> int:
-        """z, channels of the latents."""
+        """Number of latent channels z."""
         return self.config.z_channels if self.embed_dim is None else self.embed_dim
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.decoder.conv_out.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of the weights, and outside autocast of what goes in and comes out."""
+        """Data type of the weights and, without autocast, of the inputs and outputs."""
         return self.decoder.conv_out.weight.dtype
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> DiagonalGaussianDistribution:
-        """Return the posterior over latents [B, z, h, w] of images [B, C, H, W].
+        """Encode images [B, C, H, W] to the posterior over latents [B, z, h, w].
 
         Raises:
-            ValueError: x is not a batch of images in [-1, 1], or f does not divide its size.
+            ValueError: x is not a batch of images in [-1, 1], or H or W is not a multiple of f.
         """
         check_images(x, self.config)
         check_context(context, self.config)
@@ -140,9 +139,9 @@ class AutoEncoderKL(nn.Module):
         return DiagonalGaussianDistribution(moments)
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return the images [B, out_ch, H, W], unclamped, of latents [B, z, h, w].
+        """Decode latents [B, z, h, w] to unclamped images [B, out_ch, H, W].
 
-        Outside autocast they have the weights' precision, whatever the latents have.
+        Without autocast, the images have the data type of the weights.
 
         Raises:
             ValueError: z is not a batch of latents of this model.
@@ -158,17 +157,18 @@ class AutoEncoderKL(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, image: Tensor, context: Tensor | None = None) -> Tensor:
-        """Decode the posterior's mode of images of any size, as in eval mode; without gradients.
+        """Reconstruct images of any size from the posterior mode, in eval mode without gradients.
 
         Args:
-            image: [B, C, H, W] or [C, H, W] in [-1, 1]. The edge is repeated up to a multiple of f.
-            context: as for `forward`.
+            image: [B, C, H, W] or [C, H, W] in [-1, 1]. Edges are repeated to pad the size to a
+                multiple of f.
+            context: see `forward`.
 
         Returns:
             A tensor of the image's shape, with out_ch channels, unclamped.
 
         Raises:
-            ValueError: as `encode`, but for the size.
+            ValueError: see `encode`; any size is accepted.
         """
         batch = image[None] if isinstance(image, Tensor) and image.ndim == 3 else image
         check_images(batch, self.config, any_size=True)
@@ -184,18 +184,19 @@ class AutoEncoderKL(nn.Module):
         return out[0] if image.ndim == 3 else out
 
     def normalize_latents(self, z: Tensor) -> Tensor:
-        """Scale raw latents [B, z, h, w] to about zero mean and unit variance.
+        """Normalise raw latents [B, z, h, w] to about zero mean and unit variance.
 
         Raises:
-            ValueError: this model's scale is not known, or z is not a batch of latents of it.
+            ValueError: the scale of the latents is unknown, or z is not a batch of latents of this
+                model.
         """
         return self._normalization(z).normalize(z)
 
     def denormalize_latents(self, z: Tensor) -> Tensor:
-        """Return the raw latents [B, z, h, w], as `decode` takes them, of normalised ones.
+        """Convert normalised latents [B, z, h, w] back to raw latents for `decode`.
 
         Raises:
-            ValueError: as `normalize_latents`.
+            ValueError: see `normalize_latents`.
         """
         return self._normalization(z).denormalize(z)
 
@@ -203,7 +204,7 @@ class AutoEncoderKL(nn.Module):
         check_latents(z, self.latent_channels)
         if self.latents is None:
             raise ValueError(
-                "the scale of this model's latents is not known; measure it with "
+                "the scale of this model's latents is unknown; measure it with "
                 "kl-vae encode --statistics, or give latents={'scale_factor': ...}"
             )
         return self.latents
@@ -217,18 +218,19 @@ class AutoEncoderKL(nn.Module):
         noise: Tensor | None = None,
         equivariance: Equivariance | None = None,
     ) -> tuple[Tensor, DiagonalGaussianDistribution]:
-        """Encode, draw latents, decode.
+        """Encode images, sample latents, and decode them.
 
         Args:
             input: images [B, C, H, W].
-            sample_posterior: decode a sample of the posterior; else its mode.
-            context: vectors [B, D], where the ddconfig has context_channels D.
-            noise: standard normal noise [B, z, h, w] for the sample; None: torch's generator.
-            equivariance: how to rotate and scale the latents before they are decoded.
+            sample_posterior: decode a sample of the posterior; False: its mode.
+            context: context vectors [B, D], if the ddconfig has context_channels D.
+            noise: standard normal noise [B, z, h, w] for the sample; None: PyTorch's global
+                generator.
+            equivariance: rotation and scaling of the latents before decoding.
 
         Returns:
-            The reconstruction [B, out_ch, H, W] (of the rotated and scaled image, where there is an
-            equivariance) and the posterior.
+            The reconstruction [B, out_ch, H, W], which is rotated and scaled if `equivariance` is
+            given, and the posterior.
         """
         posterior = self.encode(input, context)
         z = posterior.sample(noise=noise) if sample_posterior else posterior.mode()
@@ -246,19 +248,19 @@ class AutoEncoderKL(nn.Module):
         noise: Tensor | None = None,
         equivariance: Equivariance | None = None,
     ) -> StepOutput:
-        """Pass a batch [B, C, H, W] through autoencoder and loss: what every step begins with.
+        """Run autoencoder and loss on a batch [B, C, H, W].
 
-        `forward` is called in place of this module: in training the DistributedDataParallel
-        wrapper, without which the gradients of the ranks would stay apart.
+        `forward` is called instead of this module. In distributed training it is the
+        DistributedDataParallel wrapper, which averages gradients over the ranks.
         """
         reconstruction, posterior = (forward or self)(batch, noise=noise, equivariance=equivariance)
         target = batch
         if equivariance is not None:
             target = equivariance.of_images(batch, self.downsampling_factor)
         loss: Loss = self.default_loss if self.loss is None else self.loss
-        # losses are float32; a discriminator has autocast's precision
-        in_full = torch.autocast(batch.device.type, enabled=False)
-        with nullcontext() if self.adversary is not None else in_full:
+        # losses run in float32, a discriminator in the autocast precision
+        no_autocast = torch.autocast(batch.device.type, enabled=False)
+        with nullcontext() if self.adversary is not None else no_autocast:
             total, log = loss(
                 target,
                 reconstruction.float(),
@@ -271,10 +273,10 @@ class AutoEncoderKL(nn.Module):
         return StepOutput(total, log, target, reconstruction, posterior)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Return the loss of a batch of images [B, C, H, W], to be minimised.
+        """Return the training loss of a batch of images [B, C, H, W].
 
-        `batch_idx` counts as the number of optimisation steps so far. Where a discriminator learns,
-        its loss is added: neither's gradient reaches the other's parameters.
+        `batch_idx` is used as the number of completed optimisation steps. The loss of an active
+        discriminator is added; the two losses do not contribute to each other's gradients.
         """
         out = self.step(batch, batch_idx, "train")
         if self.adversary is None or not self.adversary.discriminates(batch_idx):
@@ -284,7 +286,7 @@ class AutoEncoderKL(nn.Module):
 
     @torch.no_grad()
     def validation_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
-        """Return the validation metrics of a batch of images [B, C, H, W], under "val/..."."""
+        """Return the validation metrics of images [B, C, H, W], with keys "val/..."."""
         return self.step(batch, batch_idx, "val").log
 
     def configure_optimizers(
@@ -292,7 +294,7 @@ class AutoEncoderKL(nn.Module):
         config: OptimizerConfig | None = None,
         discriminator_config: OptimizerConfig | None = None,
     ) -> torch.optim.Optimizer | list[torch.optim.Optimizer]:
-        """Return the optimiser of autoencoder and loss, or with a discriminator that and its own.
+        """Return the optimiser, or a list with that of the discriminator if there is one.
 
         A learned logvar is trained with the autoencoder.
         """
@@ -305,27 +307,27 @@ class AutoEncoderKL(nn.Module):
 
     @property
     def adversary(self) -> LPIPSWithDiscriminator | None:
-        """The loss, where it has a discriminator."""
+        """The loss if it has a discriminator, otherwise None."""
         return self.loss if isinstance(self.loss, LPIPSWithDiscriminator) else None
 
     def set_activation_checkpointing(self, kind: str | None) -> None:
-        """Choose what the backward pass computes again: none, norms, blocks, or None as at first.
+        """Set which activations are recomputed in backward: none, norms, blocks, or None.
 
-        `kl_vae.accel.accelerate.set_activation_checkpointing` describes each.
+        See `kl_vae.accel.accelerate.set_activation_checkpointing`.
 
         Raises:
-            ValueError: no such kind.
+            ValueError: the kind is unknown.
         """
         set_activation_checkpointing(self, kind)
 
     def own_parameters(self) -> list[nn.Parameter]:
-        """Return the trainable parameters of autoencoder and loss, without the discriminator's."""
+        """Return the trainable parameters of autoencoder and loss, except the discriminator's."""
         adversary = self.adversary
-        others = set() if adversary is None else set(adversary.discriminator.parameters())
-        return [p for p in self.parameters() if p.requires_grad and p not in others]
+        excluded = set() if adversary is None else set(adversary.discriminator.parameters())
+        return [p for p in self.parameters() if p.requires_grad and p not in excluded]
 
     def without_loss(self) -> AutoEncoderKL:
-        """Return a model of the same modules and parameters, shared, without the loss."""
+        """Return a shallow copy of the model without the loss; modules are shared."""
         bare = copy.copy(self)
         bare._modules = {key: module for key, module in self._modules.items() if key != "loss"}
         bare.loss = None
@@ -341,36 +343,35 @@ class AutoEncoderKL(nn.Module):
     ) -> AutoEncoderKL:
         """Load a trained autoencoder, in eval mode and without its loss.
 
-        float32 weights are mapped into memory: a page of them is read when it is used, and copied
-        when it is written to. Until the model is moved to a device, the file may be removed or
-        replaced, but not overwritten.
+        float32 weights are memory-mapped (copy-on-write). Until the model is moved to another
+        device, the file may be removed or replaced, but must not be overwritten.
 
         Args:
-            path: a run directory (its best checkpoint, else its newest), one of our checkpoints, a
-                file of torch's or a safetensors file in the CompVis or diffusers layout, of an
-                autoencoder or a whole pipeline, a folder of diffusers', or
+            path: a run directory (its best checkpoint, otherwise its latest), a kl_vae checkpoint,
+                a torch.save or safetensors file in the CompVis or diffusers layout (an autoencoder
+                or a whole pipeline), a diffusers folder, or
                 `hf://ORG/NAME[@REVISION][/SUBFOLDER or /FILE]`.
-            params: `model.params` of a config, against which the tensors are checked; None: as the
-                checkpoint says, else as the names and shapes of its tensors show.
-            ema: load the moving average of the weights, where the checkpoint has one; else the
-                weights as they were trained last.
+            params: `model.params` of a config, which the tensors must match; None: read from the
+                checkpoint, or inferred from the names and shapes of its tensors.
+            ema: load the EMA weights if the checkpoint has them; False: the latest trained weights.
 
         Raises:
-            ValueError: no autoencoder there, or not one of these params.
+            ValueError: the path holds no autoencoder, or it does not match the params.
         """
         weights = read_weights(path, ema)
         return cls._of_weights(weights, complete_params(weights, params))
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, subfolder: str = "") -> AutoEncoderKL:
-        """Load what `from_checkpoint` takes, or ORG/NAME of the Hugging Face hub, as diffusers do.
+        """Load a model from a path or the Hugging Face Hub, with the interface of diffusers.
 
         Args:
-            name: a path; where there is none of that name, ORG/NAME means `hf://ORG/NAME`.
-            subfolder: of a folder or a repository, such as vae.
+            name: a path accepted by `from_checkpoint`; if there is no such path, ORG/NAME means
+                `hf://ORG/NAME`.
+            subfolder: subfolder of the folder or repository, such as vae.
 
         Raises:
-            ValueError: as `from_checkpoint`.
+            ValueError: see `from_checkpoint`.
         """
         is_id = re.fullmatch(r"[\w.-]+/[\w.-]+(@[^/]+)?", str(name)) and not Path(name).exists()
         text = f"hf://{name}" if is_id else str(name)
@@ -378,14 +379,14 @@ class AutoEncoderKL(nn.Module):
 
     @classmethod
     def from_preset(cls, name: str, weights: str | Path | None = None) -> AutoEncoderKL:
-        """Load a published autoencoder, in eval mode, with the scale of its latents.
+        """Load a published autoencoder in eval mode, with the normalisation of its latents.
 
         Args:
             name: one of `kl_vae.checkpoints.presets.PRESETS`, such as sdxl-vae.
-            weights: as the path of `from_checkpoint`; None: fetched from where they are published.
+            weights: a path accepted by `from_checkpoint`; None: download the published weights.
 
         Raises:
-            ValueError: no such preset, or weights that are not what it says.
+            ValueError: the preset is unknown, or the weights do not match it.
         """
         preset = find_preset(name)
         read = read_weights(preset.location if weights is None else weights)
@@ -393,7 +394,7 @@ class AutoEncoderKL(nn.Module):
 
     @classmethod
     def _of_weights(cls, weights: Weights, params: Mapping[str, Any]) -> AutoEncoderKL:
-        # on meta nothing is initialised that is then overwritten
+        # the meta device avoids an initialisation that would be overwritten
         device = "meta" if has_published_parts(params["ddconfig"]) else "cpu"
         with torch.device(device):
             model = cls(**params)
@@ -405,7 +406,7 @@ class AutoEncoderKL(nn.Module):
 
     @property
     def params(self) -> dict[str, Any]:
-        """`model.params` to build this model again, without its loss; plain values."""
+        """`model.params` of this model without its loss, as plain values."""
         return {
             "ddconfig": dataclasses.asdict(self.config),
             "embed_dim": self.embed_dim,
@@ -415,24 +416,24 @@ class AutoEncoderKL(nn.Module):
         }
 
     def save_pretrained(self, folder: str | Path, dtype: str = "fp32") -> None:
-        """Write a folder that `diffusers.AutoencoderKL.from_pretrained` loads, and we as well.
+        """Write a diffusers folder, for `diffusers.AutoencoderKL` and this class.
 
         Args:
-            folder: is made.
-            dtype: of the weights there: fp32, fp16 or bf16.
+            folder: the new folder.
+            dtype: data type of the written weights: fp32, fp16 or bf16.
 
         Raises:
-            ValueError: diffusers cannot express this model, the folder exists or cannot be written,
-                or a weight is too large for fp16.
+            ValueError: diffusers cannot represent this model, the folder exists or cannot be
+                written, or a weight is too large for fp16.
         """
         write_diffusers(Path(folder), self._own_tensors(), self.params, dtype)
 
     def save_compvis(self, path: str | Path, dtype: str = "fp32") -> None:
-        """Write one safetensors file with the original names, and `params` in its metadata.
+        """Write a safetensors file with the original key names, and `params` in its metadata.
 
         Args:
-            path: the file to write, .safetensors.
-            dtype: of the weights there: fp32, fp16 or bf16.
+            path: the new .safetensors file.
+            dtype: data type of the written weights: fp32, fp16 or bf16.
 
         Raises:
             ValueError: the file exists or cannot be written, or a weight is too large for fp16.
@@ -443,14 +444,15 @@ class AutoEncoderKL(nn.Module):
         return self.without_loss().state_dict()
 
     def init_from_ckpt(self, path: str | Path, ignore_keys: Iterable[str] = ()) -> None:
-        """Load weights from what `from_checkpoint` takes, but for keys that `ignore_keys` begin.
+        """Load weights from a path accepted by `from_checkpoint`.
 
-        A moving average of the weights is preferred. One log line says what was loaded, ignored,
-        missing and unexpected. The tensors of a loss that this model does not have are ignored.
+        EMA weights are preferred. Keys with a prefix in `ignore_keys` are skipped, and so are
+        tensors of a loss that this model does not have. A log line lists the loaded, ignored,
+        missing and unexpected tensors.
 
         Raises:
-            ValueError: missing, unexpected or differently shaped tensors that `ignore_keys` does
-                not name. The model is then left as it was.
+            ValueError: tensors are missing, unexpected or have other shapes, and `ignore_keys` does
+                not cover them. The model is not modified in this case.
         """
         weights = read_weights(path)
         self.load_weights(weights.tensors, ignore_keys, source=weights.source)
@@ -458,14 +460,15 @@ class AutoEncoderKL(nn.Module):
     def load_weights(
         self, tensors: Mapping[str, Tensor], ignore_keys: Iterable[str] = (), source: str = ""
     ) -> None:
-        """Load a state dict as `init_from_ckpt` does a file."""
+        """Load a state dict; see `init_from_ckpt`."""
         self.load_state_dict(match(self.state_dict(), tensors, ignore_keys, source), strict=False)
 
     def to_rgb(self, x: Tensor) -> Tensor:
-        """Return RGB images [B, 3, H, W] in [-1, 1] of images with any number of channels.
+        """Convert images with any number of channels to RGB images [B, 3, H, W] in [-1, 1].
 
-        Three channels stay, one is repeated. More than three are projected by the `colorize` buffer
-        and each image stretched to the whole range; without that buffer the first three are shown.
+        One channel is repeated, and three are kept. More channels are projected by the `colorize`
+        buffer and each image is rescaled to the full range; without this buffer, the first three
+        channels are used.
         """
         channels = x.shape[1]
         if channels == 1:
@@ -478,15 +481,15 @@ class AutoEncoderKL(nn.Module):
 
 
 def padded_size(images: Tensor, factor: int) -> tuple[int, int]:
-    """Return H and W of images [..., H, W] raised to multiples of `factor` (f), at least 2 f."""
-    # 2 f, since the group norm of a single latent is an error or a constant
+    """Round H and W of images [..., H, W] up to multiples of `factor` (f), at least 2 f."""
+    # 2 f, since the group norm of a single latent position fails or is constant
     height, width = (max(2, -(-side // factor)) * factor for side in images.shape[-2:])
     return height, width
 
 
 def pad(images: Tensor, factor: int) -> Tensor:
-    """Repeat the edge of images [B, C, H, W] to the right and below, up to their `padded_size`."""
+    """Pad images [B, C, H, W] at the right and bottom to `padded_size` by repeating the edge."""
     height, width = padded_size(images, factor)
-    # repeated, since reflection needs an image larger than what it adds
+    # not reflection, which requires images larger than the padding
     border = (0, width - images.shape[3], 0, height - images.shape[2])
     return F.pad(images, border, mode="replicate")

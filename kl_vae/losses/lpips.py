@@ -118,7 +118,7 @@ class LPIPS(nn.Module):
             return torch.stack(distances).sum(dim=0)
 
     def train(self, mode: bool = True) -> LPIPS:
-        """Keep eval mode, whatever the mode of the parent module."""
+        """Keep eval mode, regardless of the mode of the parent module."""
         return super().train(False)
 
     def _features(self, images: Tensor) -> list[Tensor]:

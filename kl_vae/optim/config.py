@@ -52,7 +52,7 @@ class OptimizerConfig:
         errors = []
         for key in ("learning_rate", "adamw_learning_rate"):
             if getattr(self, key) <= 0:
-                errors.append(f"{key}={getattr(self, key)}: must be above 0, for example 1.0e-4")
+                errors.append(f"{key}={getattr(self, key)}: must be above 0, such as 1.0e-4")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             errors.append(
                 f"betas={list(self.betas)}: must be two numbers, each at least 0 and below 1"
