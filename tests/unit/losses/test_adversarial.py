@@ -1,4 +1,4 @@
-"""The LPIPS + GAN loss: its values, what it runs when, its gradients at the cut."""
+"""The LPIPS + GAN loss: its values, its forward and backward passes, its gradients."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from kl_vae import AutoEncoderKL, DiagonalGaussianDistribution
 from kl_vae.losses import ELBO, LPIPSWithDiscriminator
 from kl_vae.losses.adversarial import KnownGradient
 from kl_vae.losses.discriminator import RealAndFake
+from tests.messages import mentions
 
 
 class Perceptual(nn.Module):
-    """A network that counts what passes through it."""
+    """A network that counts its forward and backward passes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +64,7 @@ def noise() -> Tensor:
     return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
 
 
-def test_known_gradients_go_on_whatever_the_value_says() -> None:
+def test_known_gradients_do_not_depend_on_the_value() -> None:
     x, y = torch.ones(2, requires_grad=True), torch.ones((), requires_grad=True)
     value = torch.tensor(7.0)
     total = KnownGradient.apply(value, x, torch.tensor([1.0, 2.0]), y, torch.tensor(3.0))
@@ -73,7 +74,7 @@ def test_known_gradients_go_on_whatever_the_value_says() -> None:
     assert y.grad is not None and y.grad.item() == 6.0
 
 
-def test_the_cut_gives_the_gradients_of_the_whole_graph(
+def test_gradients_match_those_of_the_whole_graph(
     tiny_ddconfig: dict[str, Any], images: Tensor
 ) -> None:
     """nll + kl_weight * KL + weight * adversarial, written out and differentiated in one piece."""
@@ -105,9 +106,7 @@ def test_the_cut_gives_the_gradients_of_the_whole_graph(
         assert float((gradient - whole[key]).abs().max()) <= 1e-5 * largest, key
 
 
-def test_a_gan_step_passes_once_through_each_network(
-    tiny_ddconfig: dict[str, Any], images: Tensor
-) -> None:
+def test_a_gan_step_runs_each_network_once(tiny_ddconfig: dict[str, Any], images: Tensor) -> None:
     model = with_loss(tiny_ddconfig)
     perceptual = loss_of(model).perceptual_loss
     assert isinstance(perceptual, Perceptual)
@@ -126,7 +125,7 @@ def test_a_gan_step_passes_once_through_each_network(
     assert (perceptual.forwards, perceptual.backwards) == ([2, 2], 2)
 
 
-def test_warm_up_lets_the_discriminator_learn_before_it_counts(
+def test_warmup_trains_the_discriminator_before_its_term_is_added(
     tiny_ddconfig: dict[str, Any], images: Tensor
 ) -> None:
     loss = build(disc_warmup_steps=5)
@@ -138,7 +137,7 @@ def test_warm_up_lets_the_discriminator_learn_before_it_counts(
     assert model.step(images, 12, "train").log["train/disc_factor"] == 0
 
 
-def test_lpips_can_join_in_later(tiny_ddconfig: dict[str, Any], images: Tensor) -> None:
+def test_perceptual_start(tiny_ddconfig: dict[str, Any], images: Tensor) -> None:
     model = with_loss(tiny_ddconfig, perceptual_start=5)
     perceptual = loss_of(model).perceptual_loss
     assert isinstance(perceptual, Perceptual)
@@ -152,13 +151,13 @@ def test_lpips_can_join_in_later(tiny_ddconfig: dict[str, Any], images: Tensor) 
 
 
 @pytest.mark.parametrize("off", [{"disc_factor": 0.0}, {"disc_weight": 0.0}])
-def test_weight_zero_counts_never(off: dict[str, float]) -> None:
+def test_weight_zero_disables_the_adversarial_term(off: dict[str, float]) -> None:
     loss = build(**off)
     assert not loss.counts(10**6)
     assert loss.discriminates(10**6) == ("disc_factor" not in off)
 
 
-def test_a_fixed_weight_is_the_weight(tiny_ddconfig: dict[str, Any], images: Tensor) -> None:
+def test_fixed_weighting(tiny_ddconfig: dict[str, Any], images: Tensor) -> None:
     model = with_loss(tiny_ddconfig, disc_weighting="fixed", disc_factor=2.0)
     out = model.step(images, 10, "train", noise=noise())
     before = model.step(images, 9, "train", noise=noise())
@@ -191,7 +190,7 @@ def test_without_perceptual_and_discriminator_it_is_the_elbo(images: Tensor) -> 
     assert "train/p_loss" not in log
 
 
-def test_pixelloss_weight_counts(images: Tensor) -> None:
+def test_pixelloss_weight(images: Tensor) -> None:
     posterior = DiagonalGaussianDistribution(torch.zeros(2, 6, 8, 8))
     for weight in (1.0, 3.0):
         _, log = build(pixelloss_weight=weight)(images, 0.5 * images, posterior, 0)
@@ -200,7 +199,7 @@ def test_pixelloss_weight_counts(images: Tensor) -> None:
 
 
 @torch.no_grad()
-def test_validation_means_the_same_before_and_after_the_discriminator_starts(
+def test_validation_does_not_depend_on_disc_start(
     tiny_ddconfig: dict[str, Any], images: Tensor
 ) -> None:
     model = with_loss(tiny_ddconfig).eval()
@@ -249,11 +248,11 @@ def test_a_conditional_discriminator_sees_the_condition(images: Tensor) -> None:
     last = torch.ones((), requires_grad=True)
     total, _ = loss(images, images * last, posterior, 10, last_layer=last, cond=cond)
     assert total.isfinite()
-    with pytest.raises(ValueError, match=r"disc_conditional=True: needs cond .*set it to false"):
+    with pytest.raises(ValueError, match=mentions("disc_conditional=True", "cond", "[B, C, H, W]")):
         loss.discriminator_loss(images, images)
 
 
-def test_lecam_holds_the_logits_to_their_averages(images: Tensor) -> None:
+def test_lecam_regularizes_the_logits_towards_their_averages(images: Tensor) -> None:
     loss = build(lecam_weight=2.0, lecam_decay=0.9)
     plain, _ = build().discriminator_loss(images, -images)
     total, log = loss.discriminator_loss(images, -images)
@@ -267,19 +266,19 @@ def test_lecam_holds_the_logits_to_their_averages(images: Tensor) -> None:
     assert "logits_average" in loss.state_dict() and "logits_average" not in build().state_dict()
 
 
-def test_the_adaptive_weight_needs_a_last_layer_that_learns(
+def test_the_adaptive_weight_needs_a_trainable_last_layer(
     tiny_ddconfig: dict[str, Any], images: Tensor
 ) -> None:
     model = with_loss(tiny_ddconfig)
     model.get_last_layer().requires_grad_(False)
-    with pytest.raises(ValueError, match="disc_weighting=global: needs .*set disc_weighting: fix"):
+    with pytest.raises(
+        ValueError, match=mentions("disc_weighting=global", "disc_weighting: fixed")
+    ):
         model.step(images, 10, "train")
     model.step(images, 9, "train")
 
 
-def test_nan_goes_through_and_is_not_replaced(
-    tiny_ddconfig: dict[str, Any], images: Tensor
-) -> None:
+def test_nan_is_propagated(tiny_ddconfig: dict[str, Any], images: Tensor) -> None:
     model = with_loss(tiny_ddconfig)
     with torch.no_grad():
         model.get_last_layer().fill_(math.nan)
@@ -312,7 +311,7 @@ def test_the_loss_has_nothing_but_discriminator_and_logvar_to_save() -> None:
     assert not any(isinstance(module, LPIPS) for module in loss.modules())
 
 
-def test_the_published_spellings() -> None:
+def test_published_parameter_names() -> None:
     loss = LPIPSWithDiscriminator(5, regularization_weights={"kl_loss": 0.25}, perceptual_weight=0)
     assert loss.kl_weight == 0.25
     act = LPIPSWithDiscriminator(5, use_actnorm=True, perceptual_weight=0)
@@ -324,30 +323,30 @@ def test_the_published_spellings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("params", "error"),
+    ("params", "parts"),
     [
-        ({"disc_start": -1}, "disc_start=-1: .*0 or more"),
-        ({"disc_start": 1.5}, "disc_start=1.5: "),
-        ({"perceptual_start": None}, "perceptual_start=None: "),
-        ({"disc_warmup_steps": "9"}, "disc_warmup_steps='9': "),
-        ({"kl_weight": "1e-6"}, "kl_weight='1e-6': .*1.0e-06"),
-        ({"disc_weight": -0.5}, "disc_weight=-0.5: .*0 or more"),
-        ({"logvar_init": math.inf}, "logvar_init=inf: .*finite"),
-        ({"lecam_decay": None}, "lecam_decay=None: .*finite"),
-        ({"disc_loss": "wgan"}, "disc_loss='wgan': .*hinge, vanilla, non_saturating"),
-        ({"disc_weighting": "none"}, "disc_weighting='none': .*global, rank, fixed"),
-        ({"disc_norm": "layer"}, "disc_norm='layer': .*batch, act, group, none"),
-        ({"disc_num_layers": 0}, "disc_num_layers=0: .*1 or more"),
-        ({"use_actnorm": True}, "disc_norm=group: with use_actnorm it is act; leave one out"),
-        ({"use_actnorm": "no"}, "use_actnorm='no': .*true or false"),
-        ({"reconstruction": "huber"}, "reconstruction='huber': .*l1, mse"),
-        ({"reduction": "none"}, "reduction='none': .*sum, mean"),
-        ({"perceptual": "resnet"}, "perceptual='resnet': .*vgg, alex, squeeze"),
-        ({"perceptual_heads": 3}, "perceptual_heads=3: .*path"),
-        ({"regularization_weights": {"l2": 1}}, "regularization_weights.l2=1: .*kl_loss"),
-        ({"regularization_weights": {"kl_loss": "x"}}, "regularization_weights.kl_loss='x': "),
+        ({"disc_start": -1}, ("disc_start=-1", 0)),
+        ({"disc_start": 1.5}, ("disc_start=1.5",)),
+        ({"perceptual_start": None}, ("perceptual_start=None",)),
+        ({"disc_warmup_steps": "9"}, ("disc_warmup_steps='9'",)),
+        ({"kl_weight": "1e-6"}, ("kl_weight='1e-6'", "1.0e-06")),
+        ({"disc_weight": -0.5}, ("disc_weight=-0.5",)),
+        ({"logvar_init": math.inf}, ("logvar_init=inf",)),
+        ({"lecam_decay": None}, ("lecam_decay=None",)),
+        ({"disc_loss": "wgan"}, ("disc_loss='wgan'", "hinge, vanilla, non_saturating")),
+        ({"disc_weighting": "none"}, ("disc_weighting='none'", "global, rank, fixed")),
+        ({"disc_norm": "layer"}, ("disc_norm='layer'", "batch, act, group, none")),
+        ({"disc_num_layers": 0}, ("disc_num_layers=0", 1)),
+        ({"use_actnorm": True}, ("disc_norm=group", "use_actnorm", "act")),
+        ({"use_actnorm": "no"}, ("use_actnorm='no'", "true", "false")),
+        ({"reconstruction": "huber"}, ("reconstruction='huber'", "l1, mse")),
+        ({"reduction": "none"}, ("reduction='none'", "sum, mean")),
+        ({"perceptual": "resnet"}, ("perceptual='resnet'", "vgg, alex, squeeze")),
+        ({"perceptual_heads": 3}, ("perceptual_heads=3", "path")),
+        ({"regularization_weights": {"l2": 1}}, ("regularization_weights.l2=1", "kl_loss")),
+        ({"regularization_weights": {"kl_loss": "x"}}, ("regularization_weights.kl_loss='x'",)),
     ],
 )
-def test_impossible_values_are_named(params: dict[str, Any], error: str) -> None:
-    with pytest.raises(ValueError, match=error):
+def test_invalid_values_are_named(params: dict[str, Any], parts: tuple[object, ...]) -> None:
+    with pytest.raises(ValueError, match=mentions(*parts)):
         build(**params)

@@ -20,6 +20,7 @@ from kl_vae.losses.discriminator import (
     generator_loss,
     lecam,
 )
+from tests.messages import mentions
 
 GOLDEN = Path(__file__).parents[4] / "shared" / "golden" / "adversarial_step.pt"
 
@@ -83,7 +84,7 @@ NORM_LAYOUT: dict[str, dict[str, tuple[int, ...]]] = {
 
 
 def discriminator(**params: Any) -> PatchDiscriminator:
-    """A small one, always with the same weights."""
+    """A small discriminator with fixed weights."""
     torch.manual_seed(0)
     return PatchDiscriminator(**{"n_layers": 2, "ndf": 8} | params)
 
@@ -129,18 +130,15 @@ def test_the_size_of_the_logits(
 
 
 @pytest.mark.parametrize("n_layers", [1, 2, 3, 4])
-def test_the_minimum_size_gives_one_logit_and_a_pixel_less_is_refused(n_layers: int) -> None:
+def test_the_minimum_size_gives_one_logit_and_smaller_images_are_rejected(n_layers: int) -> None:
     model = discriminator(n_layers=n_layers, ndf=2)
     size = model.minimum_size
     assert model(noise(1, 3, size, size)).shape == (1, 1, 1, 1)
     for height, width in ((size - 1, size), (size, size - 1)):
-        error = (
-            f"^disc_num_layers={n_layers}: images of {height} x {width} pixels give no logit; "
-            f"take fewer disc_num_layers, or crops of {size} pixels or more$"
-        )
-        with pytest.raises(ValueError, match=error):
+        parts = (f"disc_num_layers={n_layers}", f"{height} x {width}", size)
+        with pytest.raises(ValueError, match=mentions(*parts)):
             model(noise(1, 3, height, width))
-    with pytest.raises(RuntimeError):  # torch's, were there no check
+    with pytest.raises(RuntimeError):  # torch's own error without the check
         model.main(noise(1, 3, size - 1, size))
 
 
@@ -194,7 +192,7 @@ def test_the_published_code_gives_the_same_step() -> None:
         torch.testing.assert_close(gradients[name], theirs, rtol=1e-4, atol=1e-5, msg=name)
 
 
-# ---- what cannot be
+# ---- invalid arguments
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, "3", None, True])
@@ -202,20 +200,20 @@ def test_the_published_code_gives_the_same_step() -> None:
     ("argument", "key"),
     [("in_channels", "disc_in_channels"), ("n_layers", "disc_num_layers"), ("ndf", "disc_ndf")],
 )
-def test_impossible_numbers_are_named(argument: str, key: str, value: object) -> None:
-    with pytest.raises(ValueError, match=f"^{key}={value!r}: .*1 or more$"):
+def test_invalid_numbers_are_named(argument: str, key: str, value: object) -> None:
+    with pytest.raises(ValueError, match=mentions(f"{key}={value!r}", 1)):
         discriminator(**{argument: value})
 
 
 @pytest.mark.parametrize("norm", ["instance", None])
 def test_an_unknown_norm_is_named(norm: Any) -> None:
-    error = f"^disc_norm={norm!r}: choose one of batch, act, group, none$"
-    with pytest.raises(ValueError, match=error):
+    parts = (f"disc_norm={norm!r}", "batch, act, group, none")
+    with pytest.raises(ValueError, match=mentions(*parts)):
         discriminator(norm=norm)
 
 
 def test_an_unknown_loss_is_named() -> None:
-    error = "^disc_loss='wgan': choose one of hinge, vanilla, non_saturating$"
+    error = mentions("disc_loss='wgan'", "hinge, vanilla, non_saturating")
     kind: Any = "wgan"
     with pytest.raises(ValueError, match=error):
         discriminator_loss(noise(2), noise(2), kind)
@@ -224,11 +222,8 @@ def test_an_unknown_loss_is_named() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 24, 24), (3, 24, 24)])
-def test_images_of_other_channels_are_refused(shape: tuple[int, ...]) -> None:
-    error = (
-        rf"^disc_in_channels=3: cannot take \[{', '.join(map(str, shape))}\]; give images "
-        r"\[B, 3, H, W\], or set disc_in_channels to their channels$"
-    )
+def test_images_with_other_channels_are_rejected(shape: tuple[int, ...]) -> None:
+    error = mentions("disc_in_channels=3", list(shape), "[B, 3, H, W]")
     with pytest.raises(ValueError, match=error):
         discriminator()(noise(*shape))
 
@@ -252,7 +247,7 @@ def test_batch_norm_uses_running_statistics_in_eval_mode() -> None:
 
 
 @pytest.mark.parametrize("norm", ["group", "none"])
-def test_an_images_logits_do_not_depend_on_the_others(norm: str) -> None:
+def test_logits_of_an_image_do_not_depend_on_the_batch(norm: str) -> None:
     model = discriminator(norm=norm)
     images = noise(4, 3, 24, 24)
     torch.testing.assert_close(model(images)[:1], model(images[:1]))
@@ -267,14 +262,14 @@ def test_the_groups_are_32_or_the_greatest_divisor_below(ndf: int, groups: list[
     assert all(m.eps == 1e-6 for m in norms)
 
 
-def test_no_norm_keeps_its_place() -> None:
+def test_norm_none_is_an_identity_layer() -> None:
     assert isinstance(discriminator(norm="none").main[3], nn.Identity)
 
 
 # ---- ActNorm
 
 
-def test_the_first_training_batch_leaves_with_mean_0_and_variance_1() -> None:
+def test_the_first_training_batch_is_normalized_to_mean_0_and_variance_1() -> None:
     norm = ActNorm(3)
     x = noise(4, 3, 5, 6) * torch.tensor([0.5, 2.0, 7.0])[:, None, None] + 3.0
     out = norm(x)
@@ -309,7 +304,7 @@ def test_in_eval_mode_the_first_batch_passes_unchanged() -> None:
     assert norm.initialized.item() == 0
 
 
-def test_a_loaded_norm_goes_on_where_it_was() -> None:
+def test_a_loaded_norm_is_initialized() -> None:
     norm, resumed = ActNorm(3), ActNorm(3)
     norm(noise(4, 3, 5, 5))
     resumed.load_state_dict(norm.state_dict())
@@ -318,7 +313,7 @@ def test_a_loaded_norm_goes_on_where_it_was() -> None:
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_a_norm_loaded_with_a_fresh_state_starts_afresh(assign: bool) -> None:
+def test_loading_a_fresh_state_resets_the_initialization(assign: bool) -> None:
     model = nn.Sequential(ActNorm(3))
     fresh = copy.deepcopy(model.state_dict())
     model(noise(4, 3, 5, 5))
@@ -338,7 +333,7 @@ def test_a_copy_keeps_its_own_state() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
-def test_a_first_batch_that_is_not_finite_is_not_kept(value: float) -> None:
+def test_a_first_batch_that_is_not_finite_does_not_initialize(value: float) -> None:
     norm = ActNorm(3)
     x = noise(4, 3, 5, 5)
     bad = x.clone()
@@ -352,7 +347,7 @@ def test_a_first_batch_that_is_not_finite_is_not_kept(value: float) -> None:
     torch.testing.assert_close(out.std((0, 2, 3)), torch.ones(3), rtol=0, atol=1e-5)
 
 
-def test_one_value_a_channel_has_no_variance_to_start_from() -> None:
+def test_one_value_per_channel_does_not_initialize() -> None:
     norm = ActNorm(3)
     norm(noise(1, 3, 1, 1))
     assert norm.initialized.item() == 0
@@ -365,7 +360,7 @@ def test_after_the_first_batch_the_buffer_is_not_read() -> None:
     assert norm(noise(4, 3, 5, 5)).isfinite().all()
 
 
-def test_the_first_batch_counts_though_the_parameters_are_frozen() -> None:
+def test_frozen_parameters_are_initialized() -> None:
     norm, other = ActNorm(3), ActNorm(3)
     frozen = {key: parameter.detach() for key, parameter in norm.named_parameters()}
     x = noise(4, 3, 5, 5)
@@ -379,7 +374,7 @@ def test_half_precision_is_measured_in_float32() -> None:
     assert norm.loc.item() == -2.0
 
 
-def test_in_a_process_group_of_one_nothing_differs(tmp_path: Path) -> None:
+def test_a_process_group_of_one_changes_nothing(tmp_path: Path) -> None:
     alone, grouped = ActNorm(3), ActNorm(3)
     x = noise(4, 3, 5, 5)
     dist.init_process_group("gloo", f"file://{tmp_path}/ranks", rank=0, world_size=1)
@@ -427,7 +422,7 @@ def test_lecam_by_hand() -> None:
 
 
 @pytest.mark.parametrize("kind", DISC_LOSSES)
-def test_losses_pull_the_logits_to_their_sides(kind: Any) -> None:
+def test_gradients_of_the_losses_have_the_right_sign(kind: Any) -> None:
     real, fake = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
     discriminator_loss(real, fake, kind).backward()  # type: ignore[no-untyped-call]
     assert real.grad is not None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kl_vae import DiagonalGaussianDistribution
 from kl_vae.losses import ELBO, default_loss
+from tests.messages import mentions
 
 N = 3 * 4 * 4
 INPUTS = torch.zeros(2, 3, 4, 4)
@@ -51,23 +52,23 @@ def test_values_by_hand(reconstruction: str, reduction: str, scale: float) -> No
     )
 
 
-def test_the_split_heads_the_figures() -> None:
+def test_the_split_is_the_prefix_of_the_metrics() -> None:
     assert evaluate(split="val") == evaluate(split="train")
 
 
 @pytest.mark.parametrize(("step", "weight"), [(0, 0.0), (1, 0.1), (3, 0.3), (4, 0.4), (99, 0.4)])
-def test_the_kls_weight_rises_linearly_from_zero(step: int, weight: float) -> None:
+def test_the_kl_weight_rises_linearly_from_zero(step: int, weight: float) -> None:
     figures = evaluate(step, kl_weight=0.4, kl_warmup_steps=4)
     assert figures["kl_weight"] == pytest.approx(weight)
     assert figures["total_loss"] == pytest.approx(ERROR["mse"] + weight * KL / N)
 
 
-def test_without_warm_up_the_weight_is_whole_from_the_first_step() -> None:
+def test_without_warmup_the_weight_is_constant() -> None:
     assert evaluate(0, kl_weight=0.4)["kl_weight"] == 0.4
 
 
 @pytest.mark.parametrize("reconstruction", ["l1", "mse"])
-def test_a_learned_logvar_is_best_at_the_log_of_the_error(reconstruction: str) -> None:
+def test_the_optimal_logvar_is_the_log_of_the_error(reconstruction: str) -> None:
     def slope(logvar: float) -> float:
         loss = ELBO(reconstruction, learn_logvar=True, logvar_init=logvar)  # type: ignore[arg-type]
         loss(INPUTS, RECONSTRUCTIONS, POSTERIOR, 0)[0].backward()
@@ -100,22 +101,22 @@ def test_gradients_reach_image_and_posterior(reconstruction: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("params", "error"),
+    ("params", "parts"),
     [
-        ({"reconstruction": "l2"}, "reconstruction='l2': .*mse, l1"),
-        ({"reduction": "none"}, "reduction='none': .*mean, sum"),
-        ({"learn_logvar": "yes"}, "learn_logvar='yes': .*true or false"),
-        ({"kl_weight": -1.0}, "kl_weight=-1.0: .*0 or more"),
-        ({"kl_weight": "1e-6"}, "kl_weight='1e-6': .*1.0e-06"),
-        ({"kl_weight": None}, "kl_weight=None: .*finite"),
-        ({"kl_weight": float("nan")}, "kl_weight=nan: .*finite"),
-        ({"kl_warmup_steps": True}, "kl_warmup_steps=True: .*whole number"),
-        ({"logvar_init": "0"}, "logvar_init='0': .*finite"),
-        ({"logvar_init": None}, "logvar_init=None: .*finite"),
+        ({"reconstruction": "l2"}, ("reconstruction='l2'", "mse, l1")),
+        ({"reduction": "none"}, ("reduction='none'", "mean, sum")),
+        ({"learn_logvar": "yes"}, ("learn_logvar='yes'", "true", "false")),
+        ({"kl_weight": -1.0}, ("kl_weight=-1.0",)),
+        ({"kl_weight": "1e-6"}, ("kl_weight='1e-6'", "1.0e-06")),
+        ({"kl_weight": None}, ("kl_weight=None",)),
+        ({"kl_weight": float("nan")}, ("kl_weight=nan",)),
+        ({"kl_warmup_steps": True}, ("kl_warmup_steps=True",)),
+        ({"logvar_init": "0"}, ("logvar_init='0'",)),
+        ({"logvar_init": None}, ("logvar_init=None",)),
     ],
 )
-def test_impossible_values_are_named(params: dict[str, Any], error: str) -> None:
-    with pytest.raises(ValueError, match=error):
+def test_invalid_values_are_named(params: dict[str, Any], parts: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=mentions(*parts)):
         ELBO(**params)
 
 

@@ -1,4 +1,4 @@
-"""Turning and scaling latents and images alike."""
+"""Rotating and scaling latents and images together."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from kl_vae import AutoEncoderKL
 from kl_vae.losses.equivariance import Equivariance
 
 
-def test_image_and_latents_keep_their_ratio_of_sizes() -> None:
+def test_the_ratio_of_image_and_latent_sizes_is_kept() -> None:
     z, x = torch.randn(2, 4, 8, 12), torch.randn(2, 3, 32, 48)
     for quarter_turns in range(4):
         for scale in (0.25, 0.4, 0.99, 1.0):
@@ -19,20 +19,20 @@ def test_image_and_latents_keep_their_ratio_of_sizes() -> None:
             assert (height, width) == (expected if quarter_turns % 2 else expected[::-1])
 
 
-def test_a_quarter_turn_turns_both_the_same_way() -> None:
+def test_a_quarter_turn_rotates_both_in_the_same_direction() -> None:
     x = torch.arange(4.0).reshape(1, 1, 2, 2)
     turned = Equivariance(1, 1.0).of_latents(x)
     assert turned.flatten().tolist() == [1.0, 3.0, 0.0, 2.0]
     assert torch.equal(turned, Equivariance(1, 1.0).of_images(x, 1))
 
 
-def test_scaling_keeps_the_mean_of_a_plane_and_never_vanishes() -> None:
+def test_scaling_keeps_constants_and_at_least_one_pixel() -> None:
     plane = torch.full((1, 2, 8, 8), 0.7)
     assert torch.allclose(Equivariance(0, 0.3).of_latents(plane), torch.tensor(0.7))
     assert Equivariance(0, 0.01).of_latents(plane).shape == (1, 2, 1, 1)
 
 
-def test_a_draw_is_a_function_of_its_key_and_happens_as_often_as_asked() -> None:
+def test_a_draw_is_a_function_of_its_key_with_the_given_probability() -> None:
     draws = [Equivariance.draw(0.5, 0.25, 7, step) for step in range(400)]
     assert draws == [Equivariance.draw(0.5, 0.25, 7, step) for step in range(400)]
     assert draws != [Equivariance.draw(0.5, 0.25, 8, step) for step in range(400)]
@@ -53,7 +53,7 @@ def test_the_loss_compares_with_the_transformed_image(tiny_model: AutoEncoderKL)
     assert torch.equal(out.target, transformation.of_images(images, 2))
     expected = (out.target - out.reconstruction).square().mean()
     assert torch.allclose(out.log["train/rec_loss"], expected)
-    assert out.posterior.mean.shape == (2, 3, 8, 16)  # of the image as it was
+    assert out.posterior.mean.shape == (2, 3, 8, 16)  # of the original image
     out.total.backward()
     assert all(p.grad is not None for p in tiny_model.parameters())
 

@@ -10,7 +10,7 @@ from kl_vae.losses import ELBO, LPIPSWithDiscriminator, build_loss, register_los
 from tests.messages import mentions
 
 
-def test_none_has_no_loss_and_a_callable_is_its_own() -> None:
+def test_none_and_callables() -> None:
     def loss(*_: Any, **__: Any) -> None: ...
 
     assert build_loss(None) is None
@@ -37,7 +37,7 @@ def test_users_register_their_own() -> None:
         pass
 
     assert type(build_loss({"target": "double"})) is Double
-    with pytest.raises(ValueError, match="lossconfig.target='elbo': already registered"):
+    with pytest.raises(ValueError, match=mentions("lossconfig.target='elbo'", "registered")):
         register_loss("elbo")(Double)
 
 
@@ -48,33 +48,33 @@ def test_a_dotted_path_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.syspath_prepend(tmp_path)
     loss: Any = build_loss({"target": "my_own_losses.Loss", "params": {"weight": 2.0}})
     assert (type(loss).__module__, loss.weight) == ("my_own_losses", 2.0)
-    with pytest.raises(ValueError, match="my_own_losses.rate: not a class or function"):
+    with pytest.raises(ValueError, match=mentions("my_own_losses.rate", "class")):
         build_loss({"target": "my_own_losses.rate"})
 
 
 @pytest.mark.parametrize(
-    ("lossconfig", "error"),
+    ("lossconfig", "parts"),
     [
-        ({"target": "elbow"}, "lossconfig.target='elbow': unknown; choose one of elbo, lpips_wi"),
-        ({"target": "no_such.Loss"}, "no_such.Loss: cannot be imported .*; choose one of elbo"),
-        ({"target": "torch.NoLoss"}, "torch.NoLoss: cannot be imported .*; choose one of elbo"),
+        ({"target": "elbow"}, ("lossconfig.target='elbow'", "elbo", "lpips_with_discriminator")),
+        ({"target": "no_such.Loss"}, ("lossconfig.target=no_such.Loss", "elbo")),
+        ({"target": "torch.NoLoss"}, ("lossconfig.target=torch.NoLoss", "elbo")),
         (
             {"target": "elbo", "params": {"temperature": 1}},
-            mentions("lossconfig.params", "temperature", "elbo", "reconstruction", "kl_weight"),
+            ("lossconfig.params", "temperature", "elbo", "reconstruction", "kl_weight"),
         ),
         (
             {"target": "elbo", "params": {"kl_wieght": 1}},
-            mentions("lossconfig.params", "kl_wieght", "did you mean kl_weight?"),
+            ("lossconfig.params", "kl_wieght", "kl_weight"),
         ),
-        ({"target": "elbo", "parameters": {}}, "takes the keys target and params; write loss"),
-        ({"params": {}}, "takes the keys target and params; write lossconfig"),
-        ("elbo", "lossconfig='elbo': takes the keys target and params; write lossconfig"),
-        ({"target": 3}, "target is a name and params are keys and values"),
-        ({"target": "elbo", "params": [1]}, "target is a name and params are keys and values"),
+        ({"target": "elbo", "parameters": {}}, ("'parameters': {}", "lossconfig: {target: elbo")),
+        ({"params": {}}, ("lossconfig={'params': {}}", "lossconfig: {target: elbo")),
+        ("elbo", ("lossconfig='elbo'", "lossconfig: {target: elbo")),
+        ({"target": 3}, ("lossconfig={'target': 3}",)),
+        ({"target": "elbo", "params": [1]}, ("lossconfig={'target': 'elbo', 'params': [1]}",)),
     ],
 )
-def test_what_cannot_be_built_is_named(lossconfig: Any, error: str) -> None:
-    with pytest.raises(ValueError, match=error):
+def test_an_invalid_lossconfig_is_named(lossconfig: Any, parts: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=mentions(*parts)):
         build_loss(lossconfig)
 
 
@@ -86,16 +86,18 @@ def test_what_cannot_be_built_is_named(lossconfig: Any, error: str) -> None:
         "sgm.modules.autoencoding.losses.GeneralLPIPSWithDiscriminator",
     ],
 )
-def test_published_configs_name_the_adversarial_loss_in_their_way(target: str) -> None:
-    params = {"disc_start": 50001, "perceptual_weight": 0.0}  # no network to be found
+def test_published_names_of_the_adversarial_loss(target: str) -> None:
+    params = {"disc_start": 50001, "perceptual_weight": 0.0}  # without a perceptual network
     loss = build_loss({"target": target, "params": params})
     assert isinstance(loss, LPIPSWithDiscriminator)
     assert loss.disc_start == 50001
 
 
-def test_an_error_names_the_target_as_it_was_written() -> None:
+def test_an_error_names_the_target_of_the_config() -> None:
     target = "ldm.modules.losses.LPIPSWithDiscriminator"
-    with pytest.raises(ValueError, match="missing a required argument: 'disc_start'; ldm.modules."):
+    with pytest.raises(
+        ValueError, match=mentions("missing a required argument: 'disc_start'", target)
+    ):
         build_loss({"target": target, "params": {}})
 
 
