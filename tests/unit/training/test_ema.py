@@ -15,7 +15,7 @@ def move(model: AutoEncoderKL, by: float) -> None:
             p.add_(by)
 
 
-def test_it_follows_the_weights_with_a_decay_that_grows(tiny_model: AutoEncoderKL) -> None:
+def test_the_decay_grows_to_its_maximum(tiny_model: AutoEncoderKL) -> None:
     average = WeightAverage(tiny_model, 0.25)
     start = tiny_model.get_last_layer().detach().clone()
     average.update()  # the first is a copy
@@ -31,19 +31,19 @@ def test_it_follows_the_weights_with_a_decay_that_grows(tiny_model: AutoEncoderK
     assert average.updates == 6
 
 
-def test_it_holds_the_autoencoder_alone(tiny_ddconfig: dict[str, Any]) -> None:
+def test_the_loss_is_not_averaged(tiny_ddconfig: dict[str, Any]) -> None:
     loss = {"target": "elbo", "params": {"learn_logvar": True}}
     model = AutoEncoderKL(tiny_ddconfig, 3, loss)
     average = WeightAverage(model, 0.9)
     assert average.state_dict().keys() == model.state_dict().keys() - {"loss.logvar"}
     assert not any(p.requires_grad for p in average.model.parameters())
     assert not average.model.training
-    assert model.training and model.loss is not None  # the model itself is as it was
+    assert model.training and model.loss is not None  # the model itself is unchanged
     pairs = zip(average.model.parameters(), model.parameters(), strict=False)
     assert all(a.data_ptr() != b.data_ptr() for a, b in pairs)
 
 
-def test_taken_up_it_goes_on_as_if_never_stopped(tiny_ddconfig: dict[str, Any]) -> None:
+def test_a_restored_average_continues_identically(tiny_ddconfig: dict[str, Any]) -> None:
     averages = []
     for stops in (False, True):
         torch.manual_seed(0)

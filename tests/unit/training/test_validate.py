@@ -5,7 +5,7 @@ from torch import nn
 from kl_vae.training.validate import evaluating
 
 
-def test_evaluating_puts_the_mode_back() -> None:
+def test_evaluating_restores_the_mode() -> None:
     module = nn.Dropout()
     for mode in (True, False):
         module.train(mode)
