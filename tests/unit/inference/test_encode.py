@@ -193,7 +193,7 @@ def test_a_resumed_run_gives_the_same_files_as_an_uninterrupted_one(
     assert first is None or (out / SHARDS[0]).stat().st_mtime_ns == first  # not written again
 
 
-def test_damaged_shards_are_encoded_again(
+def test_damaged_shards_are_done_again(
     model: AutoEncoderKL,
     images: Path,
     tmp_path: Path,
@@ -237,7 +237,7 @@ def test_a_shard_damaged_during_verification_is_encoded_again(
     assert content(out) == before
 
 
-def test_complete_latents_are_not_overwritten(
+def test_complete_latents_are_not_thrown_away(
     model: AutoEncoderKL, images: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -257,7 +257,7 @@ def test_complete_latents_are_not_overwritten(
         encode(model, images, out, resume=True)
 
 
-def test_unreadable_images_are_skipped(
+def test_images_that_cannot_be_used_are_left_out(
     model: AutoEncoderKL, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for i in (0, 1, 2, 4):  # all of the first shard
@@ -281,7 +281,7 @@ def test_unreadable_images_are_skipped(
     assert not content(tmp_path / "none")
 
 
-def test_values_out_of_range_of_fp16(
+def test_values_beyond_fp16(
     model: AutoEncoderKL, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with torch.no_grad():

@@ -72,7 +72,7 @@ def test_the_first_signal_is_noted_and_the_handlers_are_restored(
     assert is_about(message, name)
 
 
-def test_sighup_is_ignored_under_nohup() -> None:
+def test_under_nohup_a_lost_terminal_ends_nothing() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with stop_on_signals() as stop:

@@ -56,7 +56,7 @@ def test_a_saved_state_is_restored(tmp_path: Path, tiny_ddconfig: dict[str, obje
         assert torch.equal(other.model.state_dict()[key], x)
 
 
-def test_other_training_images_are_an_error(tiny_ddconfig: dict[str, object]) -> None:
+def test_other_images_are_refused(tiny_ddconfig: dict[str, object]) -> None:
     content = build(tiny_ddconfig, "a").content()
     with pytest.raises(ValueError, match=mentions("x.pt", "images", "model.params.ckpt_path")):
         build(tiny_ddconfig, "b").restore(content, source="x.pt")
@@ -71,7 +71,7 @@ def test_a_checkpoint_of_another_version_names_missing_keys(
         build(tiny_ddconfig).restore(content, source="x.pt")
 
 
-def test_other_software_and_other_validation_images_are_logged(
+def test_other_software_and_other_validation_images_are_named(
     tiny_ddconfig: dict[str, object], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")

@@ -130,7 +130,7 @@ def test_a_step_with_a_nan_gradient_is_skipped(
     assert all(torch.equal(a, b) for a, b in zip(before, weights(take_step), strict=True))
 
 
-def test_an_overflow_in_fp16_lowers_the_scale_and_is_counted_separately(project: Path) -> None:
+def test_an_overflow_in_fp16_lowers_the_scale_and_is_counted_apart(project: Path) -> None:
     take_step = build(broken_loss(1e30), "training.precision=fp16", "training.max_skipped_steps=2")
     scaler = take_step.state.autoencoder.scaler
     scaler.load_state_dict({**scaler.state_dict(), "scale": 8.0})
