@@ -8,6 +8,7 @@ import torch
 from kl_vae import AutoEncoderKL
 from kl_vae.latents import LatentNormalization
 from kl_vae.runtime.schema import from_mapping
+from tests.messages import mentions
 
 # [2, 3, 3, 5]: sides that a patch of 2 does not divide
 Z = 3.0 * torch.randn(2, 3, 3, 5, generator=torch.Generator().manual_seed(0)) + 1.0
@@ -50,7 +51,7 @@ def test_each_position_in_a_patch_has_its_own() -> None:
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_way_back(keys: dict[str, Any], dtype: torch.dtype) -> None:
+def test_denormalize_inverts_normalize(keys: dict[str, Any], dtype: torch.dtype) -> None:
     normalization = LatentNormalization(**keys)
     z = Z.to(dtype)
     back = normalization.denormalize(normalization.normalize(z))
@@ -60,20 +61,20 @@ def test_the_way_back(keys: dict[str, Any], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "text"),
+    ("keys", "parts"),
     [
-        ({"scale_factor": 0.0}, "latents.scale_factor=0.0: a finite number above 0"),
-        ({"mean": [1.0]}, "latents.std=null: mean is given; give both, or neither"),
-        ({"std": [1.0]}, "latents.mean=null: std is given; give both, or neither"),
-        ({"per_channel": True}, "latents.per_channel=True: needs mean and std; give them, or set"),
-        ({"mean": [1.0], "std": [1.0, 2.0]}, "latents.std has 2 values, mean 1; give one a chan"),
-        ({"mean": [1.0], "std": [0.0]}, "latents.std: must be finite numbers above 0"),
-        ({"patch_size": 0}, "latents.patch_size=0: at least 1"),
-        ({"scaling_factor": 1.0}, "latents.scaling_factor=1.0: unknown key; did you mean scale_"),
+        ({"scale_factor": 0.0}, ("latents.scale_factor=0.0",)),
+        ({"mean": [1.0]}, ("latents.std=null", "mean")),
+        ({"std": [1.0]}, ("latents.mean=null", "std")),
+        ({"per_channel": True}, ("latents.per_channel=True", "mean", "std")),
+        ({"mean": [1.0], "std": [1.0, 2.0]}, ("latents.std", 2, "mean", 1)),
+        ({"mean": [1.0], "std": [0.0]}, ("latents.std", 0)),
+        ({"patch_size": 0}, ("latents.patch_size=0", 1)),
+        ({"scaling_factor": 1.0}, ("latents.scaling_factor=1.0", "scale_factor")),
     ],
 )
-def test_an_impossible_value_is_named(keys: dict[str, Any], text: str) -> None:
-    with pytest.raises(ValueError, match=f"^{text}"):
+def test_an_invalid_value_is_named(keys: dict[str, Any], parts: tuple[object, ...]) -> None:
+    with pytest.raises(ValueError, match=mentions(*parts)):
         from_mapping(LatentNormalization, keys, "latents")
 
 
@@ -81,30 +82,29 @@ def test_an_impossible_value_is_named(keys: dict[str, Any], text: str) -> None:
 def test_only_finite_numbers_are_taken(key: str) -> None:
     values: dict[str, Any] = {"mean": (1.0,), "std": (1.0,)}
     values[key] = (float("nan"),) if key == "mean" else float("inf")
-    with pytest.raises(ValueError, match=f"{key}.*finite number"):
+    with pytest.raises(ValueError, match=mentions(key, "finite")):
         LatentNormalization(**values)
 
 
-def test_a_model_normalises_as_it_was_told(tiny_ddconfig: dict[str, Any]) -> None:
+def test_a_model_normalizes_with_its_latents_config(tiny_ddconfig: dict[str, Any]) -> None:
     model = AutoEncoderKL(tiny_ddconfig, 3, latents={"scale_factor": 0.5, "shift_factor": 1.0})
     torch.testing.assert_close(model.normalize_latents(Z), (Z - 1.0) * 0.5)
     torch.testing.assert_close(model.denormalize_latents(model.normalize_latents(Z)), Z)
-    with pytest.raises(ValueError, match=r"latents of shape \[2, 2, 3, 5\]: expected \[B, 3, h, w"):
+    with pytest.raises(ValueError, match=mentions("[2, 2, 3, 5]", "[B, 3, h, w]")):
         model.normalize_latents(Z[:, :2])
 
 
-def test_a_model_that_knows_no_scale_says_so(tiny_model: AutoEncoderKL) -> None:
+def test_a_model_without_a_scale_is_an_error(tiny_model: AutoEncoderKL) -> None:
     for function in (tiny_model.normalize_latents, tiny_model.denormalize_latents):
-        with pytest.raises(ValueError, match="is not known; measure it with kl-vae encode --stat"):
+        with pytest.raises(ValueError, match=mentions("kl-vae encode --statistics")):
             function(Z)
 
 
-def test_statistics_of_another_number_of_channels_are_refused(
+def test_statistics_of_another_number_of_channels_are_an_error(
     tiny_ddconfig: dict[str, Any],
 ) -> None:
     latents = {"mean": [1.0] * 4, "std": [1.0] * 4}
-    with pytest.raises(ValueError, match="mean has 4 values: the latents have 3 channels, so give"):
+    with pytest.raises(ValueError, match=mentions("mean", 4, 3, "channels")):
         AutoEncoderKL(tiny_ddconfig, 3, latents=latents)
-    text = "mean has 4 values: the latents have 3 channels times 2 x 2 positions, so give 12"
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(ValueError, match=mentions("mean", 4, 3, "2 x 2", 12)):
         AutoEncoderKL(tiny_ddconfig, 3, latents={**latents, "patch_size": 2})

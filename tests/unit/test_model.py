@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kl_vae import AutoEncoderKL, DDConfig, DiagonalGaussianDistribution
 from kl_vae.optim.config import OptimizerConfig
+from tests.messages import mentions
 
 Config = dict[str, Any]
 
@@ -48,25 +49,23 @@ def test_forward_decodes_a_sample_or_the_mode(tiny_model: AutoEncoderKL, images:
 
 
 @pytest.mark.parametrize(
-    ("shape", "error"),
+    ("shape", "parts"),
     [
-        ((1, 4, 16, 16), r"images of shape \[1, 4, 16, 16\]: expected \[B, 3, H, W\]"),
-        ((3, 16, 16), r"images of shape \[3, 16, 16\]: expected \[B, 3, H, W\]"),
-        ((1, 3, 16, 17), "images of 17 x 16: width and height must be multiples of 2; pad or crop"),
+        ((1, 4, 16, 16), ("[1, 4, 16, 16]", "[B, 3, H, W]")),
+        ((3, 16, 16), ("[3, 16, 16]", "[B, 3, H, W]")),
+        ((1, 3, 16, 17), ("17 x 16", 2)),
     ],
 )
-def test_encode_refuses_what_is_no_batch_of_images(
-    tiny_model: AutoEncoderKL, shape: tuple[int, ...], error: str
+def test_encode_rejects_invalid_shapes(
+    tiny_model: AutoEncoderKL, shape: tuple[int, ...], parts: tuple[object, ...]
 ) -> None:
-    with pytest.raises(ValueError, match=error):
+    with pytest.raises(ValueError, match=mentions(*parts)):
         tiny_model.encode(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 8, 8), (3, 8, 8)])
-def test_decode_refuses_what_are_no_latents(
-    tiny_model: AutoEncoderKL, shape: tuple[int, ...]
-) -> None:
-    with pytest.raises(ValueError, match=r"latents of shape \[.*\]: expected \[B, 3, h, w\]"):
+def test_decode_rejects_invalid_shapes(tiny_model: AutoEncoderKL, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=mentions(list(shape), "[B, 3, h, w]")):
         tiny_model.decode(torch.zeros(shape))
 
 
@@ -84,30 +83,30 @@ def test_a_context_that_does_not_fit_is_refused(
     tiny_ddconfig: Config, tiny_model: AutoEncoderKL, images: Tensor
 ) -> None:
     model = AutoEncoderKL(tiny_ddconfig | {"context_channels": 5}, embed_dim=3)
-    with pytest.raises(ValueError, match=r"context=None: this model needs a context \[B, 5\]"):
+    with pytest.raises(ValueError, match=mentions("context=None", "[B, 5]")):
         model(images)
-    with pytest.raises(ValueError, match=r"context of shape \[2, 4\]: expected \[B, 5\]"):
+    with pytest.raises(ValueError, match=mentions("context", "[2, 4]", "[B, 5]")):
         model.decode(torch.zeros(2, 3, 8, 8), torch.zeros(2, 4))
-    with pytest.raises(ValueError, match="context given: set context_channels in the ddconfig"):
+    with pytest.raises(ValueError, match=mentions("context", "context_channels")):
         tiny_model.encode(images, torch.zeros(2, 5))
 
 
 @pytest.mark.parametrize(
-    ("keys", "arguments", "error"),
+    ("keys", "arguments", "parts"),
     [
-        ({"double_z": False}, {}, "double_z=False: a KL autoencoder needs mean and log variance"),
-        ({"give_pre_end": True}, {}, "give_pre_end=True: an autoencoder must end in an image"),
-        ({"out_ch": 1}, {}, "out_ch=1: .*; set 3, as in_channels"),
-        ({"ch": 48}, {}, "ch=48: channels 48 cannot be split into 32 groups"),
-        ({}, {"embed_dim": 0}, "embed_dim=0: a whole number of at least 1, or null"),
-        ({}, {"embed_dim": "3"}, "embed_dim='3': a whole number of at least 1, or null"),
-        ({}, {"colorize_nlabels": 12}, "colorize_nlabels=12: must be in_channels=3, or null"),
+        ({"double_z": False}, {}, ("double_z=False",)),
+        ({"give_pre_end": True}, {}, ("give_pre_end=True",)),
+        ({"out_ch": 1}, {}, ("out_ch=1", 3, "in_channels")),
+        ({"ch": 48}, {}, ("ch=48", 32)),
+        ({}, {"embed_dim": 0}, ("embed_dim=0", 1, "null")),
+        ({}, {"embed_dim": "3"}, ("embed_dim='3'", 1, "null")),
+        ({}, {"colorize_nlabels": 12}, ("colorize_nlabels=12", "in_channels=3", "null")),
     ],
 )
-def test_what_is_no_autoencoder_is_refused(
-    tiny_ddconfig: Config, keys: Config, arguments: Config, error: str
+def test_invalid_autoencoders_are_rejected(
+    tiny_ddconfig: Config, keys: Config, arguments: Config, parts: tuple[object, ...]
 ) -> None:
-    with pytest.raises(ValueError, match=error):
+    with pytest.raises(ValueError, match=mentions(*parts)):
         AutoEncoderKL(tiny_ddconfig | keys, **{"embed_dim": 3} | arguments)
 
 
@@ -347,16 +346,16 @@ def test_what_is_not_in_minus_one_to_one_names_the_function_to_call(
     tiny_model: AutoEncoderKL, given: Any
 ) -> None:
     for method in (tiny_model.encode, tiny_model, tiny_model.reconstruct):
-        with pytest.raises(ValueError, match=r"kl_vae\.load_image"):
+        with pytest.raises(ValueError, match=mentions("kl_vae.load_image")):
             method(given)
 
 
-def test_values_up_to_255_and_posteriors_are_refused(
+def test_values_up_to_255_and_posteriors_are_rejected(
     tiny_model: AutoEncoderKL, images: Tensor
 ) -> None:
-    with pytest.raises(ValueError, match=r"up to 255.*kl_vae\.load_image"):
+    with pytest.raises(ValueError, match=mentions(255, "kl_vae.load_image")):
         tiny_model.encode(torch.full((1, 3, 16, 16), 255.0))
-    with pytest.raises(ValueError, match=r"DiagonalGaussian.*\.sample\(\) or \.mode\(\)"):
+    with pytest.raises(ValueError, match=mentions("posterior", ".sample()", ".mode()")):
         tiny_model.decode(tiny_model.encode(images))  # type: ignore[arg-type]
 
 

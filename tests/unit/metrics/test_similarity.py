@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kl_vae.metrics.similarity import ms_ssim, mse, psnr, ssim
+from tests.messages import mentions
 
 
 def test_psnr_is_the_formula_for_each_image():
@@ -71,7 +72,7 @@ def test_autocast_changes_nothing():
 
 @pytest.mark.parametrize("measure", [mse, psnr, ssim, ms_ssim])
 def test_shapes_must_agree(measure):
-    with pytest.raises(ValueError, match=r"shapes \[1, 3, 8, 8\] and \[1, 3, 8, 9\]: give two of"):
+    with pytest.raises(ValueError, match=mentions("[1, 3, 8, 8]", "[1, 3, 8, 9]")):
         measure(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 9))
-    with pytest.raises(ValueError, match=r"give two of one \[B, C, H, W\]"):
+    with pytest.raises(ValueError, match=mentions("[3, 8, 8]", "[B, C, H, W]")):
         measure(torch.zeros(3, 8, 8), torch.zeros(3, 8, 8))

@@ -14,6 +14,7 @@ from kl_vae.optim.config import (
     set_learning_rate,
 )
 from kl_vae.optim.muon import Muon
+from tests.messages import mentions
 
 
 def test_only_weights_of_convolutions_and_linear_layers_are_decayed(
@@ -107,20 +108,20 @@ def test_each_group_follows_the_schedule_below_its_own_peak() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "error"),
+    ("keys", "parts"),
     [
-        ({"learning_rate": 0.0}, "learning_rate=0.0: must be above 0, such as 1.0e-4"),
-        ({"betas": (0.9,)}, r"betas=\[0.9\]: two numbers, each at least 0 and below 1"),
-        ({"betas": (0.9, 1.0)}, r"betas=\[0.9, 1.0\]: two numbers"),
-        ({"eps": -1.0}, "eps=-1.0: must be 0 or more"),
-        ({"weight_decay": -1.0}, "weight_decay=-1.0: must be 0 or more"),
-        ({"warmup_steps": -1}, "warmup_steps=-1: must be 0 or more"),
-        ({"min_learning_rate": 1.0}, "min_learning_rate=1.0: between 0 and learning_rate=0.0001"),
-        ({"clip_grad_norm": 0.0}, "clip_grad_norm=0.0: above 0, or null for no clipping"),
+        ({"learning_rate": 0.0}, ("learning_rate=0.0", "1.0e-4")),
+        ({"betas": (0.9,)}, ("betas=[0.9]",)),
+        ({"betas": (0.9, 1.0)}, ("betas=[0.9, 1.0]",)),
+        ({"eps": -1.0}, ("eps=-1.0",)),
+        ({"weight_decay": -1.0}, ("weight_decay=-1.0",)),
+        ({"warmup_steps": -1}, ("warmup_steps=-1", 0)),
+        ({"min_learning_rate": 1.0}, ("min_learning_rate=1.0", "learning_rate=0.0001")),
+        ({"clip_grad_norm": 0.0}, ("clip_grad_norm=0.0", "null")),
     ],
 )
-def test_impossible_values_are_named(keys: dict[str, Any], error: str) -> None:
-    with pytest.raises(ValueError, match=f"^{error}"):
+def test_invalid_values_are_named(keys: dict[str, Any], parts: tuple[object, ...]) -> None:
+    with pytest.raises(ValueError, match=mentions(*parts)):
         OptimizerConfig(**keys)
 
 

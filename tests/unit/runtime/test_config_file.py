@@ -1,4 +1,4 @@
-"""Reading configs: strict YAML, overrides, and what others wrote."""
+"""Reading configs: strict YAML, overrides, and published configs."""
 
 import logging
 from pathlib import Path
@@ -68,47 +68,47 @@ def test_a_file_is_read_as_plain_values(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "error"),
+    ("text", "parts"),
     [
-        ("a: 1\nb: {c: 2, c: 3}\n", "line 2: c is written twice; keep one of them"),
-        ("a: 1\na: 1\n", "line 2: a is written twice"),
-        ("a: &name [1]\nb: *name\n", r"line 2: aliases \(\*name\) are refused; write it out"),
-        ("a: &x {b: 1}\nc:\n  <<: *x\n", "line 3: aliases"),
-        ("a: !!python/object/apply:os.getcwd []\n", "not valid YAML: .*python/object/apply"),
-        ("a: !!python/name:os.getcwd\n", "not valid YAML: .*python/name"),
-        ("a: [1\n", "not valid YAML: .*line 2"),
-        ("a: 1\n---\nb: 2\n", "not valid YAML: .*another document"),
-        ("a: \0\n", "not valid YAML: "),
-        ("a: 2020-13-45\n", "month must be in 1..12"),
-        ("[" * 5000, "recursion"),
-        ("", "holds no keys; see the config reference in README.md"),
-        ("- 1\n", "holds no keys"),
-        ("5\n", "holds no keys"),
+        ("a: 1\nb: {c: 2, c: 3}\n", ("line 2", "c", "twice")),
+        ("a: 1\na: 1\n", ("line 2", "a", "twice")),
+        ("a: &name [1]\nb: *name\n", ("line 2", "aliases", "*name")),
+        ("a: &x {b: 1}\nc:\n  <<: *x\n", ("line 3", "aliases")),
+        ("a: !!python/object/apply:os.getcwd []\n", ("YAML", "python/object/apply")),
+        ("a: !!python/name:os.getcwd\n", ("YAML", "python/name")),
+        ("a: [1\n", ("YAML", "line 2")),
+        ("a: 1\n---\nb: 2\n", ("YAML", "another document")),
+        ("a: \0\n", ("YAML",)),
+        ("a: 2020-13-45\n", ("month must be in 1..12",)),
+        ("[" * 5000, ("recursion",)),
+        ("", ("keys", "README.md")),
+        ("- 1\n", ("keys", "README.md")),
+        ("5\n", ("keys", "README.md")),
     ],
 )
-def test_yaml_that_is_refused(tmp_path: Path, text: str, error: str) -> None:
+def test_invalid_yaml(tmp_path: Path, text: str, parts: tuple[str, ...]) -> None:
     path = tmp_path / "it.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError, match=f"(?s)^{path}: .*{error}"):
+    with pytest.raises(ValueError, match=mentions(path, *parts)):
         load_config(path)
 
 
-def test_what_is_too_large_or_no_text_is_refused(tmp_path: Path) -> None:
+def test_files_that_are_too_large_or_not_utf8_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "it.yaml"
     path.write_bytes(b"a: 1\n" + b"#" * MAX_BYTES)
-    with pytest.raises(ValueError, match=f"{path}: over 1048576 bytes; a config is a small file"):
+    with pytest.raises(ValueError, match=mentions(path, 1048576)):
         load_config(path)
     path.write_bytes(b"a: \xff\xfe\n")
-    with pytest.raises(ValueError, match=f"{path}: cannot be read as text .*utf-8"):
+    with pytest.raises(ValueError, match=mentions(path, "utf-8")):
         load_config(path)
     path.write_text("\ufeffa: ä\n", encoding="utf-8")  # as some editors begin a file
     assert load_config(path) == {"a": "ä"}
 
 
 def test_a_missing_file_names_the_shipped_configs() -> None:
-    names = ", ".join(sorted(shipped_configs()))
+    names = sorted(shipped_configs())
     assert "quickstart" in names
-    with pytest.raises(ValueError, match=f"no such config: runs/other; give a YAML file.*{names}$"):
+    with pytest.raises(ValueError, match=mentions("runs/other", "YAML", ", ".join(names))):
         load_config("runs/other")
     with pytest.raises(ValueError, match=mentions("quikstart", "did you mean quickstart?")):
         load_config("quikstart")
@@ -120,15 +120,15 @@ def test_a_shipped_config_is_found_by_name_and_describes_an_autoencoder(name: st
     params = load_model_params(name)
     params["ddconfig"] = DDConfig.from_dict(params["ddconfig"])
     if "disc_start" in params["lossconfig"]["params"]:
-        params["lossconfig"]["params"]["perceptual_weight"] = 0.0  # VGG's weights are not at hand
+        params["lossconfig"]["params"]["perceptual_weight"] = 0.0  # needs no weights of VGG
     with torch.device("meta"):
         assert AutoEncoderKL(**params).loss is not None
 
 
-def test_a_config_without_model_params_describes_no_autoencoder(tmp_path: Path) -> None:
+def test_a_config_without_model_params_is_an_error(tmp_path: Path) -> None:
     for text in ("a: 1\n", "model:\n", "model: {params: 3}\n"):
         (tmp_path / "it.yaml").write_text(text)
-        with pytest.raises(ValueError, match="it.yaml: has no model.params; give the config of an"):
+        with pytest.raises(ValueError, match=mentions("it.yaml", "model.params")):
             load_model_params(tmp_path / "it.yaml")
 
 
@@ -153,18 +153,18 @@ def test_an_override_sets_one_key(override: str, expected: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize(
-    ("override", "error"),
+    ("override", "parts"),
     [
-        ("a.b", "'a.b': write key.path=value, such as optimizer.learning_rate=0.001"),
-        ("=3", "'=3': write key.path=value"),
-        ("a..b=3", "'a..b=3': write key.path=value"),
-        ("a.b.c=3", "a.b.c=3: b holds 1, which has no keys below it"),
-        ("a.b=[1", r"a\.b=\[1: not valid YAML"),
-        ("a.b={c: 1, c: 2}", "c is written twice"),
+        ("a.b", ("'a.b'", "key.path=value", "optimizer.learning_rate=0.001")),
+        ("=3", ("'=3'", "key.path=value")),
+        ("a..b=3", ("'a..b=3'", "key.path=value")),
+        ("a.b.c=3", ("a.b.c=3", "b", 1)),
+        ("a.b=[1", ("a.b=[1", "YAML")),
+        ("a.b={c: 1, c: 2}", ("a.b={c: 1, c: 2}", "twice")),
     ],
 )
-def test_an_override_that_cannot_be_applied_is_named(override: str, error: str) -> None:
-    with pytest.raises(ValueError, match=error):
+def test_an_invalid_override_is_named(override: str, parts: tuple[object, ...]) -> None:
+    with pytest.raises(ValueError, match=mentions(*parts)):
         apply_override({"a": {"b": 1}}, override)
 
 
@@ -219,7 +219,7 @@ def test_patterns_of_a_users_own_folder_stay_when_it_moves(file: Path) -> None:
     assert data["train"] == {"root": "new", "include": ["a/*"]}
 
 
-def test_of_a_compvis_file_the_model_is_read_and_the_rest_named_with_its_mend(
+def test_unused_keys_of_a_compvis_file_are_logged_with_a_fix(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "autoencoder_kl.yaml"
@@ -229,26 +229,24 @@ def test_of_a_compvis_file_the_model_is_read_and_the_rest_named_with_its_mend(
     params = config["model"].pop("params")
     assert config == {"model": {}, "data": {"train": {"root": "images"}}}
     assert AutoEncoderKL(**params).latent_channels == 4
-    beginnings_and_fixes = [
-        ("model.base_learning_rate=4.5e-06 is not used", "write optimizer.learning_rate=RATE"),
-        ("model.params.image_key is not used", "data.train.root names the images"),
-        ("data.target=main.DataModuleFromConfig is not used", "write data.train.root=FOLDER"),
-        ("lightning is not used", "write training.precision, training.accumulate_batches"),
+    keys_and_fixes = [
+        ("model.base_learning_rate=4.5e-06", "optimizer.learning_rate=RATE"),
+        ("model.params.image_key", "data.train.root"),
+        ("data.target=main.DataModuleFromConfig", "data.train.root=FOLDER"),
+        ("lightning", "training.precision, training.accumulate_batches"),
     ]
-    assert len(caplog.messages) == len(beginnings_and_fixes)
-    for message, (start, fix) in zip(caplog.messages, beginnings_and_fixes, strict=True):
-        assert message.startswith(start)
-        assert fix in message
+    for message, parts in zip(caplog.messages, keys_and_fixes, strict=True):
+        assert is_about(message, *parts)
 
 
-def test_our_own_files_give_no_warning(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_own_configs_give_no_warning(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     load_config(file, ["model.target=AutoEncoderKL", "model.params.image_key=image"])
     assert caplog.messages == []
 
 
-def test_another_models_file_is_refused(file: Path) -> None:
+def test_a_config_of_another_model_is_an_error(file: Path) -> None:
     file.write_text("model: {target: ldm.models.autoencoder.VQModelInterface}\n")
-    error = "model.target='ldm.models.autoencoder.VQModelInterface': not a KL autoencoder; write"
+    error = mentions("model.target='ldm.models.autoencoder.VQModelInterface'")
     with pytest.raises(ValueError, match=error):
         load_config(file)
 

@@ -1,4 +1,4 @@
-"""What is said about an error that ends a run."""
+"""Messages of errors that end a run."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from torch.distributed import HashStore
 from kl_vae.runtime import distributed
 from kl_vae.runtime.distributed import COMMAND, TRAINING, Hints, RankMonitor, explain
 from kl_vae.runtime.errors import RunError
+from tests.messages import is_about
 
 # each error, and what its message names
 KNOWN: list[tuple[Exception, list[str]]] = [
@@ -22,7 +23,7 @@ KNOWN: list[tuple[Exception, list[str]]] = [
 
 @pytest.mark.parametrize("hints", [TRAINING, COMMAND], ids=["training", "command"])
 @pytest.mark.parametrize(("error", "named"), KNOWN)
-def test_known_causes_name_what_to_change(error: Exception, named: list[str], hints: Hints) -> None:
+def test_known_errors_name_the_setting(error: Exception, named: list[str], hints: Hints) -> None:
     explained = explain(error, None, hints)
     assert isinstance(explained, RunError)
     for name in named:
@@ -32,7 +33,7 @@ def test_known_causes_name_what_to_change(error: Exception, named: list[str], hi
 @pytest.mark.parametrize(
     "error", [ValueError("a=1: b"), RunError("c"), RuntimeError("gloo"), KeyError()]
 )
-def test_others_stay_as_they_are(error: Exception) -> None:
+def test_other_errors_are_unchanged(error: Exception) -> None:
     assert explain(error) is error
 
 
@@ -45,22 +46,22 @@ def test_the_rank_that_failed_first_is_named_with_its_reason(hints: Hints) -> No
     lost = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer")
     explained = explain(lost, one, hints)
     assert isinstance(explained, RunError)
-    assert str(explained).startswith(f"rank 1 failed: 'boom'; {hints.resume} ([../gloo")
-    assert explain(explained, one, hints) is explained  # and so at each level that it passes
+    assert is_about(str(explained), "rank 1", "'boom'", hints.resume, "[../gloo")
+    assert explain(explained, one, hints) is explained  # unchanged when explained again
 
 
-def test_ranks_that_leave_no_reason_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_ended_without_an_error_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "PATIENCE_SECONDS", 0.2)
     store = HashStore()
     two = RankMonitor(store, 2, 4)
-    explain(dist.DistBackendError("nccl"), RankMonitor(store, 0, 4))  # lost one as well
+    explain(dist.DistBackendError("nccl"), RankMonitor(store, 0, 4))
     explained = explain(dist.DistBackendError("nccl"), two)
-    assert str(explained).startswith("ranks 1, 3 ended without a message, or stopped responding")
+    assert is_about(str(explained), "ranks 1, 3")
 
 
-def test_if_all_ranks_are_there_the_network_is_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_connection_between_running_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "PATIENCE_SECONDS", 0.2)
     store = HashStore()
     explain(dist.DistBackendError("nccl"), RankMonitor(store, 0, 2))
     explained = explain(dist.DistBackendError("nccl"), RankMonitor(store, 1, 2))
-    assert "the connection between the ranks was lost: check the network" in str(explained)
+    assert is_about(str(explained), "connection", "network")

@@ -14,7 +14,7 @@ from kl_vae.runtime.files import (
 )
 
 
-def test_a_failed_write_leaves_what_was_there_and_no_temporary(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_file_and_leaves_no_temporary(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_text_atomically(path, "before")
 
@@ -88,7 +88,7 @@ def two_files(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_folder_is_made_whole(tmp_path: Path, exists: bool) -> None:
+def test_a_folder_is_written_atomically(tmp_path: Path, exists: bool) -> None:
     path = tmp_path / "a" / "folder"
     if exists:
         path.mkdir(parents=True)
@@ -102,7 +102,7 @@ def test_a_folder_is_made_whole(tmp_path: Path, exists: bool) -> None:
 
 @pytest.mark.parametrize("exists", [False, True])
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt(), ValueError("no")])
-def test_a_folder_that_fails_leaves_what_was_there(
+def test_a_failed_write_of_a_folder_changes_nothing(
     tmp_path: Path, exists: bool, error: BaseException
 ) -> None:
     path = tmp_path / "folder"
@@ -132,9 +132,7 @@ def test_neither_a_file_nor_a_full_folder_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_what_a_killed_process_of_the_same_number_left_is_no_hindrance(
-    tmp_path: Path, kind: str
-) -> None:
+def test_temporary_files_of_a_killed_process_with_the_same_pid(tmp_path: Path, kind: str) -> None:
     """In a container each process may be number 1."""
     left = tmp_path / f".{os.getpid()}.tmp"
     if kind == "folder":

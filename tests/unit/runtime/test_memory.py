@@ -75,7 +75,7 @@ def test_an_unknown_device() -> None:
     assert free_memory(torch.device("meta")) is None
 
 
-def test_errors_that_say_that_memory_did_not_suffice() -> None:
+def test_is_out_of_memory() -> None:
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**60)
     assert is_out_of_memory(error.value)
@@ -83,7 +83,7 @@ def test_errors_that_say_that_memory_did_not_suffice() -> None:
     assert not is_out_of_memory(RuntimeError("the sizes must match"))
 
 
-def test_what_lies_free_between_tensors_is_given_back() -> None:
+def test_give_back_memory() -> None:
     if not hasattr(ctypes.CDLL(None), "malloc_trim"):
         pytest.skip("only glibc keeps it")
 

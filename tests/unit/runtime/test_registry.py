@@ -15,6 +15,7 @@ from kl_vae import (
 from kl_vae.attention import VanillaAttention
 from kl_vae.blocks import ResnetBlock
 from kl_vae.runtime.registry import Registry
+from tests.messages import mentions
 
 
 def test_a_name_stands_for_what_was_registered_under_it() -> None:
@@ -27,25 +28,24 @@ def test_a_name_stands_for_what_was_registered_under_it() -> None:
     assert "c" not in registry
 
 
-def test_a_name_is_registered_once_though_the_same_thing_may_come_again() -> None:
+def test_a_name_may_be_registered_again_only_for_the_same_object() -> None:
     registry = Registry("kind")
     registry.register("a")(dict)
     registry.register("a")(dict)
-    with pytest.raises(ValueError, match="kind='a': already registered; choose another name"):
+    with pytest.raises(ValueError, match=mentions("kind='a'", "registered")):
         registry.register("a")(list)
     assert registry["a"] is dict
 
 
-def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
+def test_an_unknown_name_is_an_error_that_names_the_choices() -> None:
     registry = Registry("kind")
     registry.register("b")(list)
     registry.register("a")(dict)
-    error = "kind='c': unknown; choose one of a, b, or register your own first"
-    with pytest.raises(ValueError, match=error):
+    with pytest.raises(ValueError, match=mentions("kind='c'", "a, b")):
         registry["c"]
 
 
-def test_an_own_attention_stands_wherever_the_ddconfig_places_it(
+def test_a_custom_attention_is_used_at_every_place(
     tiny_ddconfig: dict[str, Any],
 ) -> None:
     @register_attention("twice")
@@ -65,7 +65,7 @@ def test_an_own_attention_stands_wherever_the_ddconfig_places_it(
     assert model(torch.zeros(1, 3, 16, 16))[0].shape == (1, 3, 16, 16)
 
 
-def test_an_own_norm_replaces_every_group_norm(tiny_ddconfig: dict[str, Any]) -> None:
+def test_a_custom_norm_replaces_every_group_norm(tiny_ddconfig: dict[str, Any]) -> None:
     register_normalization("batch")(nn.BatchNorm2d)
     # 32 groups are then not asked of the channels
     model = AutoEncoderKL(tiny_ddconfig | {"norm_type": "batch", "ch": 20}, 3)
@@ -75,7 +75,7 @@ def test_an_own_norm_replaces_every_group_norm(tiny_ddconfig: dict[str, Any]) ->
     assert model(torch.rand(2, 3, 16, 16))[0].shape == (2, 3, 16, 16)
 
 
-def test_an_own_block_is_given_what_the_ddconfig_says(tiny_ddconfig: dict[str, Any]) -> None:
+def test_a_custom_block_gets_the_values_of_the_ddconfig(tiny_ddconfig: dict[str, Any]) -> None:
     given: list[dict[str, Any]] = []
 
     @register_block("noted")
