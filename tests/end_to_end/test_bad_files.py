@@ -23,6 +23,7 @@ from kl_vae.data import read_image
 from kl_vae.inference.reconstruct import ReconstructConfig
 from kl_vae.runtime.files import display_name
 from tests.bad_files import MAX_PIXELS, BadFiles, picture, valid_images, write_bad_files
+from tests.messages import is_about, mentions
 from tests.tiny import save_tiny_model, tiny_ddconfig
 
 pytestmark = pytest.mark.skipif(
@@ -97,7 +98,9 @@ def test_reconstruct_reports_every_bad_file_and_reads_every_other(
     assert set(reasons) == {display_name(images / name) for name in files.bad}
     assert len(summary["skipped"]) == summary["number_skipped"] == len(files.bad)
     assert all(reason.strip() and reason.isprintable() for reason in reasons.values())
-    assert all(f"skipped {path}: {reason}" in said for path, reason in reasons.items())
+    lines = said.splitlines()
+    for path, reason in reasons.items():
+        assert any(path in line and reason in line for line in lines), path
 
     with (out / "metrics.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -116,12 +119,11 @@ def test_max_pixels(tmp_path: Path, model: list[str], capsys: pytest.CaptureFixt
     command = ["reconstruct", *model, "--images", f"{tmp_path}/a.png", "--out", f"{tmp_path}/out"]
     assert main([*command, "--max-pixels", "480"]) == 0
     assert main([*command, "--max-pixels", "479"]) == 1
-    message = "24 x 20 pixels are more than max_pixels=479: raise max_pixels, or leave the file out"
-    assert f"skipped {tmp_path}/a.png: {message}" in capsys.readouterr().err
+    assert is_about(capsys.readouterr().err, f"{tmp_path}/a.png", "24 x 20", "max_pixels=479")
     assert main(command) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["max_pixels"] == kl_vae.data.MAX_PIXELS
-    with pytest.raises(ValueError, match="max_pixels=0: give at least 1"):
+    with pytest.raises(ValueError, match=mentions("max_pixels=0", 1)):
         ReconstructConfig(max_pixels=0)
 
 
@@ -158,8 +160,7 @@ def test_nothing_is_written_outside_of_the_output_folder(
     (tmp_path / "out" / "sub").symlink_to(tmp_path / "elsewhere")
     command = ["reconstruct", *model, "--images", f"{tmp_path}/images", "--out", f"{tmp_path}/out"]
     assert main(command) == 2
-    message = "out/sub/a.png leads out of the output folder; give an empty folder"
-    assert message in capsys.readouterr().err
+    assert is_about(capsys.readouterr().err, "out/sub/a.png", "output folder")
     assert os.listdir(tmp_path / "elsewhere") == []
     assert os.listdir(tmp_path / "out") == ["sub"]
 
@@ -174,7 +175,7 @@ def test_an_input_is_not_overwritten(
     before = path.read_bytes()
     (path.parent / "metrics.csv").touch()  # an earlier run's outputs may be replaced
     assert main(["reconstruct", *model, "--images", str(path), "--out", str(path.parent)]) == 2
-    assert f"{path} is an image that would be overwritten" in capsys.readouterr().err
+    assert is_about(capsys.readouterr().err, path, "overwritten")
     assert path.read_bytes() == before
 
 
@@ -223,7 +224,7 @@ def test_training_reports_every_bad_file_and_takes_every_other(
     assert len(bad - set(reasons)) < 4  # the rest of the epoch
     assert all(reason.strip() and reason.isprintable() for reason in reasons.values())
     for name, reason in reasons.items():
-        assert f"an image cannot be used: {name}: {reason}" in said
+        assert any(name in line and reason in line for line in said.splitlines())
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in lines]
     assert all(isinstance(line.get("train/psnr", 0.0), float) for line in steps)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from kl_vae import AutoEncoderKL
+from tests.messages import is_about, mentions
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 CPU = torch.device("cpu")
@@ -74,7 +75,7 @@ def test_different_results_are_not_timed(
         return lambda x: factor * x
 
     monkeypatch.setattr(module, "coder", doubled)
-    with pytest.raises(RuntimeError, match="ours, plain modules: differs by"):
+    with pytest.raises(RuntimeError, match=mentions("ours, plain modules")):
         run("encode_decode", "--sizes", "16")
 
 
@@ -119,7 +120,7 @@ def test_what_tiles_change(
     changes = named(compare(16, CPU))
     assert changes["exact"]["largest"] < 0.01
     assert changes["blend"]["largest"] > changes["exact"]["largest"]
-    with pytest.raises(ValueError, match="not larger than --tile 64"):
+    with pytest.raises(ValueError, match=mentions("--tile 64")):
         compare(64, CPU)
 
 
@@ -149,7 +150,7 @@ def test_loading(run: Callable[..., Any]) -> None:
 
 def test_optimizers(run: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert len(run("optimizer", "--size", "16")) == 3
-    assert "a step of 12 images takes" in capsys.readouterr().out
+    assert is_about(capsys.readouterr().out, "step", 12, "images")
 
 
 def test_the_loader(run: Callable[..., Any]) -> None:
@@ -232,9 +233,9 @@ def test_the_peak_of_a_call(script: Callable[[str], ModuleType]) -> None:
     cost = cost_of(partial(prepare, "allocate"), CPU)
     assert 190 * MEGABYTE < cost.peak - cost.before < 260 * MEGABYTE
     assert cost.before > 50 * MEGABYTE and cost.seconds > 0.1
-    with pytest.raises(RuntimeError, match="a measurement failed: ValueError: a b"):
+    with pytest.raises(RuntimeError, match=mentions("ValueError: a b")):
         cost_of(partial(prepare, "fail"), CPU)
-    with pytest.raises(RuntimeError, match="its process was killed"):
+    with pytest.raises(RuntimeError, match=mentions("process", "killed")):
         cost_of(partial(prepare, "exit"), CPU)
 
 
@@ -243,13 +244,13 @@ def test_a_cell_without_a_value_is_empty(script: Callable[[str], ModuleType]) ->
     assert table.splitlines() == ["|  | x |", "| --- | --- |", "| A |  |"]
 
 
-def test_mistakes_are_named(
+def test_invalid_arguments_are_named(
     script: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for arguments, message in (
-        (["--repeats", "0"], "--repeats 0: give 1 or more"),
-        (["--json", "none/out.json"], "--json none/out.json: give a file in a folder that exists"),
+    for arguments, parts in (
+        (["--repeats", "0"], ("--repeats 0", 1)),
+        (["--json", "none/out.json"], ("--json none/out.json", "folder")),
     ):
         with pytest.raises(SystemExit):
             script("loading").main(arguments)
-        assert message in capsys.readouterr().err
+        assert is_about(capsys.readouterr().err, *parts)

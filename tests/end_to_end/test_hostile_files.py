@@ -17,6 +17,7 @@ from torch import Tensor
 from kl_vae import AutoEncoderKL
 from kl_vae.cli.main import main
 from tests.hostile_files import ERRORS, MARKER, write_hostile_files
+from tests.messages import is_about
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -81,24 +82,24 @@ def wide_by_its_word(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("change", "error"),
+    ("change", "parts"),
     [
-        (vq, "a VQ autoencoder, whose latents are entries of a codebook; kl_vae reads KL autoenco"),
+        (vq, ("VQ", "KL")),
         (
             video,
-            "not an autoencoder of images: encoder.conv_in.weight has the shape [32, 3, 3, 3, 1",
+            ("encoder.conv_in.weight", "[32, 3, 3, 3, 1]"),
         ),
         (
             narrower_decoder,
-            "its encoder has levels of (32, 64) channels, its decoder levels of (16",
+            ("encoder", "(32, 64)", "decoder", "(16, 64)"),
         ),
         (
             of_another_kind,
-            "the whole of a KL autoencoder: no encoder.conv_in.weight among its tensors, 1 in all",
+            ("encoder.conv_in.weight", "tensors", 1),
         ),
         (
             wide_by_its_word,
-            " tensors of another shape (",
+            ("tensors", "shape"),
         ),
     ],
 )
@@ -108,7 +109,7 @@ def test_another_architecture_is_named(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     change: Callable[[dict[str, Tensor]], dict[str, Tensor]],
-    error: str,
+    parts: tuple[object, ...],
     suffix: str,
 ) -> None:
     path = tmp_path / f"a.{suffix}"
@@ -120,7 +121,7 @@ def test_another_architecture_is_named(
     before = peak_bytes()
     assert main(["convert", str(path), str(tmp_path / "out"), "--to", "diffusers"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and f"{path}: " in lines[0] and error in lines[0]
+    assert len(lines) == 1 and is_about(lines[0], path, *parts)
     assert peak_bytes() - before < 2**29
 
 
@@ -133,4 +134,4 @@ def test_a_folder_that_names_what_lies_outside_is_refused(
     index = {"weight_map": {"encoder.conv_in.weight": "../secret.safetensors"}}
     Path(f"{weights}.index.json").write_text(json.dumps(index))
     assert main(["convert", str(tmp_path / "vae"), "out", "--to", "diffusers"]) == 2
-    assert "names '../secret.safetensors', which does not lie beside it" in capsys.readouterr().err
+    assert is_about(capsys.readouterr().err, "'../secret.safetensors'")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kl_vae import AutoEncoderKL
 from kl_vae.cli.main import main
+from tests.messages import is_about
 from tests.processes import assert_same, checkpoint, metrics
 
 GAN = [
@@ -75,7 +76,7 @@ def test_another_accumulation_is_named_where_the_weight_depends_on_it(
     assert train("--run-dir", "run", *GAN, "training.max_steps=1") == 0
     more = ["training.max_steps=2", "training.accumulate_batches=2"]
     assert train("--run-dir", "run", *GAN, *more) == 0
-    assert "a step accumulates 2 batches, before it was 1" in caplog.text
+    assert any(is_about(text, "accumulates", 2, 1) for text in caplog.messages)
 
 
 def test_the_average_is_used_unless_told_otherwise(project: Path, capsys: Any) -> None:
@@ -100,15 +101,16 @@ def test_the_average_is_used_unless_told_otherwise(project: Path, capsys: Any) -
     for flags, expected, words in (([], averaged, "averaged "), (["--no-ema"], last, "")):
         name = f"weights{len(flags)}.pt"
         assert main(["export", "--checkpoint", file, "--out", name, *flags]) == 0
-        text = f"{words}weights of step 6 ({len(content['ema'])} tensors) in {name}\n"
-        assert capsys.readouterr().out.endswith(text)
+        last_line = capsys.readouterr().out.splitlines()[-1]
+        assert is_about(last_line, "step 6", f"{len(content['ema'])} tensors", name)
+        assert is_about(last_line, "averaged") == bool(words)
         assert Path(name).stat().st_size < Path(file).stat().st_size / 3
         exported = AutoEncoderKL.from_checkpoint(name)  # knows its architecture
         assert_same(dict(exported.state_dict()), dict(expected.state_dict()))
     assert main(["export", "--checkpoint", "run", "--out", "weights0.pt"]) == 2
-    assert "weights0.pt: exists; name a file that does not" in capsys.readouterr().err
+    assert is_about(capsys.readouterr().err, "weights0.pt", "exists")
     assert main(["export", "--checkpoint", "images", "--out", "x.pt"]) == 2
-    assert "images: no checkpoint in it; give a run directory or a file" in capsys.readouterr().err
+    assert is_about(capsys.readouterr().err, "images", "checkpoint")
 
 
 def test_the_average_can_be_monitored(project: Path) -> None:
@@ -133,7 +135,8 @@ def test_a_second_stage_trains_the_decoder_alone_at_a_larger_size(
         assert not any(differ(before, after, frozen))
     assert all(differ(before, after, "decoder.")) and all(differ(before, after, "post_quant_"))
     count = sum(x.numel() for key, x in after.items() if key.startswith(("decoder.", "post_q")))
-    assert f"f = 2: 32 x 32 -> latents 4 x 16 x 16; {count:,} of them trained" in caplog.text
+    model = ("f = 2", "32 x 32", "4 x 16 x 16", f"{count:,}")
+    assert any(is_about(text, *model) for text in caplog.messages)
 
 
 @pytest.mark.slow
@@ -145,43 +148,46 @@ def test_equivariant_latents_turn_with_the_image(project: Path) -> None:
 
 
 LOSS = "model.params.lossconfig.params."
-MISTAKES = {
-    "no weights": ([f"{LOSS}perceptual_weight=1.0", f"{LOSS}perceptual=squeeze"], "perceptual_"),
-    "small crop": ([f"{LOSS}disc_num_layers=3"], "disc_num_layers=3: images of 16 x 16 pixels giv"),
+MISTAKES: dict[str, tuple[list[str], tuple[object, ...]]] = {
+    "no weights": (
+        [f"{LOSS}perceptual_weight=1.0", f"{LOSS}perceptual=squeeze"],
+        ("perceptual=squeeze",),
+    ),
+    "small crop": ([f"{LOSS}disc_num_layers=3"], ("disc_num_layers=3", "16 x 16")),
     "small crop by equivariance": (
         ["training.equivariance=0.5"],
-        "disc_num_layers=1: images of 4 x 4 pixels give no logit",
+        ("disc_num_layers=1", "4 x 4"),
     ),
-    "channels": ([f"{LOSS}disc_in_channels=1"], "disc_in_channels=1: cannot take [1, 3, 16, 16]"),
-    "no condition": ([f"{LOSS}disc_conditional=true"], "disc_conditional=True: needs cond"),
+    "channels": ([f"{LOSS}disc_in_channels=1"], ("disc_in_channels=1", "[1, 3, 16, 16]")),
+    "no condition": ([f"{LOSS}disc_conditional=true"], ("disc_conditional=True", "cond")),
     "frozen last layer": (
         ["training.freeze=[decoder.conv_out.*]"],
-        "disc_weighting=global: needs the gradient of the last layer",
+        ("disc_weighting=global", "disc_weighting: fixed"),
     ),
-    "frozen nothing": (["training.freeze=[enc.*]"], "training.freeze=enc.*: matches no parameter"),
+    "frozen nothing": (["training.freeze=[enc.*]"], ("training.freeze=enc.*", "encoder.*")),
     "no such average": (
         ["model.params.monitor=val_ema/psnr", "training.ema_decay=null"],
-        "model.params.monitor=val_ema/psnr: not a validation metric; choose one of val/",
+        ("model.params.monitor=val_ema/psnr", "val/psnr"),
     ),
-    "decay": (["training.ema_decay=1.0"], "training.ema_decay=1.0: at least 0 and below 1"),
-    "equivariance": (["training.equivariance=2"], "training.equivariance=2.0: a probability"),
+    "decay": (["training.ema_decay=1.0"], ("training.ema_decay=1.0",)),
+    "equivariance": (["training.equivariance=2"], ("training.equivariance=2.0",)),
     "scale": (
         ["training.equivariance_min_scale=0"],
-        "training.equivariance_min_scale=0.0: above 0, at most 1",
+        ("training.equivariance_min_scale=0.0",),
     ),
     "discriminator's rate": (
         ["discriminator_optimizer.learning_rate=0"],
-        "discriminator_optimizer.learning_rate=0.0: must be above 0",
+        ("discriminator_optimizer.learning_rate=0.0",),
     ),
     "groups": (
         ["model.params.ddconfig.norm_groups=0"],
-        "model.params.ddconfig.norm_groups=0: must be at least 1",
+        ("model.params.ddconfig.norm_groups=0", 1),
     ),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_writes_nothing(
+def test_an_error_is_one_line_and_writes_nothing(
     mistake: str, project: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(project / "empty"))
@@ -190,9 +196,9 @@ def test_a_mistake_is_one_line_and_writes_nothing(
         raise OSError("no network")
 
     monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
-    arguments, text = MISTAKES[mistake]
+    arguments, parts = MISTAKES[mistake]
     assert train("--run-dir", "run", *GAN, *arguments) == 2
     errors = capsys.readouterr().err
-    assert text in errors
+    assert is_about(errors, *parts)
     assert len(errors.strip().splitlines()) == 1
     assert not Path("run").exists()

@@ -19,6 +19,7 @@ from PIL import Image
 
 from kl_vae.cli.main import main
 from tests.browser import chromium, complaints, open_page, requested
+from tests.messages import is_about
 from tests.processes import metrics
 
 
@@ -57,16 +58,18 @@ def test_a_run_as_text_and_as_a_page_in_a_browser(project: Path, capsys: Any) ->
 
     assert main(["report", "run", "--text"]) == 0
     text = capsys.readouterr().out.splitlines()
-    assert text[0].startswith("run: finished, step 6 of 6 (100%), wrote last ")
+    assert is_about(text[0], "run", "finished", "step 6", "100%")
     best = json.loads((run / "checkpoints" / "best.json").read_text())
-    assert f"val/rec_loss {best['value']:.5g} at step {best['step']}, step_" in " ".join(text)
+    score = (f"val/rec_loss {best['value']:.5g}", f"step {best['step']}", best["checkpoint"])
+    assert is_about(" ".join(text), *score)
     (line,) = [line for line in text if line.startswith("ssim ")]
     last = metrics(run)[-1]
     assert line.split() == ["ssim", f"{last['val/ssim']:.5g}", f"{last['val_ema/ssim']:.5g}"]
     assert len(text) <= 16 and not (run / "report.html").exists()
 
     assert main(["report", "run"]) == 0
-    assert capsys.readouterr().out == "report: run/report.html (step 6 of 6, finished)\n"
+    (printed,) = capsys.readouterr().out.splitlines()
+    assert is_about(printed, "run/report.html", 6, "finished")
     lines: dict[str, dict[int, Any]] = {"val": {}, "train": {}}
     for line in metrics(run):
         lines["val" if "val/psnr" in line else "train"][line["step"]] = line
@@ -197,11 +200,11 @@ def test_hostile_names_are_shown_as_text(tmp_path: Path) -> None:
         assert complaints(browser) == []
 
 
-def test_a_run_without_metrics_has_a_page_that_says_so(tmp_path: Path, capsys: Any) -> None:
+def test_the_page_of_a_run_without_metrics(tmp_path: Path, capsys: Any) -> None:
     run = fake_run(tmp_path / "run", "running", step=0)
     (run / "metrics.jsonl").unlink()
     assert main(["report", str(run)]) == 0
-    assert "(step 0 of 20, running)" in capsys.readouterr().out
+    assert is_about(capsys.readouterr().out, "step 0", 20, "running")
     with chromium(dark=True) as browser:
         open_page(browser, run / "report.html")
         assert "No metrics yet" in browser.find_element("id", "empty").text
@@ -224,7 +227,7 @@ def once_there(page: Path, then: Callable[[], object]) -> threading.Thread:
     return thread
 
 
-def test_watching_goes_on_until_the_run_ends(tmp_path: Path, capsys: Any) -> None:
+def test_watch_ends_with_the_run(tmp_path: Path, capsys: Any) -> None:
     run = fake_run(tmp_path / "run", "running")
     page = run / "report.html"
 
@@ -238,7 +241,8 @@ def test_watching_goes_on_until_the_run_ends(tmp_path: Path, capsys: Any) -> Non
     thread = once_there(page, go_on)
     assert main(["report", str(run), "--watch", "1"]) == 0
     thread.join()
-    assert capsys.readouterr().out == f"report: {page} (step 20 of 20, finished)\n"
+    (line,) = capsys.readouterr().out.splitlines()
+    assert is_about(line, page, "step 20", "finished")
     assert "23.25" in page.read_text()
 
 
@@ -249,7 +253,8 @@ def test_ctrl_c_ends_watching_cleanly(tmp_path: Path, capsys: Any) -> None:
     assert main(["report", str(run), "--watch", "600"]) == 0
     thread.join()
     captured = capsys.readouterr()
-    assert captured.out == f"report: {page} (step 10 of 20, running)\n" and captured.err == ""
+    (line,) = captured.out.splitlines()
+    assert is_about(line, page, "step 10", 20, "running") and captured.err == ""
 
 
 def test_text_may_be_cut_short_by_its_reader(tmp_path: Path) -> None:
@@ -263,21 +268,21 @@ def test_text_may_be_cut_short_by_its_reader(tmp_path: Path) -> None:
 
 
 MISTAKES = {
-    "no run": (["nowhere"], "nowhere: no such directory; give the directory of a run"),
-    "a project": (["."], "it has no config.yaml, no metrics.jsonl and no status.json"),
-    "no page": (["run", "--out", "run/metrics.jsonl"], "give a file name that ends in .html"),
-    "unwritable": (["run", "--out", "tiny.yaml/a.html"], "cannot create the folder tiny.yaml"),
+    "no run": (["nowhere"], ("nowhere", "run")),
+    "a project": (["."], ("config.yaml", "metrics.jsonl", "status.json")),
+    "no page": (["run", "--out", "run/metrics.jsonl"], (".html",)),
+    "unwritable": (["run", "--out", "tiny.yaml/a.html"], ("tiny.yaml",)),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_harms_nothing(mistake: str, project: Path, capsys: Any) -> None:
-    arguments, text = MISTAKES[mistake]
+def test_an_error_is_one_line_and_changes_nothing(mistake: str, project: Path, capsys: Any) -> None:
+    arguments, parts = MISTAKES[mistake]
     fake_run(project / "run", "finished")
     before = {path: path.read_bytes() for path in project.rglob("*") if path.is_file()}
     assert main(["report", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("kl-vae report: error: ") and text in line
+    assert line.startswith("kl-vae report: error: ") and is_about(line, *parts)
     assert {path: path.read_bytes() for path in project.rglob("*") if path.is_file()} == before
 
 

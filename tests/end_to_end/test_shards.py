@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kl_vae.cli.main import main
+from tests.messages import is_about
 from tests.processes import assert_same, checkpoint, status
 from tests.shards import write_shard
 
@@ -50,15 +51,13 @@ def test_a_damaged_image_is_named_and_another_takes_its_place(
     write_shard(shards / "train-3.tar", {"x.png": b"damaged"})
     arguments = ["data.train.root=shards", "data.max_bad_fraction=1", "data.validation.fraction=0"]
     assert train("--run-dir", "run", *arguments, "model.params.monitor=null") == 0
-    assert "shards/train-3.tar/x.png: not an image" in caplog.text
+    assert any(is_about(text, "shards/train-3.tar/x.png", "PNG") for text in caplog.messages)
 
 
 def test_shards_that_cannot_be_used(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open(shards / "train-1.tar", "r+b") as file:
         file.truncate(3000)
     assert train("--run-dir", "run", "data.train.root=shards") == 2
-    assert (
-        "error: data.train.root: shards/train-1.tar: no tar file, or damaged at byte"
-        in capsys.readouterr().err
-    )
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert is_about(last_line, "error:", "data.train.root", "shards/train-1.tar", "byte")
     assert not Path("run").exists()

@@ -43,7 +43,7 @@ def train(*arguments: str) -> int:
     return main(["train", "tiny.yaml", *arguments])
 
 
-def test_a_run_leaves_all_that_the_design_names(project: Path, caplog: Any) -> None:
+def test_the_files_of_a_run(project: Path, caplog: Any) -> None:
     caplog.set_level("INFO")
     assert train("--run-dir", "run", "training.validate_every_steps=2") == 0
     run = project / "run"
@@ -64,8 +64,7 @@ def test_a_run_leaves_all_that_the_design_names(project: Path, caplog: Any) -> N
             assert picture.mode == "RGB"
     # the header: size, data, devices, precision, results
     header = caplog.text
-    for text in ("parameters, f = 2", "training images", "cpu", "fp32", "results    run"):
-        assert text in header
+    assert is_about(header, "parameters", "f = 2", "images", "cpu", "fp32", "run")
 
 
 @pytest.mark.slow
@@ -75,7 +74,7 @@ def test_training_lowers_the_loss(project: Path) -> None:
     assert np.mean(losses[-5:]) < 0.7 * losses[0]
 
 
-def test_a_resumed_run_equals_one_never_stopped_bit_for_bit(project: Path) -> None:
+def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(project: Path) -> None:
     arguments = ["data.num_workers=2", "training.accumulate_batches=2"]
     arguments += ["model.params.ddconfig.dropout=0.1"]
     assert train("--run-dir", "whole", *arguments) == 0
@@ -105,7 +104,7 @@ def test_a_terminal_shows_a_bar_with_loss_psnr_speed_and_time_left(project: Path
     bars = [line for line in lines if re.search(r" \d+/6 \[", line)]
     last = r"6/6 \[\d\d:\d\d<\d\d:\d\d, .*loss [\d.]+, PSNR [\d.]+ dB, [\d.]+ images/s\]"
     assert re.search(last, bars[-1]), bars[-1]
-    assert any(line.startswith("validation at step 6:") for line in lines)  # not behind a bar
+    assert any(is_about(line, "validation", "step 6", "psnr") for line in lines)  # on its own line
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(project: Path) -> None:
@@ -119,8 +118,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(project: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert "SIGINT: stopping after this step" in errors
-    assert "the same command resumes" in errors
+    assert any(line.startswith("SIGINT: ") for line in errors.splitlines())
     assert "Traceback" not in errors
     stopped = status("run")
     assert stopped["state"] == "stopped" and stopped["reason"] == "SIGINT"
@@ -128,7 +126,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(project: Path) -> None:
 
     again = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
-    assert f"60 steps, {stopped['step']} of them taken" in again.stderr
+    assert any(is_about(line, "60 steps", stopped["step"]) for line in again.stderr.splitlines())
     assert status("run")["state"] == "finished"
     steps = [line["step"] for line in metrics("run") if "train/rec_loss" in line]
     assert steps == list(range(1, 61))
@@ -142,103 +140,106 @@ def test_a_second_ctrl_c_ends_at_once(project: Path) -> None:
     with Running(*command, FAULTS="wait@train:0") as running:
         running.wait_at_gate()  # in the first step
         running.send(signal.SIGINT)
-        running.wait_for("SIGINT: stopping after this step")
+        running.wait_for("SIGINT: ")
         running.send(signal.SIGINT)
         assert running.end() == -signal.SIGINT
     assert not list(Path("run").glob("checkpoints/*.pt"))
 
 
-def test_a_finished_run_is_left_as_it_is(project: Path, caplog: Any) -> None:
+def test_a_finished_run_is_not_changed(project: Path, caplog: Any) -> None:
     assert train("--run-dir", "run") == 0
     before = metrics("run")
     caplog.set_level("INFO")
     assert train("--run-dir", "run") == 0
-    assert "nothing to do: all 6 steps are taken" in caplog.text
+    assert is_about(caplog.messages[-1], 6, "steps")
     assert metrics("run") == before
 
 
-MISTAKES: dict[str, tuple[list[str], str]] = {
-    "override without a value": (["--run-dir", "run", "tiny.yml"], "'tiny.yml': write key.path="),
+MISTAKES: dict[str, tuple[list[str], tuple[object, ...]]] = {
+    "override without a value": (
+        ["--run-dir", "run", "tiny.yml"],
+        ("'tiny.yml'", "key.path=value"),
+    ),
     "unknown key": (
         ["training.max_step=5"],
-        "training.max_step=5: unknown key; did you mean max_steps?",
+        ("training.max_step=5", "max_steps"),
     ),
     "misplaced key": (
         ["max_steps=5"],
-        "max_steps=5: unknown key; did you mean training.max_steps?",
+        ("max_steps=5", "training.max_steps"),
     ),
     "misplaced in data": (
         ["data.max_steps=5"],
-        "data.max_steps=5: unknown key; did you mean training.max_steps?",
+        ("data.max_steps=5", "training.max_steps"),
     ),
     "wrong type": (
         ["model.params.ddconfig.ch=many"],
-        "model.params.ddconfig.ch='many': is text, expected a whole number",
+        ("model.params.ddconfig.ch='many'",),
     ),
     "groups": (
         ["model.params.ddconfig.ch=48"],
-        "model.params.ddconfig.ch=48: channels 48 cannot be split into 32 groups",
+        ("model.params.ddconfig.ch=48", 32, "groups"),
     ),
-    "no folder": (["data.train.root=null"], "data.train.root is not set: write data.train.root="),
-    "missing folder": (["data.train.root=nowhere"], "no such folder: nowhere"),
-    "folder without images": (["data.train.root=empty"], "no images"),
+    "no folder": (["data.train.root=null"], ("data.train.root=",)),
+    "missing folder": (["data.train.root=nowhere"], ("nowhere",)),
+    "folder without images": (["data.train.root=empty"], ("empty", "images")),
     "too few images": (
         ["training.global_batch_size=64"],
-        "training.global_batch_size=64: more than the",
+        ("training.global_batch_size=64", "images"),
     ),
     "image smaller than the crop": (
         ["data.resize=null", "data.crop=22"],
-        "smaller than the crop of 22: set data.resize, or lower data.crop",
+        (22, "data.resize", "data.crop"),
     ),
-    "resize smaller than the crop": (["data.resize=8"], "data.resize=8: smaller than the crop"),
+    "resize smaller than the crop": (["data.resize=8"], ("data.resize=8", "crop")),
     "embed_dim that does not fit": (
         ["model.params.ckpt_path=other.pt", "model.params.embed_dim=3"],
-        "its tensors have embed_dim=4 (not 3); use the config it was trained with",
+        ("other.pt", "embed_dim=4", 3),
     ),
-    "unwritable run": (["--run-dir", "tiny.yaml/run"], "choose another --run-dir"),
-    "run is a file": (["--run-dir", "tiny.yaml"], "tiny.yaml: is a file; choose another --run-dir"),
-    "run is another folder": (["--run-dir", "images"], "not empty, and holds no run"),
+    "unwritable run": (["--run-dir", "tiny.yaml/run"], ("tiny.yaml/run", "--run-dir")),
+    "run is a file": (["--run-dir", "tiny.yaml"], ("tiny.yaml", "file", "--run-dir")),
+    "run is another folder": (["--run-dir", "images"], ("images", "--run-dir")),
     "unknown monitor": (
         ["model.params.monitor=val/quality"],
-        "model.params.monitor=val/quality: not a validation metric; choose one of",
+        ("model.params.monitor=val/quality", "val/psnr", "val/rec_loss"),
     ),
     "monitor without validation": (
         ["data.validation.fraction=0.0"],
-        "model.params.monitor=val/rec_loss: there is no validation set",
+        ("model.params.monitor=val/rec_loss", "data.validation.fraction"),
     ),
     "indivisible batch": (
         ["training.accumulate_batches=3"],
-        "training.global_batch_size=8: cannot be divided among 1 ranks x 3 accumulated batches",
+        ("training.global_batch_size=8", 1, 3),
     ),
-    "crop that f does not divide": (["data.crop=15"], "data.crop=15: the model downsamples by 2"),
-    "both lengths": (["training.epochs=2"], "set either epochs=2 or max_steps"),
+    "crop that f does not divide": (["data.crop=15"], ("data.crop=15", 2)),
+    "both lengths": (["training.epochs=2"], ("epochs=2", "max_steps")),
     "fraction of bad images": (
         ["data.max_bad_fraction=1.5"],
-        "data.max_bad_fraction=1.5: must be 0 to 1",
+        ("data.max_bad_fraction=1.5",),
     ),
     "one checkpoint": (
         ["training.keep_checkpoints=1"],
-        "training.keep_checkpoints=1: at least 2, for when the newest is damaged",
+        ("training.keep_checkpoints=1", 2),
     ),
     "unknown checkpointing": (
         ["training.activation_checkpointing=all"],
-        "training.activation_checkpointing='all': is text, expected one of none, norms, blocks",
+        ("training.activation_checkpointing='all'", "none, norms, blocks"),
     ),
-    "unknown device": (["--device", "tpu"], "device 'tpu': choose one of auto, cuda, mps, cpu"),
+    "unknown device": (["--device", "tpu"], ("'tpu'", "auto, cuda, mps, cpu")),
     "unknown loss": (
         ["model.params.lossconfig.target=best"],
-        "model.params.lossconfig.target='best': unknown; choose one of elbo",
+        ("model.params.lossconfig.target='best'", "elbo"),
     ),
     "published adversarial loss": (
         ["model.params.lossconfig={target: ldm.modules.losses.LPIPSWithDiscriminator}"],
-        "lossconfig.params: missing a required argument: 'disc_start'",
+        ("lossconfig.params", "'disc_start'"),
     ),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_writes_nothing(mistake: str, project: Path, capsys: Any) -> None:
-    arguments, text = MISTAKES[mistake]
+def test_an_error_is_one_line_and_writes_nothing(mistake: str, project: Path, capsys: Any) -> None:
+    arguments, parts = MISTAKES[mistake]
     (project / "empty").mkdir()
     (project / "empty" / "notes.txt").write_text("no image")
     config = yaml.safe_load((project / "tiny.yaml").read_text())["model"]["params"]
@@ -248,7 +249,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(mistake: str, project: Path, c
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1, errors
     assert errors[0].startswith("kl-vae train: error: ")
-    assert text in errors[0]
+    assert is_about(errors[0], *parts)
     assert sorted(project.rglob("*")) == before
 
 
@@ -268,23 +269,24 @@ def test_a_number_needs_no_point(project: Path) -> None:
     assert config["model"]["params"]["lossconfig"]["params"]["kl_weight"] == 1e-4
 
 
-def test_a_run_of_another_config_is_refused_naming_what_changed(project: Path, capsys: Any) -> None:
+def test_another_config_is_an_error_that_names_the_changes(project: Path, capsys: Any) -> None:
     assert train("--run-dir", "run", "training.max_steps=1") == 0
     before = {path: path.stat().st_mtime_ns for path in (project / "run").rglob("*")}
     assert train("--run-dir", "run", "optimizer.learning_rate=0.01") == 2
     (line,) = capsys.readouterr().err.splitlines()[-1:]
-    assert "run: made with another config (optimizer.learning_rate was 0.0001 and is now" in line
+    assert is_about(line, "run", "optimizer.learning_rate", 0.0001, 0.01, "--run-dir")
     assert {path: path.stat().st_mtime_ns for path in (project / "run").rglob("*")} == before
 
 
-def test_changed_images_are_refused_on_resume(project: Path, capsys: Any) -> None:
+def test_changed_images_are_an_error_on_resume(project: Path, capsys: Any) -> None:
     assert train("--run-dir", "run", "training.max_steps=1") == 0
     (project / "images" / "000.png").unlink()
     assert train("--run-dir", "run") == 2
-    assert "was made on other training images" in capsys.readouterr().err
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert is_about(last_line, "step_00000001.pt", "images", "model.params.ckpt_path")
 
 
-def test_a_resumed_run_no_longer_needs_what_it_started_from(project: Path) -> None:
+def test_a_resumed_run_does_not_read_ckpt_path(project: Path) -> None:
     config = yaml.safe_load((project / "tiny.yaml").read_text())["model"]["params"]
     torch.save(AutoEncoderKL(config["ddconfig"], 4).state_dict(), project / "start.pt")
     start = "model.params.ckpt_path=start.pt"
@@ -294,35 +296,37 @@ def test_a_resumed_run_no_longer_needs_what_it_started_from(project: Path) -> No
     assert status("run")["step"] == 2
 
 
-def test_a_damaged_checkpoint_is_passed_over_loudly(project: Path, caplog: Any) -> None:
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(project: Path, caplog: Any) -> None:
     assert train("--run-dir", "run", "training.validate_every_steps=2") == 0
     newest = project / "run" / "checkpoints" / "step_00000006.pt"
     newest.write_bytes(newest.read_bytes()[:-100])
     assert train("--run-dir", "run", "training.max_steps=8") == 0
-    assert "step_00000006.pt: does not match its sha256" in caplog.text
+    assert any(is_about(text, "step_00000006.pt", "sha256") for text in caplog.messages)
     assert status("run")["step"] == 8
 
 
-def test_where_no_image_can_be_read_the_run_ends(project: Path, capsys: Any) -> None:
+def test_a_run_without_readable_images_fails(project: Path, capsys: Any) -> None:
     for path in (project / "images").iterdir():
         path.write_bytes(path.read_bytes()[:60])
     assert train() == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "no image can be read in place of a bad one; look at data.train.root" in error
+    assert is_about(error, "data.train.root")
     assert status("runs/tiny")["state"] == "failed"
     assert error.removeprefix("kl-vae train: error: ") in status("runs/tiny")["reason"]
     listed = (project / "runs" / "tiny" / "bad_images.txt").read_text().splitlines()
     assert len(listed) == len({line.split("\t")[0] for line in listed}) > 8
 
 
-def test_where_no_validation_image_can_be_read_the_run_ends(project: Path, capsys: Any) -> None:
+def test_a_run_without_readable_validation_images_fails(project: Path, capsys: Any) -> None:
     (project / "val").mkdir()
     (project / "val" / "a.png").write_bytes(b"garbage")
     arguments = ["data.validation.root=val", "data.max_bad_fraction=1.0"]
     assert train("--run-dir", "run", *arguments) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error == ("kl-vae train: error: no validation image can be used; look at bad_images.txt")
-    assert (project / "run" / "bad_images.txt").read_text().startswith("val/a.png\tnot an image")
+    assert error.startswith("kl-vae train: error: ")
+    assert is_about(error, "validation", "bad_images.txt")
+    (line,) = (project / "run" / "bad_images.txt").read_text().splitlines()
+    assert line.startswith("val/a.png\t") and is_about(line, "PNG")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -363,7 +367,7 @@ def test_arrays_of_many_channels_train_with_colorized_pictures(project: Path) ->
     assert (project / "run" / "samples" / "reconstructions_00000002.png").is_file()
 
 
-def test_own_parts_are_imported_for_every_command(project: Path, capsys: Any) -> None:
+def test_custom_parts_are_imported_for_every_command(project: Path, capsys: Any) -> None:
     (project / "my_parts.py").write_text(
         """
 from torch import nn
@@ -387,7 +391,7 @@ class OnlyMSE(nn.Module):
     own = ["model.params.ddconfig.attn_type=gate", "training.max_steps=2"]
     own += ["model.params.lossconfig={target: my_parts.OnlyMSE}"]
     assert train("--run-dir", "run", *own) == 2
-    assert "attn_type='gate': unknown; choose one of" in capsys.readouterr().err
+    assert is_about(capsys.readouterr().err, "attn_type='gate'", "linear, none, vanilla")
     assert train("--run-dir", "run", "--import", "my_parts", *own) == 0
     for line in metrics("run"):  # the total is there though the loss does not name it
         split = "val" if "val/psnr" in line else "train"
@@ -395,7 +399,7 @@ class OnlyMSE(nn.Module):
     others = ["--checkpoint", "run", "--import", "my_parts", "--out", "out", "--num-workers", "0"]
     assert main(["reconstruct", "--images", "images", *others]) == 0
     assert train("--run-dir", "run", "--import", "no_such_parts", *own) == 2
-    assert "--import no_such_parts: No module named" in capsys.readouterr().err
+    assert is_about(capsys.readouterr().err, "--import no_such_parts", "No module named")
 
 
 def test_the_quickstart_trains_on_another_folder(project: Path, caplog: Any) -> None:
@@ -435,7 +439,7 @@ def test_a_named_data_set_trains_on_its_own_split(project: Path, caplog: Any) ->
     arguments = ["data.name=fashion-mnist", "data.train.root=sets", "training.max_steps=2"]
     arguments += [f"model.params.ddconfig.{key}=1" for key in ("in_channels", "out_ch")]
     assert train("--run-dir", "run", *arguments) == 0
-    assert "16 training images and 4 for validation, from sets" in caplog.text
+    assert any(is_about(text, 16, 4, "validation", "sets") for text in caplog.messages)
 
 
 def test_a_published_config_is_read_for_its_model(project: Path, caplog: Any) -> None:
@@ -459,9 +463,12 @@ def test_a_published_config_is_read_for_its_model(project: Path, caplog: Any) ->
     ours = ["data.train.root=images", "data.resize=18", "data.num_workers=0"]
     ours += ["training.global_batch_size=8", "training.max_steps=1", "--run-dir", "run"]
     assert main(["train", "published.yaml", *ours]) == 0
-    for text in ("lightning is not used; write", "data.target=main.DataModuleFromConfig is not"):
-        assert text in caplog.text
-    assert "write optimizer.learning_rate=RATE" in caplog.text
+    for key in (
+        "lightning",
+        "data.target=main.DataModuleFromConfig",
+        "optimizer.learning_rate=RATE",
+    ):
+        assert any(is_about(text, key) for text in caplog.messages)
 
 
 def test_shipped_configs_are_found_by_name_and_are_whole() -> None:
