@@ -13,6 +13,7 @@ import torch
 from kl_vae import AutoEncoderKL
 from kl_vae.checkpoints.run_files import write_checkpoint
 from kl_vae.cli.main import main
+from tests.messages import is_about
 from tests.processes import SCRIPT, TORCHRUN
 
 ENCODE = str(Path(SCRIPT).with_name("encode.py"))
@@ -40,9 +41,10 @@ def test_two_ranks_measure_what_one_does(
     command = [*TORCHRUN, "--nproc-per-node=2", ENCODE, *arguments, "two.pt"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 1, done.stderr  # as one process, since an image was skipped
-    assert done.stderr.count("skipped images/003.png: not an image") == 1
-    assert done.stdout.count("8 images, 3 channels: scale_factor ") == 1
-    assert done.stdout.splitlines()[-1] == "the weights and these statistics are in two.pt"
+    assert sum(is_about(line, "images/003.png") for line in done.stderr.splitlines()) == 1
+    lines = done.stdout.splitlines()
+    assert sum(is_about(line, "8 images", 3, "scale_factor") for line in lines) == 1
+    assert is_about(lines[-1], "two.pt")
     one, two = (
         torch.load(path, weights_only=True)["config"]["model"]["params"]["latents"]
         for path in ("one.pt", "two.pt")
