@@ -25,6 +25,7 @@ from kl_vae.metrics.fid import (
     frechet_distance,
     load_inception,
 )
+from tests.messages import is_about, mentions
 
 inception_module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
 metric_fid = pytest.importorskip("torch_fidelity.metric_fid")
@@ -70,7 +71,7 @@ def test_a_set_has_no_distance_to_itself() -> None:
 
 
 def test_one_image_has_no_covariance() -> None:
-    with pytest.raises(ValueError, match="rfid: 1 image has no covariance; give at least 2 images"):
+    with pytest.raises(ValueError, match=mentions("rfid", 1, 2, "covariance")):
         statistics(torch.zeros(1, 3))
 
 
@@ -116,7 +117,7 @@ def test_rfid_of_the_command(
     command = ["evaluate", "--checkpoint", "model.pt", "--images", "images", "--out", "out"]
     command += ["--metrics", "rfid", "--fid-weights", str(weights), "--num-workers", "0"]
     assert main(command) == 0
-    assert any("rfid of 2 images is biased upwards" in r.getMessage() for r in caplog.records)
+    assert any(is_about(message, "rfid", 2, "biased") for message in caplog.messages)
     found = json.loads(Path("out/results.json").read_text())["checkpoints"][0]
     assert "psnr" not in found
     assert "| rFID |" in Path("out/results.md").read_text()
@@ -131,9 +132,9 @@ def test_rfid_of_the_command(
     assert found["rfid"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_weights_that_are_something_else(tmp_path: Path) -> None:
+def test_weights_of_another_network(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
-    text = "not the weights of rfid's network \\(.*\\); give weights-inception-2015-12-05-6726825d"
+    text = mentions(path, "rfid", "weights-inception-2015-12-05-6726825d.pth")
     for content in (b"", pickle.dumps(print)):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=text):
@@ -149,30 +150,27 @@ def test_a_file_that_runs_code_is_not_run(tmp_path: Path) -> None:
             return os.mkdir, (str(tmp_path / "harm"),)
 
     torch.save({"fc.weight": Harm()}, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match="not the weights of rfid's network"):
+    with pytest.raises(ValueError, match=mentions("weights.pth", "rfid")):
         load_inception(tmp_path / "weights.pth", CPU)
     assert not (tmp_path / "harm").exists()
 
 
-def test_weights_come_from_the_cache_or_it_is_said_where_they_belong(
+def test_weights_are_cached_and_the_error_names_the_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     monkeypatch.setattr("kl_vae.metrics.fid.URL", "http://127.0.0.1:9/weights.pth")  # refused
-    with pytest.raises(ValueError) as caught:
-        find_inception(None)
     cached = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
-    text = str(caught.value)
-    assert text.startswith("rfid: cannot download the weights of its network (")
-    assert f"; put {cached.name} (from http://127.0.0.1:9/weights.pth) into" in text
-    assert text.endswith(f" into {cached.parent}, or give it as fid_weights")
+    url = "http://127.0.0.1:9/weights.pth"
+    error = mentions("rfid", cached.name, url, cached.parent, "fid_weights")
+    with pytest.raises(ValueError, match=error):
+        find_inception(None)
     cached.write_bytes(b"")
     assert find_inception(None) == cached
 
 
 def test_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    with pytest.raises(
-        ValueError, match=r'rfid needs torch-fidelity: pip install "kl-vae\[eval\]"'
-    ):
+    error = mentions("rfid", "torch-fidelity", 'pip install "kl-vae[eval]"')
+    with pytest.raises(ValueError, match=error):
         load_inception(tmp_path / "weights.pth", CPU)
