@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -145,12 +146,15 @@ class DDConfig:
             )
         if self.norm_type == "group":
             # the first block normalises ch channels, independently of ch_mult[0]
-            groups = self.norm_groups
+            groups, common = self.norm_groups, math.gcd(self.ch, *self.channels)
+            # a group of one channel would lose its mean, see norm_groups
+            fewer = (n for n in range(min(groups, common // 2), 0, -1) if common % n == 0)
+            fitting = next(fewer, 1)
             for channels in sorted({c for c in (self.ch, *self.channels) if c % groups}):
                 errors.append(
                     f"ch={self.ch}: channels {channels} cannot be split into {groups} groups; "
-                    f"choose ch and ch_mult such that the channels of each level are a multiple of "
-                    f"{groups}"
+                    f"set norm_groups={fitting}, or choose ch and ch_mult so that each level has "
+                    f"a multiple of {groups}"
                 )
         levels = [self.resolution // 2**level for level in range(len(self.ch_mult))]
         for resolution in self.attn_resolutions:

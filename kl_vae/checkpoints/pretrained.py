@@ -126,14 +126,27 @@ def match(
     missing = [key for key in own if key not in given and not key.startswith((*prefixes, _LOSS))]
     if misshapen or unexpected or missing:
         raise ValueError(f"{source}: {_mismatch(own, given, misshapen, unexpected, missing)}")
+    not_used = [key for key in tensors if key not in given]
+    not_set = [key for key in own if key not in fitting]
     logger.info(
-        "%s: %d tensors loaded, %d ignored, %d missing, 0 unexpected",
+        "%s: %d tensors loaded%s%s",
         source,
         len(fitting),
-        len(tensors) - len(given),
-        len(own) - len(fitting),
+        _listed(not_used, "of the file not used", "of a loss that this model does not have"),
+        _listed(not_set, "of the model keep their values", "of a loss that the file does not have"),
     )
     return fitting
+
+
+def _listed(keys: list[str], what: str, of_loss: str) -> str:
+    """Return how many tensors were left out, the first of them, and why; empty: none."""
+    if not keys:
+        return ""
+    reasons = {of_loss if key.startswith(_LOSS) else "named in ignore_keys" for key in keys}
+    first = ascii(keys[0])[1:-1]
+    return (
+        f"; {len(keys)} {what} ({first}{', ...' * (len(keys) > 1)}: {', '.join(sorted(reasons))})"
+    )
 
 
 def _mismatch(

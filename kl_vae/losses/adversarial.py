@@ -379,9 +379,11 @@ def _perceptual_loss(config: AdversarialConfig) -> Callable[[Tensor, Tensor], Te
             heads=config.perceptual_heads,
         )
     except ValueError as error:
+        key = "model.params.lossconfig.params.perceptual"
         raise ValueError(
-            f"perceptual={config.perceptual}: {error} (the arguments are perceptual_features, "
-            "perceptual_heads, perceptual_linear; none is needed with perceptual_weight: 0.0)"
+            f"lossconfig.params.perceptual={config.perceptual}: {error}; in a config these are "
+            f"{key}_features=FILE, {key}_heads=FILE and {key}_linear=false, or train without LPIPS "
+            f"with {key}_weight=0.0"
         ) from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,10 @@ class _StrictLoader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise ValueError(f"line {mark.line + 1}: aliases (*name) are refused; write it out")
+            raise ValueError(
+                f"line {mark.line + 1}: aliases (*name) are refused; write it out, or quote a "
+                'pattern: "*.png"'
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -109,6 +113,12 @@ def parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
+        if getattr(error, "context", None) == "while scanning an alias":
+            line = text.splitlines()[error.context_mark.line]  # type: ignore[attr-defined]
+            quoted = re.sub(r"(?<![\w\"'])\*[^\s,\]}]*", r'"\g<0>"', line.strip())
+            raise ValueError(
+                f"{source}: YAML takes a word that begins with * for an alias; quote it: '{quoted}'"
+            ) from None
         raise ValueError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}: {error}") from None

@@ -157,11 +157,11 @@ def test_context_channels_let_a_context_act_in_every_block(tiny_ddconfig: Config
         ({"context_channels": -1}, ("context_channels=-1", 0)),
         (
             {"ch": 48, "ch_mult": [1, 2]},
-            ("ch=48", "channels 48", 32, "ch_mult"),
+            ("ch=48", "channels 48", 32, "norm_groups=24"),
         ),
         (
             {"ch": 16, "ch_mult": [2, 4]},
-            ("ch=16", "channels 16", 32),
+            ("ch=16", "channels 16", 32, "norm_groups=8"),
         ),
         (
             {"attn_resolutions": [32]},

@@ -329,7 +329,7 @@ def test_published_parameter_names() -> None:
         ({"disc_start": 1.5}, ("disc_start=1.5",)),
         ({"perceptual_start": None}, ("perceptual_start=None",)),
         ({"disc_warmup_steps": "9"}, ("disc_warmup_steps='9'",)),
-        ({"kl_weight": "1e-6"}, ("kl_weight='1e-6'", "1.0e-06")),
+        ({"kl_weight": "-1e-6"}, ("kl_weight=-1e-06",)),
         ({"disc_weight": -0.5}, ("disc_weight=-0.5",)),
         ({"logvar_init": math.inf}, ("logvar_init=inf",)),
         ({"lecam_decay": None}, ("lecam_decay=None",)),

@@ -168,6 +168,15 @@ def test_an_invalid_override_is_named(override: str, parts: tuple[object, ...]) 
         apply_override({"a": {"b": 1}}, override)
 
 
+def test_an_unquoted_pattern_is_answered_with_the_quoted_one(file: Path) -> None:
+    for pattern, quoted in (("[*.png]", '["*.png"]'), ("[a, *.png, *.jpg]", 'a, "*.png", "*.jpg"')):
+        with pytest.raises(ValueError, match=mentions("data.train.include", quoted)):
+            apply_override({}, f"data.train.include={pattern}")
+    file.write_text("data:\n  train:\n    include: [*.png]\n")
+    with pytest.raises(ValueError, match=mentions(file, 'include: ["*.png"]')):
+        load_config(file)
+
+
 def test_overrides_apply_in_order_to_a_file(file: Path) -> None:
     config = load_config(file, ["optimizer.learning_rate=1", "optimizer.learning_rate=2"])
     assert config["optimizer"] == {"learning_rate": 2}
