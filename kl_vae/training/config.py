@@ -30,8 +30,8 @@ class ModelParams:
         ignore_keys: prefixes of checkpoint keys that are not loaded.
         colorize_nlabels: null, or `in_channels`: images of more than three channels are projected
             to three for display.
-        monitor: the validation metric that selects the best checkpoint, such as val/psnr: the
-            highest of psnr and ssim, else the lowest.
+        monitor: the validation metric that selects the best checkpoint, such as val/psnr (or
+            psnr): the highest of psnr and ssim, else the lowest.
         latents: shift and scale of `normalize_latents`.
     """
 

@@ -106,7 +106,9 @@ def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks) -> Setup:
     training = dataclasses.replace(training, accumulate_batches=accumulate)
     config = dataclasses.replace(config, training=training)
     model = build_model(config, ranks, resuming=found is not None)
-    dry_run(model, config, train_set.crop, val_set is not None, ranks)
+    metrics = dry_run(model, config, train_set.crop, val_set is not None, ranks)
+    if model.monitor is not None and model.monitor not in metrics:
+        model.monitor = f"val/{model.monitor}"
     val_fingerprint = "" if val_set is None else val_set.fingerprint
     state = build_state(config, model, plain, train_set.fingerprint, val_fingerprint)
     state.batches = {**batches, "accumulated": accumulate}
@@ -303,8 +305,11 @@ def freeze(model: AutoEncoderKL, patterns: Iterable[str]) -> None:
 @torch.no_grad()
 def dry_run(
     model: AutoEncoderKL, config: RunConfig, crop: int, validates: bool, ranks: Ranks
-) -> None:
+) -> set[str]:
     """Pass a blank image through model and loss, to fail early.
+
+    Returns:
+        The names of the validation metrics.
 
     Raises:
         ValueError: `monitor` is no metric, or nothing is validated; the discriminator cannot take
@@ -328,11 +333,13 @@ def dry_run(
             model.adversary.check_last_layer(model.get_last_layer())
     if config.training.ema_decay is not None:
         metrics |= {key.replace("val/", "val_ema/") for key in metrics}
-    if model.monitor is not None and model.monitor not in metrics:
+    monitor = model.monitor
+    if monitor is not None and metrics.isdisjoint((monitor, f"val/{monitor}")):
         raise ValueError(
-            f"model.params.monitor={model.monitor}: not a validation metric; choose one of "
+            f"model.params.monitor={monitor}: not a validation metric; choose one of "
             f"{', '.join(sorted(metrics))}"
         )
+    return metrics
 
 
 def build_state(

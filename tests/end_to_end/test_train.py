@@ -417,6 +417,28 @@ def test_the_quickstart_trains_on_another_folder(project: Path, caplog: Any) -> 
     assert data.endswith("from images")
 
 
+def test_the_small_config_trains_on_few_small_images(
+    project: Path, make_images: Callable[..., Path], caplog: Any
+) -> None:
+    caplog.set_level("INFO")
+    make_images(project / "few", 5, size=(40, 30))
+    fewer = ["training.max_steps=1", "model.params.ddconfig.ch=8", "--run-dir", "run"]
+    assert main(["train", "small", "data.train.root=few", *fewer]) == 0
+    (data,) = [message for message in caplog.messages if message.startswith("data ")]
+    assert is_about(data, "4 training images", "1 for validation", "few")
+    assert metrics("run")[-1]["val/psnr"] > 0
+
+
+def test_a_bare_monitor_is_a_validation_metric(project: Path) -> None:
+    arguments = ["training.max_steps=2", "training.validate_every_steps=1"]
+    assert train("--run-dir", "run", "model.params.monitor=psnr", *arguments) == 0
+    best = json.loads((project / "run" / "checkpoints" / "best.json").read_text())
+    values = [line["val/psnr"] for line in metrics("run") if "val/psnr" in line]
+    assert best["monitor"] == "val/psnr" and best["value"] == max(values)
+    # the same command resumes: it is the same config
+    assert train("--run-dir", "run", "model.params.monitor=psnr", *arguments) == 0
+
+
 def test_a_validation_folder_of_its_own_is_named(project: Path, caplog: Any) -> None:
     caplog.set_level("INFO")
     (project / "val").mkdir()
@@ -477,7 +499,7 @@ def test_shipped_configs_are_found_by_name_and_are_whole() -> None:
 
     names = set(shipped_configs())
     assert names == {
-        *("kl-f4", "kl-f8", "kl-f16", "kl-f32", "example", "cifar10", "quickstart"),
+        *("kl-f4", "kl-f8", "kl-f16", "kl-f32", "example", "cifar10", "quickstart", "small"),
         *(f"kl-f{f}-published" for f in (4, 8, 16, 32)),
     }
     for name in names:
