@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +16,9 @@ from kl_vae.runtime.schema import suggest
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 1 << 20
+
+# of a CompVis config that states no length, as in the shipped kl-*-published
+PUBLISHED_STEPS = 200_000
 
 # the autoencoder's class, by its published dotted names
 _TARGETS = (
@@ -52,8 +56,8 @@ class _StrictLoader(yaml.SafeLoader):
 def load_config(path_or_name: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """Read a config file, or a shipped config by its name, and apply overrides.
 
-    Of a CompVis file only the `model` section is read; each other section gives a warning that
-    names the keys to use instead.
+    Of a CompVis file the `model` section is read. The published optimizer, batch and length are
+    the defaults, so that only `data.train.root` is missing.
 
     Args:
         path_or_name: a YAML file, or the name of a shipped config such as `kl-f8`.
@@ -66,8 +70,10 @@ def load_config(path_or_name: str | Path, overrides: Iterable[str] = ()) -> dict
     config = parse_file(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path}: holds no keys; see docs/config.md")
-    _remove_unsupported_sections(config)
+    published = _take_published_sections(config)
     apply_overrides(config, overrides)
+    if published is not None:
+        _fill_in(config, **published)
     return config
 
 
@@ -209,33 +215,91 @@ def _read(path: Path) -> str:
         raise ValueError(f"{path}: cannot be read as text ({error})") from None
 
 
-def _remove_unsupported_sections(config: dict[str, Any]) -> None:
-    """Remove unsupported sections of an original config, each with a warning that names the fix."""
-    model, data = config.get("model"), config.get("data")
-    if isinstance(model, dict):
-        target = model.pop("target", "AutoEncoderKL")
-        if target not in _TARGETS:
-            raise ValueError(f"model.target={target!r}: not a KL autoencoder; write AutoEncoderKL")
-        if "base_learning_rate" in model:
-            rate = model.pop("base_learning_rate")
-            logger.warning(
-                "model.base_learning_rate=%s is not used (it was multiplied by GPUs and batch "
-                "size); write optimizer.learning_rate=RATE",
-                rate,
-            )
-        params = model.get("params")
-        if isinstance(params, dict) and params.pop("image_key", "image") != "image":
-            logger.warning("model.params.image_key is not used; data.train.root names the images")
-    if isinstance(data, dict) and "target" in data:
+def _take_published_sections(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Remove the sections of an original config that this package lacks.
+
+    Returns:
+        The arguments of `_fill_in`; None: it is no original config.
+    """
+    model, data = _section(config, "model"), _section(config, "data")
+    target = model.pop("target", "AutoEncoderKL")
+    if target not in _TARGETS:
+        raise ValueError(f"model.target={target!r}: not a KL autoencoder; write AutoEncoderKL")
+    if _section(config, "model.params").pop("image_key", "image") != "image":
+        logger.warning("model.params.image_key is not used; data.train.root names the images")
+    if not ("base_learning_rate" in model or "target" in data or "lightning" in config):
+        return None
+    loader, trainer = _section(config, "data.params"), _section(config, "lightning.trainer")
+    if "target" in data:
         logger.warning(
-            "data.target=%s is not used; write data.train.root=FOLDER and "
-            "training.global_batch_size=N",
-            data["target"],
+            "data.target=%s: of data only batch_size is used; data.train.root names the images",
+            config.pop("data")["target"],
         )
-        del config["data"]
-    if "lightning" in config:
-        del config["lightning"]
+    if config.pop("lightning", None) is not None:
         logger.warning(
-            "lightning is not used; write training.precision, training.accumulate_batches, "
-            "training.max_steps and the like (see docs/config.md)"
+            "lightning: only accumulate_grad_batches, max_steps and max_epochs of its trainer are "
+            "used; docs/config.md has this package's keys"
         )
+    return {
+        "base_learning_rate": model.pop("base_learning_rate", None),
+        "batch_size": loader.get("batch_size", 32),
+        "accumulate": trainer.get("accumulate_grad_batches", 1),
+        "length": {
+            key: trainer[name]
+            for key, name in (("max_steps", "max_steps"), ("epochs", "max_epochs"))
+            if trainer.get(name)
+        },
+    }
+
+
+def _fill_in(
+    config: dict[str, Any],
+    *,
+    base_learning_rate: Any,
+    batch_size: Any,
+    accumulate: Any,
+    length: dict[str, Any],
+) -> None:
+    """Set the published defaults of a CompVis config in place; its own keys stay.
+
+    Its learning rate is per image of the global batch: accumulated batches x GPUs x batch_size.
+    """
+    defaults: dict[str, dict[str, Any]] = {"data": {}, "training": {}, "optimizer": {}}
+    resolution = _section(config, "model.params.ddconfig").get("resolution")
+    if resolution is not None and _section(config, "data").get("crop") is None:
+        defaults["data"] = {"resize": resolution}
+    training = _section(config, "training")
+    if "global_batch_size" not in training:
+        gpus = int(os.environ.get("WORLD_SIZE", "1"))
+        images = _whole("data.params.batch_size", batch_size)
+        images *= _whole("lightning.trainer.accumulate_grad_batches", accumulate) * gpus
+        defaults["training"] = {"global_batch_size": images, "accumulate_batches": accumulate}
+    if not {"max_steps", "epochs"} & training.keys():
+        defaults["training"] |= dict([*length.items(), ("max_steps", PUBLISHED_STEPS)][:1])
+    images = training.get("global_batch_size") or defaults["training"]["global_batch_size"]
+    own = _section(config, "optimizer")
+    if base_learning_rate is not None and own.get("name", "adam") == "adam":
+        try:
+            rate = float(base_learning_rate) * float(images)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"model.base_learning_rate={base_learning_rate!r}: expected a number; write "
+                "optimizer.learning_rate=RATE"
+            ) from None
+        adam = {"learning_rate": rate, "eps": 1e-8, "clip_grad_norm": None}
+        defaults["optimizer"] = {"name": "adam", "betas": [0.5, 0.9], **adam}
+        defaults["discriminator_optimizer"] = adam
+    for key, values in defaults.items():
+        section = config.get(key)
+        if section is None or isinstance(section, dict):
+            config[key] = values | (section or {})
+    logger.info(
+        "as published: %s",
+        "; ".join(f"{key} {values}" for key, values in defaults.items() if values),
+    )
+
+
+def _whole(key: str, value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{key}={value!r}: expected a whole number; write training keys instead")
+    return value

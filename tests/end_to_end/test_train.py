@@ -464,7 +464,7 @@ def test_a_named_data_set_trains_on_its_own_split(project: Path, caplog: Any) ->
     assert any(is_about(text, 16, 4, "validation", "sets") for text in caplog.messages)
 
 
-def test_a_published_config_is_read_for_its_model(project: Path, caplog: Any) -> None:
+def test_a_published_config_asks_for_the_images_alone(project: Path, capsys: Any) -> None:
     published = {
         "model": {
             "base_learning_rate": 4.5e-06,
@@ -482,15 +482,17 @@ def test_a_published_config_is_read_for_its_model(project: Path, caplog: Any) ->
         },
     }
     (project / "published.yaml").write_text(yaml.safe_dump(published))
-    ours = ["data.train.root=images", "data.resize=18", "data.num_workers=0"]
-    ours += ["training.global_batch_size=8", "training.max_steps=1", "--run-dir", "run"]
+    assert main(["train", "published.yaml"]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert is_about(error, "data.train.root=FOLDER")
+    # 12 images on 1 GPU
+    ours = ["data.train.root=images", "training.max_steps=1", "--run-dir", "run"]
     assert main(["train", "published.yaml", *ours]) == 0
-    for key in (
-        "lightning",
-        "data.target=main.DataModuleFromConfig",
-        "optimizer.learning_rate=RATE",
-    ):
-        assert any(is_about(text, key) for text in caplog.messages)
+    config = yaml.safe_load((project / "run" / "config.yaml").read_text())
+    assert config["training"]["global_batch_size"] == 12
+    for optimizer in (config["optimizer"], config["discriminator_optimizer"]):
+        assert (optimizer["name"], optimizer["betas"]) == ("adam", [0.5, 0.9])
+        assert optimizer["learning_rate"] == pytest.approx(12 * 4.5e-6)
 
 
 def test_shipped_configs_are_found_by_name_and_are_whole() -> None:

@@ -50,6 +50,7 @@ data:
 lightning:
   trainer:
     benchmark: true
+    accumulate_grad_batches: 2
 """
 
 
@@ -228,24 +229,54 @@ def test_patterns_of_a_users_own_folder_stay_when_it_moves(file: Path) -> None:
     assert data["train"] == {"root": "new", "include": ["a/*"]}
 
 
-def test_unused_keys_of_a_compvis_file_are_logged_with_a_fix(
+def test_of_a_compvis_file_model_and_recipe_are_read(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "autoencoder_kl.yaml"
     path.write_text(COMPVIS)
-    with caplog.at_level(logging.WARNING, "kl_vae"):
+    with caplog.at_level(logging.INFO, "kl_vae"):
         config = load_config(path, ["data.train.root=images"])
     params = config["model"].pop("params")
-    assert config == {"model": {}, "data": {"train": {"root": "images"}}}
     assert AutoEncoderKL(**params).latent_channels == 4
-    keys_and_fixes = [
-        ("model.base_learning_rate=4.5e-06", "optimizer.learning_rate=RATE"),
-        ("model.params.image_key", "data.train.root"),
-        ("data.target=main.DataModuleFromConfig", "data.train.root=FOLDER"),
-        ("lightning", "training.precision, training.accumulate_batches"),
-    ]
-    for message, parts in zip(caplog.messages, keys_and_fixes, strict=True):
-        assert is_about(message, *parts)
+    rate = 4.5e-6 * 2 * 12
+    adam = {"learning_rate": pytest.approx(rate), "eps": 1e-8, "clip_grad_norm": None}
+    assert config == {
+        "model": {},
+        "data": {"train": {"root": "images"}, "resize": 16},
+        "training": {"global_batch_size": 24, "accumulate_batches": 2, "max_steps": 200000},
+        "optimizer": {"name": "adam", "betas": [0.5, 0.9], **adam},
+        "discriminator_optimizer": adam,
+    }
+    named = ("image_key", "main.DataModuleFromConfig", "lightning", "global_batch_size")
+    for message, name in zip(caplog.messages, named, strict=True):
+        assert is_about(message, name)
+
+
+def test_the_published_learning_rate_is_per_image_on_all_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "autoencoder_kl.yaml"
+    path.write_text(COMPVIS)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    config = load_config(path)
+    assert config["training"]["global_batch_size"] == 72
+    assert config["optimizer"]["learning_rate"] == pytest.approx(4.5e-6 * 72)
+    config = load_config(path, ["training.global_batch_size=8"])
+    assert config["optimizer"]["learning_rate"] == pytest.approx(4.5e-6 * 8)
+    assert "accumulate_batches" not in config["training"]
+
+
+def test_what_a_user_adds_to_a_compvis_file_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "autoencoder_kl.yaml"
+    path.write_text(COMPVIS.replace("benchmark: true", "max_epochs: 5"))
+    assert load_config(path)["training"]["epochs"] == 5
+    overrides = ["optimizer.name=muon", "training.max_steps=7", "data.resize=null"]
+    config = load_config(path, overrides)
+    assert config["optimizer"] == {"name": "muon"}
+    assert config["training"]["max_steps"] == 7 and "epochs" not in config["training"]
+    assert config["data"]["resize"] is None
+    rate = load_config(path, ["optimizer.learning_rate=1.0"])["optimizer"]["learning_rate"]
+    assert rate == 1.0
 
 
 def test_own_configs_give_no_warning(file: Path, caplog: pytest.LogCaptureFixture) -> None:
