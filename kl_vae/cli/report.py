@@ -1,4 +1,4 @@
-"""Make a page on a run: its curves, images, status and config, while it runs or afterwards."""
+"""Make a page on runs: their curves, images, status and config, while they run or afterwards."""
 
 from __future__ import annotations
 
@@ -9,26 +9,35 @@ from pathlib import Path
 
 from kl_vae.cli.arguments import positive
 
-HELP = "make a page of curves and images on a run, or print its state"
+HELP = "make a page of curves and images on a run or several, or print their state"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's directory")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="the page (default: report.html in the run)"
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="the run's directory; the page of several compares them",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the page (default: report.html in the run; of several, in the current directory)",
     )
     parser.add_argument(
         "--embed", action="store_true", help="put the images into the page, to send one file"
     )
     parser.add_argument(
-        "--text", action="store_true", help="print the state of the run, and write no page"
+        "--text", action="store_true", help="print the state of each run, and write no page"
     )
     parser.add_argument(
         "--watch",
         type=positive,
         metavar="SECONDS",
-        help="write the page (or print) again at this interval, until the run ends or Ctrl-C",
+        help="write the page (or print) again at this interval, until all runs end or Ctrl-C",
     )
 
 
@@ -51,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         separator = "\n"
 
     result = report(
-        args.run,
+        args.runs,
         args.out,
         write=not args.text,
         embed=args.embed,
@@ -60,7 +69,10 @@ def run(args: argparse.Namespace) -> int:
     )
     if result.page is not None:
         reading = result.reading
-        print(f"report: {display_name(result.page)} ({reading.progress}, {reading.state})")
+        state = f"{reading.progress}, {reading.state}"
+        if len(result.runs) > 1:
+            state = f"{len(result.runs)} runs, {result.number_running} running"
+        print(f"report: {display_name(result.page)} ({state})")
     return 0
 
 

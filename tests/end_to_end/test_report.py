@@ -175,6 +175,46 @@ def test_one_file_holds_the_pictures(tmp_path: Path) -> None:
         assert complaints(browser) == []
 
 
+def test_a_page_of_several_runs_compares_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate(("a", "b", "other")):
+        (tmp_path / name).mkdir()
+        run = fake_run(tmp_path / name / ("run" if i < 2 else "last"), "finished")
+        lines = [{"step": x, "train/psnr": 20.5 + i, "val/psnr": 19.5 + i} for x in (5, 10)]
+        (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        (run / "config.yaml").write_text(f"training: {{max_steps: 20, seed: {i}}}\n")
+        (run / "samples").mkdir()
+        for step in (5, 10):
+            Image.new("RGB", (20, 10)).save(run / "samples" / f"prior_{step:08d}.png")
+    names = ["a/run", "b/run", "last"]
+    assert main(["report", "a/run", "b/run", "other/last"]) == 0
+    assert capsys.readouterr().out == "report: report.html (3 runs, 0 running)\n"
+    with chromium() as browser:
+        open_page(browser, tmp_path / "report.html")
+
+        def texts(selector: str) -> list[str]:
+            return [x.text for x in browser.find_elements("css selector", selector)]
+
+        psnr = plot(browser, "PSNR dB, val/psnr")
+        curves = psnr.find_elements("css selector", "path.line")
+        colors = {curve.value_of_css_property("stroke") for curve in curves}
+        assert len(curves) == len(colors) == 3
+        legend = [x.text for x in psnr.find_elements("css selector", ".readout .label")]
+        assert legend == names
+        assert value(browser, "b/run: val/psnr") == "20.500"
+        heads = [x.split() for x in texts("table.numbers tr:first-child")]
+        assert [head[-3:] for head in heads] == [names] * 4
+        assert "val/psnr (dB) 19.5 20.5 21.5" in texts("#overview tr")
+        assert texts("#differences tr")[1:] == ["training.seed 0 1 2"]
+        assert texts("#samples figcaption") == [f"{name}: prior, step 10" for name in names]
+        script = "return [...document.images].map((i) => i.naturalWidth)"
+        assert browser.execute_script(script) == [20] * 3
+        assert not browser.find_element("id", "config").is_displayed()
+        assert complaints(browser) == []
+
+
 def test_hostile_names_are_shown_as_text(tmp_path: Path) -> None:
     bad = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
     run = fake_run(tmp_path / "<b>run", "failed")
@@ -246,6 +286,21 @@ def test_watch_ends_with_the_run(tmp_path: Path, capsys: Any) -> None:
     assert "23.25" in page.read_text()
 
 
+def test_watching_several_runs_lasts_as_long_as_any_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fake_run(tmp_path / "ended", "finished")
+    running = fake_run(tmp_path / "running", "running")
+    status = {"state": "stopped", "step": 15, "total_steps": 20}
+    page = tmp_path / "report.html"
+    thread = once_there(page, lambda: (running / "status.json").write_text(json.dumps(status)))
+    assert main(["report", "ended", "running", "--watch", "1"]) == 0
+    thread.join()
+    assert capsys.readouterr().out == "report: report.html (2 runs, 0 running)\n"
+    assert "15 of 20" in page.read_text()
+
+
 def test_ctrl_c_ends_watching_cleanly(tmp_path: Path, capsys: Any) -> None:
     run = fake_run(tmp_path / "run", "running")
     page = run / "report.html"
@@ -271,6 +326,7 @@ MISTAKES = {
     "no run": (["nowhere"], ("nowhere", "run")),
     "a project": (["."], ("config.yaml", "metrics.jsonl", "status.json")),
     "no page": (["run", "--out", "run/metrics.jsonl"], (".html",)),
+    "twice": (["run", "./run"], ("run", "twice")),
     "unwritable": (["run", "--out", "tiny.yaml/a.html"], ("tiny.yaml",)),
 }
 

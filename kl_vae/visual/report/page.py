@@ -1,4 +1,4 @@
-"""One HTML file on a run, which works offline: its content, and how it is written."""
+"""One HTML file on runs, which works offline: its content, and how it is written."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import base64
 import math
 import os
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -14,6 +16,13 @@ from kl_vae import __version__
 from kl_vae.checkpoints.run_files import SAMPLES
 from kl_vae.runtime.files import display_name
 from kl_vae.runtime.outputs import replace_file
+from kl_vae.visual.report.comparison import (
+    best_metrics,
+    config_differences,
+    last_metrics,
+    run_names,
+    states,
+)
 from kl_vae.visual.report.metrics import MetricsFile, Series
 from kl_vae.visual.report.panels import BITS, Panel, in_order, panels_of, split_of
 from kl_vae.visual.report.run import RunReading
@@ -51,30 +60,34 @@ def check_output(path: Path) -> None:
 
 def write_page(
     path: Path,
-    reading: RunReading,
-    metrics: MetricsFile,
+    runs: Sequence[tuple[RunReading, MetricsFile]],
     embed: bool = False,
     max_bytes: int = MAX_EMBEDDED_BYTES,
 ) -> None:
-    """Write the page of a run, whole or not at all.
+    """Write the page of a run, or one that compares several, whole or not at all.
 
     Args:
         path: of the page.
-        reading: of the run.
-        metrics: of the run.
+        runs: state and metrics of each.
         embed: put the images into the page, which else links the files in samples/.
         max_bytes: of the files that are put into it.
 
     Raises:
         ValueError: it cannot be written.
     """
-    if embed:
-        images, left_out = embedded_images(reading, max_bytes)
-        if left_out:
-            reading.notes.append(f"{left_out} images are left out of this file, for their size")
-    else:
-        images = linked_images(reading, path.parent)
-    content = page_content(reading, metrics, images)
+    contents = []
+    for reading, metrics in runs:
+        if len(runs) > 1:
+            last = {name: steps[-1:] for name, steps in reading.images.items()}
+            reading = replace(reading, images=last)
+        if embed:
+            images, left_out = embedded_images(reading, max_bytes // len(runs))
+            if left_out:
+                reading.notes.append(f"{left_out} images are left out of this file, for their size")
+        else:
+            images = linked_images(reading, path.parent)
+        contents.append(page_content(reading, metrics, images, MAX_NUMBERS // len(runs)))
+    content = contents[0] if len(runs) == 1 else comparison_content(runs, contents)
     replace_file(path, render(content, linked=not embed))
 
 
@@ -88,14 +101,17 @@ def render(content: dict[str, Any], linked: bool = True) -> bytes:
 
 
 def page_content(
-    reading: RunReading, metrics: MetricsFile, images: list[dict[str, Any]]
+    reading: RunReading,
+    metrics: MetricsFile,
+    images: list[dict[str, Any]],
+    max_numbers: int = MAX_NUMBERS,
 ) -> dict[str, Any]:
     """Return the content of a run's page: finite numbers, text, lists and dicts.
 
     `images` come from `linked_images` or `embedded_images`. The series of `metrics` are thinned
     further where they are too many for a page.
     """
-    _fit(metrics)
+    _fit(metrics, max_numbers)
     axes = _Axes()
     factor = None if reading.pixels is None else 1.0 / (math.log(2.0) * reading.pixels)
     scalars: dict[str, Any] = {}
@@ -124,6 +140,51 @@ def page_content(
         ],
         "images": images,
         "config": reading.config_text,
+    }
+
+
+def comparison_content(
+    runs: Sequence[tuple[RunReading, MetricsFile]], contents: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the content of a page that compares runs, of the contents of their own pages.
+
+    A plot shows one metric of all runs.
+    """
+    readings, files = [reading for reading, _ in runs], [metrics for _, metrics in runs]
+    names = run_names([reading.run for reading in readings])
+    ends = {"running"} & {x.state for x in readings} or {x.state for x in readings}
+    panels = []
+    for panel, keys in panels_of(dict.fromkeys(key for x in contents for key in x["scalars"])):
+        for key in keys:
+            series = [file.scalars[key] for file in files if key in file.scalars]
+            if not (panel.quiet and series and all(map(_is_constant, series))):
+                unit = "" if panel.unit in key else f"{panel.unit}, "
+                panels.append({**_panel(panel, [key]), "unit": unit + key})
+    images = [
+        {**image, "name": f"{name}: {image['name']}", "of": image["name"]}
+        for name, content in zip(names, contents, strict=True)
+        for image in content["images"]
+    ]
+    return {
+        "run": {
+            "name": ", ".join(names),
+            "state": ends.pop() if len(ends) == 1 else "ended",
+            "lines": sum(file.lines for file in files),
+            "made": time.time(),
+            "version": __version__,
+        },
+        "runs": [
+            {"name": name, "axes": content["axes"], "scalars": content["scalars"]}
+            for name, content in zip(names, contents, strict=True)
+        ],
+        "panels": panels,
+        "images": sorted(images, key=lambda image: image["of"] != "reconstructions"),
+        "tables": [
+            ["overview", "runs", states(readings)],
+            ["overview", "last metrics", last_metrics(files)],
+            ["overview", "best metrics", best_metrics(files)],
+            ["differences", "key", config_differences(readings)],
+        ],
     }
 
 
@@ -190,14 +251,14 @@ def _is_constant(series: Series) -> bool:
     return low >= high and not any(bucket.broken for bucket in series.buckets)
 
 
-def _fit(metrics: MetricsFile) -> None:
+def _fit(metrics: MetricsFile, max_numbers: int) -> None:
     """Thin the longest series until all are small enough together."""
 
     def size(series: Series) -> int:
         return len(series.buckets) * (3 if series.thinned else 1)
 
     sizes = {key: size(series) for key, series in metrics.scalars.items()}
-    while sum(sizes.values()) > MAX_NUMBERS:
+    while sum(sizes.values()) > max_numbers:
         key = max(sizes, key=lambda key: sizes[key])
         metrics.scalars[key].halve()
         sizes[key] = size(metrics.scalars[key])

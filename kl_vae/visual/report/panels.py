@@ -19,6 +19,7 @@ class Panel:
         log: whether the axis is logarithmic at first.
         smooth: whether the page smooths the metrics of training steps.
         quiet: whether metrics that never change go to the table of constants.
+        best: highest or lowest, of a metric that measures quality; else empty.
     """
 
     title: str
@@ -27,6 +28,7 @@ class Panel:
     log: bool = False
     smooth: bool = True
     quiet: bool = False
+    best: str = ""
 
 
 BITS = "kl_bits_per_pixel"  # is made of kl_loss
@@ -34,14 +36,14 @@ BITS = "kl_bits_per_pixel"  # is made of kl_loss
 SKIPPED = ("skipped_steps", "skipped_by_scaler")
 
 PANELS = (
-    Panel("Total loss", "", ("total_loss",), log=True),
-    Panel("Reconstruction loss", "", ("rec_loss",), log=True),
-    Panel("PSNR", "dB", ("psnr",)),
-    Panel("SSIM", "", ("ssim",)),
+    Panel("Total loss", "", ("total_loss",), log=True, best="lowest"),
+    Panel("Reconstruction loss", "", ("rec_loss",), log=True, best="lowest"),
+    Panel("PSNR", "dB", ("psnr",), best="highest"),
+    Panel("SSIM", "", ("ssim",), best="highest"),
     Panel("KL", "nats per image", ("kl_loss",)),
     Panel("KL", "bits per pixel", (BITS,)),
-    Panel("LPIPS", "", ("p_loss",)),
-    Panel("Negative log-likelihood", "", ("nll_loss",), log=True),
+    Panel("LPIPS", "", ("p_loss",), best="lowest"),
+    Panel("Negative log-likelihood", "", ("nll_loss",), log=True, best="lowest"),
     Panel("Adversarial loss of the autoencoder", "", ("g_loss",)),
     Panel("Adaptive weight", "d_weight", ("d_weight",), log=True),
     Panel("Discriminator's logits", "", ("logits_real", "logits_fake")),
@@ -64,6 +66,13 @@ def split_of(key: str) -> tuple[str, str]:
     """`val_ema/psnr` -> ("val_ema", "psnr"); without a split: training."""
     split, slash, name = key.partition("/")
     return (split, name) if slash and split in SPLITS else ("train", key)
+
+
+def panel_of(key: str) -> Panel:
+    """Return the plot that a metric belongs to; of the user's own metrics one of its name."""
+    name = split_of(key)[1]
+    own = Panel(name, "", (name,), quiet=True)
+    return next((panel for panel in PANELS if name in panel.metrics), own)
 
 
 def in_order(keys: Iterable[str]) -> list[str]:

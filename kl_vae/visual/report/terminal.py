@@ -42,7 +42,7 @@ def describe_run(reading: RunReading, metrics: MetricsFile) -> list[str]:
         lines.append(
             f"left out     {skipped[0]:.0f} steps, {skipped[1]:.0f} by the gradient scaler"
         )
-    lines.append(f"best         {_best(reading)}")
+    lines.append(f"best         {describe_best(reading)}")
     newest = f", newest {reading.checkpoints[0][0]}" if reading.checkpoints else ""
     lines.append(f"checkpoints  {len(reading.checkpoints)}{newest}")
     if reading.number_bad:
@@ -51,7 +51,8 @@ def describe_run(reading: RunReading, metrics: MetricsFile) -> list[str]:
     return [*lines, *(_table(metrics) or ["no metrics yet"])]
 
 
-def _best(reading: RunReading) -> str:
+def describe_best(reading: RunReading) -> str:
+    """Return the best checkpoint, its metric and step."""
     best = reading.best
     if not best:
         return "none yet" if reading.setting("model", "params", "monitor") else "no monitor is set"

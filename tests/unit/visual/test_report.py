@@ -17,6 +17,14 @@ import pytest
 
 import kl_vae
 import kl_vae.visual.report
+from kl_vae.visual.report.comparison import (
+    as_text,
+    best_metrics,
+    config_differences,
+    last_metrics,
+    run_names,
+    states,
+)
 from kl_vae.visual.report.metrics import (
     MAX_LINE_BYTES,
     MAX_METRICS,
@@ -278,7 +286,7 @@ def test_skipped_images_are_counted(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         (run / "samples" / f"prior_{step:08d}.png").write_bytes(b"x" * 30)
     reading, metrics = read(run)
-    write_page(tmp_path / "page.html", reading, metrics, embed=True, max_bytes=64)
+    write_page(tmp_path / "page.html", [(reading, metrics)], embed=True, max_bytes=64)
     assert is_about(reading.notes[-1], 1, "images")
 
 
@@ -390,6 +398,73 @@ def test_report_is_one_call(tmp_path: Path) -> None:
     assert kl_vae.report(str(run), write=False).page is None and not (run / "report.html").exists()
 
 
+def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path: Path) -> None:
+    runs = [tmp_path / name for name in ("a/x/run", "b/x/run", "c/run", "c/other")]
+    assert run_names(runs) == ["a/x/run", "b/x/run", "c/run", "other"]
+    assert run_names([tmp_path / "a" / ".." / "run"]) == ["run"]
+    with pytest.raises(ValueError, match=mentions("run", "twice")):
+        run_names([tmp_path / "run", tmp_path / "a" / ".." / "run"])
+    with pytest.raises(ValueError, match=mentions("run_dir", "runs/NAME")):
+        kl_vae.report([])
+
+
+def test_tables_of_runs_have_a_column_per_run(tmp_path: Path) -> None:
+    first = [{"step": 5, "val/psnr": 24.5}, {"step": 9, "val/psnr": 23.0, "val/rec_loss": "nan"}]
+    runs = [
+        read(write_run(tmp_path / "a", first, state="finished", step=9)),
+        read(write_run(tmp_path / "b", [{"step": 3, "train/psnr": 20.0, "epoch": 1}])),
+    ]
+    (tmp_path / "b" / "config.yaml").write_text("training: {global_batch_size: 8, seed: [1]}\n")
+    readings, files = [read(tmp_path / name)[0] for name in "ab"], [file for _, file in runs]
+    assert last_metrics(files) == [
+        ["val/rec_loss", "nan", ""],
+        ["train/psnr (dB)", "", "20"],
+        ["val/psnr (dB)", "23", ""],
+    ]
+    assert best_metrics(files) == [
+        ["val/rec_loss, lowest", "none", ""],
+        ["val/psnr (dB), highest", "24.5 at step 5", ""],
+    ]
+    assert config_differences(readings) == [
+        ["model.params.ddconfig.resolution", "16", "not set"],
+        ["training.max_steps", "100", "not set"],
+        ["training.seed", "not set", "[1]"],
+    ]
+    assert states(readings)[:2] == [["state", "finished", "unknown"], ["step", "9 of 100", "3"]]
+    assert as_text("key", ["a", "long"], [["k", "1.5", ""], ["key 2", "", "2"]]) == [
+        *("key      a  long", "k      1.5", "key 2          2"),
+    ]
+
+
+def test_a_config_without_end_is_not_compared(tmp_path: Path) -> None:
+    readings = [read(write_run(tmp_path / name, []))[0] for name in "ab"]
+    readings[1].config_text = "a: &a {b: *a}\n"
+    assert {row[2] for row in config_differences(readings)} == {"not set"}
+
+
+def test_a_report_of_several_runs_is_one_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [{"step": step, "train/psnr": 20.0 + step, "train/logvar": 0.0} for step in (1, 2)]
+    runs = [write_run(tmp_path / name / "run", lines, state="finished", step=2) for name in "ab"]
+    monkeypatch.chdir(tmp_path)
+    result = kl_vae.report(runs)
+    assert result.page == Path("report.html") and result.number_running == 0
+    assert not (runs[0] / "report.html").exists()
+    blocks = result.text.split("\n\n")
+    assert [block.split(":")[0] for block in blocks[:2]] == list(map(str, runs))
+    assert blocks[2].splitlines()[:2] == [
+        *("last metrics     a/run  b/run", "train/psnr (dB)     22     22"),
+    ]
+    page = result.page.read_text()
+    content = json.loads(re.findall(r'id="content">(.*?)</script>', page)[0])
+    assert [(panel["unit"], panel["keys"]) for panel in content["panels"]] == [
+        ("dB, train/psnr", ["train/psnr"]),  # the log-variance never changes
+    ]
+    assert [run["name"] for run in content["runs"]] == ["a/run", "b/run"]
+    assert "<title>a/run, b/run: finished</title>" in page
+
+
 def test_invalid_output_paths(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=mentions("--out metrics.jsonl", ".html")):
         check_output(Path("metrics.jsonl"))
@@ -399,4 +474,4 @@ def test_invalid_output_paths(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     reading, metrics = read(write_run(tmp_path / "run", []))
     with pytest.raises(ValueError, match=mentions(tmp_path / "file")):
-        write_page(tmp_path / "file" / "a.html", reading, metrics)
+        write_page(tmp_path / "file" / "a.html", [(reading, metrics)])

@@ -1,11 +1,16 @@
-// The head of the page: what the run is doing, its last figures; and its config.
+// The head of the page: what the run is doing, its last metrics; and its config.
+
+function addHead({ run }) {
+  byId("name").textContent = run.name;
+  byId("state").textContent = run.state;
+  byId("state").className = run.state;
+  byId("made").textContent = `Written ${localTime(new Date(run.made * 1000))} by kl-vae ` +
+    `${run.version} from ${whole(run.lines)} lines of metrics.jsonl.`;
+}
 
 function addFacts(content) {
   const { run } = content;
-  byId("name").textContent = run.name;
   byId("path").textContent = run.path;
-  byId("state").textContent = run.state;
-  byId("state").className = run.state;
   byId("progress").hidden = !run.total_steps;
   if (run.total_steps) byId("progress").value = run.step / run.total_steps;
   byId("remark").textContent = run.remark;
@@ -53,8 +58,6 @@ function addFacts(content) {
   fact("steps left out", `${whole(skipped || 0)}${byScaler}`);
   fact("bad images", whole(run.number_bad));
   addLatest(content);
-  byId("made").textContent = `Written ${localTime(new Date(run.made * 1000))} by kl-vae ` +
-    `${run.version} from ${whole(run.lines)} lines of metrics.jsonl.`;
 }
 
 function bestOf({ best, checkpoints, number_checkpoints: number }) {

@@ -1,17 +1,23 @@
 // Put the page together from its content.
 
 const content = JSON.parse(byId("content").textContent);
+const runs = content.runs || [content]; // a page of several runs draws each in a colour
+
+/** The class of a run's colour. */
+function colorOf(i) {
+  return `run${i % 8}${i < 8 ? "" : " dashed"}`;
+}
 
 /** A series as the plot draws it. */
-function curveOf(key, panel, figures) {
-  let series = content.scalars[key];
+function curveOf(key, panel, figures, { scalars, axes }) {
+  let series = scalars[key];
   let times = (list) => list;
   if (series.of) {
     const { factor } = series; // of another series, in another unit
-    series = content.scalars[series.of];
+    series = scalars[series.of];
     times = (list) => list && list.map((x) => (x === null ? null : x * factor));
   }
-  const axis = content.axes[series.axis];
+  const axis = axes[series.axis];
   const split = ["train", "val", "val_ema"].find((name) => key.startsWith(`${name}/`));
   const name = split ? key.slice(split.length + 1) : key;
   if (!figures.includes(name)) figures.push(name);
@@ -19,7 +25,7 @@ function curveOf(key, panel, figures) {
     ...{ key, name, kind: split || "train", second: figures.indexOf(name) > 0 },
     ...{ steps: axis.steps, counts: axis.counts, broken: series.broken },
     ...{ mean: times(series.mean), low: times(series.low), high: times(series.high) },
-    latest: content.scalars[key].latest,
+    latest: scalars[key].latest,
     smooth: panel.smooth && (!split || split === "train"), // a validation is of all its images
   };
 }
@@ -27,16 +33,39 @@ function curveOf(key, panel, figures) {
 function addPlots(view) {
   for (const panel of content.panels) {
     const figures = [];
-    const curves = panel.keys.map((key) => curveOf(key, panel, figures));
-    for (const curve of curves) curve.label = figures.length > 1 ? curve.name : curve.kind;
+    const curves = runs.flatMap((run, i) =>
+      panel.keys.filter((key) => key in run.scalars).map((key) => {
+        const curve = curveOf(key, panel, figures, run);
+        if (!content.runs) return curve;
+        return { ...curve, key: `${run.name}: ${key}`, label: run.name, kind: colorOf(i) };
+      }));
+    for (const curve of curves) curve.label ??= figures.length > 1 ? curve.name : curve.kind;
     byId("plots").append(new Plot(panel, curves, view).root);
   }
+  if (content.runs) return;
   for (const [key, value] of content.constants) {
     const text = element("span", {}, `${key} `, element("b", {}, shown(value)));
     byId("constants").append(text);
   }
   if (content.constants.length) byId("constants").prepend(element("span", {}, "never changed:"));
   byId("constants").hidden = !content.constants.length;
+}
+
+/** Tables with a column per run. */
+function addTables() {
+  for (const [place, title, rows] of content.tables) {
+    if (!rows.length) continue;
+    const table = element("table", { class: "numbers" });
+    const heads = runs.map(({ name }, i) => element("th", { class: `name ${colorOf(i)}` }, name));
+    table.append(element("tr", {}, element("th", {}, title), ...heads));
+    for (const [label, ...cells] of rows) {
+      const line = cells.map((text) => element("td", {}, text));
+      table.append(element("tr", {}, element("th", {}, label), ...line));
+    }
+    byId(place).append(element("div", { class: "scroll" }, table));
+  }
+  byId("differences-section").hidden = !byId("differences").children.length;
+  byId("config-section").hidden = true;
 }
 
 /** Each vector as a heat map and as lines, of which one is shown. */
@@ -134,19 +163,23 @@ function addTheme(view) {
   show();
 }
 
-const used = content.axes.flatMap(({ steps }) => steps);
+const used = runs.flatMap(({ axes }) => axes.flatMap(({ steps }) => steps));
 const first = used.reduce((a, b) => Math.min(a, b), Infinity);
 const last = used.reduce((a, b) => Math.max(a, b), 0);
 const view = new View(used.length ? [Math.min(first, last - 1), last] : [0, 1]);
 addTheme(view);
-addFacts(content);
+addHead(content);
+if (content.runs) addTables();
+else addFacts(content);
 byId("empty").hidden = content.panels.length > 0;
 byId("toolbar").hidden = !content.panels.length;
 addPlots(view);
-addLatents(view);
-addSamples(content.images);
-addBadImages(content);
-addConfig(content.config);
+addSamples(content);
+if (!content.runs) {
+  addLatents(view);
+  addBadImages(content);
+  addConfig(content.config);
+}
 addToolbar(view);
 view.showRange();
 

@@ -1,6 +1,6 @@
 // The pictures of validations, through time.
 
-function addSamples(pictures) {
+function addSamples({ images: pictures, runs }) {
   const steps = [...new Set(pictures.flatMap(({ steps }) => steps.map(Number)))];
   steps.sort((a, b) => a - b);
   if (!steps.length) return;
@@ -8,6 +8,8 @@ function addSamples(pictures) {
   const slider = byId("sample");
   slider.max = steps.length - 1;
   slider.value = steps.length - 1;
+  if (runs) slider.parentElement.hidden = true; // these are the last of each run
+  if (runs) byId("samples-hint").textContent = "the last of each run";
 
   const address = (picture, i) =>
     picture.content ? picture.content[i] : `${picture.base}${picture.steps[i]}.png`;
@@ -24,7 +26,7 @@ function addSamples(pictures) {
     byId("sample-step").textContent = `step ${whole(step)}`;
     for (const { picture, image, caption, numbers } of figures) {
       const i = nearest(numbers, step);
-      const at = numbers[i] === step ? "" : `, step ${whole(numbers[i])}`;
+      const at = numbers[i] === step && !runs ? "" : `, step ${whole(numbers[i])}`;
       caption.textContent = picture.name + at;
       image.alt = `${picture.name} at step ${numbers[i]}`;
       image.src = address(picture, i);
