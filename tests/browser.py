@@ -78,6 +78,14 @@ def requested(browser: Any) -> list[str]:
     return [url for url in urls if not url.startswith("data:")]
 
 
+def width_of(browser: Any, width: int) -> int:
+    """The width that the page takes in a window of this width, in pixels."""
+    view = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", view)
+    browser.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0], 50))")
+    return int(browser.execute_script("return document.scrollingElement.scrollWidth"))
+
+
 def open_page(browser: Any, page: Path, fragment: str = "") -> None:
     """Load a page of this machine from the start, even if it is the one that is open."""
     browser.get("about:blank")

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from kl_vae.cli.main import main
-from tests.browser import chromium, complaints, open_page, requested
+from tests.browser import chromium, complaints, open_page, requested, width_of
 from tests.messages import is_about
 from tests.processes import metrics
 
@@ -213,6 +213,27 @@ def test_a_page_of_several_runs_compares_them(
         assert browser.execute_script(script) == [20] * 3
         assert not browser.find_element("id", "config").is_displayed()
         assert complaints(browser) == []
+
+
+@pytest.mark.parametrize("number", [1, 6])
+def test_a_page_is_no_wider_than_a_phone(number: int, tmp_path: Path) -> None:
+    long = "a_name_without_any_gap_" * 8
+    for i in range(number):
+        run = fake_run(tmp_path / f"{i}{long}", "failed")
+        line = {"step": 1, long: i, f"val/{long}": 1.5, "val_ema/psnr": 21.0, "train/kl_loss": 3e9}
+        (run / "metrics.jsonl").write_text(f"{json.dumps(line)}\n")
+        (run / "config.yaml").write_text(f"{long}: {long}{i}\n")
+        (run / "bad_images.txt").write_text(f"{long}\t{long}\n")
+        status = {"state": "failed", "step": 1, "reason": long}
+        (run / "status.json").write_text(json.dumps(status))
+        (run / "samples").mkdir()
+        Image.new("RGB", (700, 200)).save(run / "samples" / f"{long[:40]}_00000010.png")
+    runs = [str(run) for run in tmp_path.iterdir()]
+    page = tmp_path / "page.html"
+    assert main(["report", *runs, "--out", str(page)]) == 0
+    with chromium() as browser:
+        open_page(browser, page)
+        assert [width_of(browser, width) for width in (390, 1400)] == [390, 1400]
 
 
 def test_hostile_names_are_shown_as_text(tmp_path: Path) -> None:
