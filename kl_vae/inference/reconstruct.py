@@ -44,7 +44,6 @@ from kl_vae.runtime.outputs import check_output_folder
 from kl_vae.runtime.randomness import generator_for
 from kl_vae.visual.image_files import (
     PictureFormat,
-    as_picture,
     as_pictures,
     as_saved,
     save_thumbnail,
@@ -394,13 +393,13 @@ class Reconstructor:
         write_image(files.out / files.pictures[index], reconstruction, files.picture_format)
         if not files.gallery:
             return
-        original, picture = image, as_picture(image, self._model.to_rgb)
-        if files.shown(index) != files.pictures[index]:  # arrays, which a page cannot show
-            original, shown = as_pictures(image, reconstruction, self._model.to_rgb)
-            picture = original
+        original, shown = as_pictures(image, reconstruction, self._model.to_rgb)
+        save_thumbnail(files.out / files.thumbnail(index), original, shown)
+        if files.shown(index) == files.pictures[index]:
+            original = image
+        else:  # arrays, which a page cannot show
             write_image(files.out / files.shown(index), shown)
         write_image(files.out / files.original(index), original)
-        save_thumbnail(files.out / files.thumbnail(index), picture)
 
 
 @torch.inference_mode()

@@ -92,7 +92,7 @@ class OutputFiles:
         return self._in_gallery(_ORIGINALS, index, ".png")
 
     def thumbnail(self, index: int) -> str:
-        """The image's small picture in the gallery."""
+        """The small picture of image and reconstruction in the gallery."""
         return self._in_gallery(_THUMBNAILS, index, ".jpg")
 
     def shown(self, index: int) -> str:

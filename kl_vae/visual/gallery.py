@@ -39,7 +39,7 @@ class GalleryPicture:
         name: of the image, to be shown.
         original: picture of the image as the model saw it.
         reconstruction: picture of the same size.
-        thumbnail: a small picture of the image.
+        thumbnail: a small picture of both, side by side.
         width: of original and reconstruction, in pixels.
         height: of both.
         metrics: values by name, such as psnr, ssim and lpips; None or NaN: it has none.

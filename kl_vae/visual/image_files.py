@@ -228,14 +228,16 @@ def write_image(path: Path, image: Tensor, picture_format: PictureFormat = PNG) 
     replace_file(path, stream.getvalue())
 
 
-def save_thumbnail(path: Path, picture: Tensor) -> None:
-    """Write uint8 [3, H, W] as a JPEG with sides of up to 128 pixels.
+def save_thumbnail(path: Path, *pictures: Tensor) -> None:
+    """Write uint8 [3, H, W] side by side as a JPEG, each with sides of up to 128 pixels.
 
     Raises:
         ValueError: the file cannot be written.
     """
-    thumbnail = _pillow(picture)
-    thumbnail.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    small = [_pillow(picture) for picture in pictures]
+    for each in small:
+        each.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    thumbnail = Image.fromarray(np.concatenate([np.asarray(each) for each in small], axis=1))
     stream = BytesIO()
     thumbnail.save(stream, format="JPEG", quality=80)
     replace_file(path, stream.getvalue())

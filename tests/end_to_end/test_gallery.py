@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from kl_vae.visual.gallery import GALLERY, GalleryPicture, write_gallery
-from tests.browser import chromium, complaints, open_page, requested, screenshot
+from tests.browser import chromium, complaints, open_page, requested, screenshot, width_of
 
 NUMBER = 2_000
 CONTENTS = 20
@@ -218,7 +218,7 @@ def test_a_filter_by_name_and_one_by_figure(
     browser.find_element("id", "clear").click()
     assert text(browser, "#count") == "2,000 pictures"
     choose(browser, "filter", "no such name")
-    assert text(browser, "#none") == "No picture has this name and figure."
+    assert text(browser, "#none") == "No picture has this name and metric."
 
 
 def test_hostile_names_are_text(opened: Callable[[str], Any]) -> None:
@@ -357,6 +357,42 @@ def test_a_picture_whose_file_is_gone(opened: Callable[[str], Any]) -> None:
     type_keys(browser, "d")
     x, y = middle(browser)
     assert screenshot(browser).getpixel((x, y)) == screenshot(browser).getpixel((x, y - 300))
+
+
+@pytest.mark.parametrize("fragment", ["", "#low=20.125&high=1000", "#picture=class+6/00020.png"])
+def test_the_page_is_no_wider_than_a_phone(opened: Callable[[str], Any], fragment: str) -> None:
+    browser = opened(fragment)
+    wait(browser, "document.querySelectorAll('.card').length")
+    assert [width_of(browser, width) for width in (390, 1400)] == [390, 1400]
+    width_of(browser, 390)
+    ends = "[...document.querySelectorAll('.card, svg, .bar > *')].map((each) => "
+    ends += "each.getBoundingClientRect()).filter((at) => at.left < 0 || at.right > 390).length"
+    assert script(browser, ends) == 0
+    width_of(browser, 1400)
+
+
+@pytest.mark.parametrize("kind", ["even", "with outliers", "two values", "one value"])
+def test_a_few_pictures_have_a_few_bins_with_round_edges(
+    kind: str, browser: Any, tmp_path: Path
+) -> None:
+    def psnr(i: int) -> float:
+        values = {"even": 20 + i / 3, "with outliers": i / 50 + 1000 * (i == 0), "one value": 23.4}
+        return values.get(kind, 20.0 + i % 2 / 7)
+
+    files = ("o.png", "r.png", "t.jpg")
+    listed = [GalleryPicture(f"{i}.png", *files, 8, 8, {"psnr": psnr(i)}) for i in range(24)]
+    write_gallery(tmp_path / GALLERY, listed, {})
+    open_page(browser, tmp_path / GALLERY)
+    bins = script(browser, "document.querySelectorAll('#plot rect').length")
+    assert bins == 1 if kind == "one value" else 5 <= bins <= 40
+    assert kind != "even" or bins <= 8
+    ends = "[...document.querySelectorAll('#plot text')].map((each) => each.textContent)"
+    low, high = map(float, script(browser, ends))
+    assert low <= min(map(psnr, range(24))) and high > max(map(psnr, range(24)))
+    width = f"{(high - low) / bins:.3e}"
+    assert width[:4] in ("1.00", "2.00", "2.50", "5.00")
+    assert text(browser, "#plot-name") == "PSNR in dB"
+    complaints(browser)  # the pictures are not there
 
 
 def test_a_page_without_pictures(browser: Any, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from kl_vae.losses import build_loss, lpips_weights
+from kl_vae.losses import lpips_weights
 from kl_vae.losses.lpips import LPIPS
 from kl_vae.losses.lpips_weights import features_download, heads_download
 from tests.messages import is_about, mentions

@@ -83,6 +83,15 @@ def test_arrays_are_floats_in_the_unit_interval(tmp_path: Path) -> None:
     assert saved.max() == 1
 
 
+def test_a_thumbnail_shows_images_side_by_side(tmp_path: Path) -> None:
+    pair = [torch.full((3, 200, 400), value, dtype=torch.uint8) for value in (0, 200)]
+    save_thumbnail(tmp_path / "a.jpg", *pair)
+    with Image.open(tmp_path / "a.jpg") as thumbnail:
+        assert thumbnail.size == (256, 64)
+        values = [thumbnail.getpixel((x, 32))[0] for x in (60, 190)]  # type: ignore[index]
+    assert values == pytest.approx([0, 200], abs=3)
+
+
 def test_thumbnails_are_never_upsampled(tmp_path: Path) -> None:
     for size, small in [((300, 200), (128, 85)), ((20, 24), (20, 24)), ((5000, 1), (128, 1))]:
         save_thumbnail(tmp_path / "a.jpg", torch.zeros(3, size[1], size[0], dtype=torch.uint8))

@@ -1,6 +1,7 @@
 // The grid: only the cards in sight are in the page, so that the number of pictures costs nothing.
 
-const CARD = 148, GAP = 12, TEXT = 24;  // CSS pixels: least width, gap, height of a card's text
+// a card shows original and reconstruction side by side, in a box twice as wide as high
+const CARD = 250, GAP = 12, TEXT = 24;  // CSS pixels: least width, gap, height of a card's text
 const TAIL = 10;  // letters of a name that are always shown
 const cards = new Map();  // by place in the order
 
@@ -18,7 +19,7 @@ function layOut() {
   const room = byId("grid").clientWidth;
   const columns = Math.max(1, Math.floor((room + GAP) / (CARD + GAP)));
   const width = (room - GAP * (columns - 1)) / columns;
-  return {columns, width, pitch: width + TEXT + GAP};
+  return {columns, width, pitch: width / 2 + TEXT + GAP};
 }
 
 function drawGrid(anew = false) {
@@ -52,7 +53,8 @@ function makeCard(place) {
   const image = element("img", {loading: "lazy", decoding: "async", alt: "", src: thumbnail});
   image.addEventListener("error", () => { image.alt = "This thumbnail cannot be loaded"; });
   const letters = [...name.slice(sharedLength)];
-  const [start, tail] = [letters.slice(0, -TAIL), letters.slice(-TAIL)];
+  const last = letters.length > TAIL + 3 ? TAIL : letters.length;
+  const [start, tail] = [letters.slice(0, -last), letters.slice(-last)];
   const card = element("button", {className: "card", title: name},
     element("span", {className: "box"}, image),
     element("span", {className: "text"},
@@ -73,7 +75,7 @@ function makeCard(place) {
 
 function cardFigure({values, width, height}) {
   if (state.sort === "size") return `${width}\u00d7${height}`;
-  return state.metric && shown(state.metric, values[state.metric]).replace(" dB", "");
+  return state.metric && `${metrics[state.metric].label} ${shown(state.metric, values[state.metric])}`;
 }
 
 function moveFocus(event, place) {

@@ -17,8 +17,9 @@ function drawSummary() {
   const count = `${counted(order.length)}${all} picture${pictures.length === 1 ? "" : "s"}`;
   byId("count").textContent = count;
   byId("none").hidden = order.length > 0;
-  byId("none").textContent = pictures.length ? "No picture has this name and figure." : "There are no pictures.";
-  const heads = ["", "mean", "median", "worst", "best", ""];
+  byId("hint").hidden = !order.length;
+  byId("none").textContent = pictures.length ? "No picture has this name and metric." : "There are no pictures.";
+  const heads = ["metric", "mean", "median", "worst", "best", "left out"];
   const head = element("tr", {}, ...heads.map((textContent) => element("th", {textContent})));
   const rows = data.metrics.length ? [head, ...data.metrics.map(summaryRow)] : [];
   byId("summary").replaceChildren(element("caption", {textContent: count}), ...rows);
@@ -56,7 +57,9 @@ function drawTools() {
     if (byId(id).value !== state[id]) byId(id).value = state[id];  // else the cursor would move
   }
   byId("range").hidden = byId("distribution").hidden = !metric;
-  byId("range-name").textContent = byId("plot-name").textContent = metrics[metric]?.label ?? "";
+  const {label = "", unit = ""} = metrics[metric] ?? {};
+  byId("range-name").textContent = label;
+  byId("plot-name").textContent = label + (unit && ` in${unit}`);
   byId("clear").hidden = !(state.filter || state.low || state.high);
 }
 

@@ -1,19 +1,30 @@
 // The distribution of a metric over the pictures whose names match.
 
-const BINS = 60;  // at most
+const BINS = [5, 40];  // at least and at most, where values differ
 const FOOT = {plot: 17, "small-plot": 7};  // room below the bars: for the ends of the axis, the mark
 const plots = new Map();  // what was drawn, by the id of its svg
 
+/** The width of a bin: Freedman and Diaconis 1981, or Sturges where half of the values agree. */
+function binWidth(sorted) {
+  const number = sorted.length, range = sorted[number - 1] - sorted[0];
+  if (!range) return 1;
+  const quartiles = [0.25, 0.75].map((share) => sorted[Math.floor(share * (number - 1))]);
+  const spread = quartiles[1] - quartiles[0];
+  const rule = spread ? 2 * spread / Math.cbrt(number) : range / (Math.log2(number) + 1);
+  const wanted = Math.min(range / BINS[0], Math.max(range / BINS[1], rule));
+  const power = 10 ** Math.floor(Math.log10(wanted));
+  // the round number nearest to it; they are so dense that one of them has so many bins
+  const bins = (step) => Math.floor(sorted[number - 1] / step) - Math.floor(sorted[0] / step) + 1;
+  const miss = (step) => Math.abs(Math.log(step / wanted));
+  return [0.5, 1, 2, 2.5, 5, 10, 20].map((factor) => factor * power)
+    .filter((step) => bins(step) >= BINS[0] && bins(step) <= BINS[1])
+    .reduce((best, step) => (miss(step) < miss(best) ? step : best));
+}
+
 function makeBins(values) {
   // edges at round numbers, so that a bar filters to a range that can be said
-  let low = Infinity, high = -Infinity;
-  for (const value of values) {
-    low = Math.min(low, value);
-    high = Math.max(high, value);
-  }
-  const least = (high - low) / BINS || 10 ** -4;
-  const power = 10 ** Math.floor(Math.log10(least));
-  const step = power * [1, 2, 2.5, 5, 10].find((factor) => factor * power >= least * 0.999);
+  const sorted = [...values].sort((a, b) => a - b);
+  const low = sorted[0], high = sorted[sorted.length - 1], step = binWidth(sorted);
   const start = Math.floor(low / step);
   const edge = (i) => Number(((start + i) * step).toPrecision(10));
   const binOf = (value) => {
@@ -32,14 +43,15 @@ function drawHistogram(id) {
   plots.delete(id);
   if (!values.length) return;
   const {edge, binOf, counts} = makeBins(values);
-  const bar = svg.width.baseVal.value / counts.length, most = Math.max(...counts);
+  const width = svg.clientWidth || svg.width.baseVal.value;  // 0 of a dialog that is closed
+  const bar = width / counts.length, most = Math.max(...counts);
   const base = svg.height.baseVal.value - FOOT[id];
   counts.forEach((count, i) => {
     const height = count && Math.max(1, (count / most) * (base - 1));
     const within = !(low !== "" && edge(i) < Number(low)) && !(high !== "" && edge(i + 1) > Number(high));
     const chosen = within && (low !== "" || high !== "") ? "chosen" : "";
-    const width = Math.max(bar - 1, 1);
-    svg.append(drawing("rect", {x: i * bar, y: base - height, width, height, class: chosen}));
+    const place = {x: i * bar, y: base - height, width: Math.max(bar - 1, 1), height};
+    svg.append(drawing("rect", {...place, class: chosen}));
   });
   svg.append(drawing("path", {class: "axis", d: `M0,${base}.5h${bar * counts.length}`}));
   if (id === "plot") {

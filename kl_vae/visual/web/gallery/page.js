@@ -79,6 +79,6 @@ for (const button of document.querySelectorAll(".ask")) {
 }
 addEventListener("keydown", pressed);
 addEventListener("keyup", ({key}) => { if (key === " ") hold(false); });
-addEventListener("resize", () => { drawGrid(); place(); });
+addEventListener("resize", () => { drawHistogram("plot"); drawGrid(); place(); });
 addEventListener("hashchange", recall);
 recall();
