@@ -120,7 +120,7 @@ time.sleep(300)
 
 
 def restarted() -> None:
-    """By torchrun: the run goes on from its last checkpoint by itself, to its end."""
+    """Restarted by torchrun, the run resumes from its last checkpoint and finishes."""
     arguments = (*faulty_loss(Path()), "training.save_every_steps=2")
     arguments += ("training.validate_every_steps=100", "--run-dir", "restarted")
     command = (*TWO, "--max-restarts=1", SCRIPT, "tiny.yaml", *arguments)
@@ -213,7 +213,7 @@ def test_signals_and_another_number_of_ranks_after_them(project: Path, caplog: A
             running.wait_until(lambda run=run: metrics(run))
             (other if run == "SIGUSR1" else running).send(signal.Signals[run])
         for run, running in all_running.items():
-            # torchrun has an error of its own for a signal, whatever the exit codes of its ranks
+            # torchrun reports an error for a signal, for any exit codes of its ranks
             assert running.end() == (0 if run == "SIGUSR1" else 1), running.errors
             step = status(run)["step"]
             assert (status(run)["state"], status(run)["reason"]) == ("stopped", run)

@@ -75,7 +75,7 @@ def weights_at_the_start() -> dict[str, torch.Tensor]:
     return AutoEncoderKL(params.ddconfig, params.embed_dim, params.lossconfig).state_dict()
 
 
-def test_validation_is_exact_whatever_the_number_of_images(
+def test_validation_is_exact_for_any_number_of_images(
     project: Path, make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sets of 1, 5 and 7 images: one rank has fewer, or none, and each image counts once."""

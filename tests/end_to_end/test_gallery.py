@@ -1,4 +1,4 @@
-"""The page of a gallery, opened from its file in a browser, as somebody looks at it."""
+"""The page of a gallery, opened from its file in a browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configs survive being written and read, and no value whatever breaks the checks."""
+"""Configs are read back as written, and any value is either accepted or a clear error."""
 
 import dataclasses
 from typing import Any

@@ -147,7 +147,7 @@ def test_normalised_latents(
     index = LatentDataset(tmp_path / "moments").index
     assert index.settings.normalized and index.settings.normalization is not None
     raw = LatentDataset(tmp_path / "mode").index.statistics
-    assert index.statistics == raw  # of raw latents, whatever is stored
+    assert index.statistics == raw  # always of raw latents
     assert raw.mean == pytest.approx(mean.double().mean((0, 2, 3)).tolist(), rel=1e-5)
 
 

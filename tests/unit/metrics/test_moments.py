@@ -1,4 +1,4 @@
-"""Running moments are those of all values, in whatever parts they are merged."""
+"""Merged running moments equal those of all values."""
 
 from __future__ import annotations
 
