@@ -153,7 +153,7 @@ LAYOUT = "[out, in, height, width]"
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        (reshaped("quantize.embedding.weight", 8, 3), ("VQ", "codebook", "KL")),
+        (reshaped("quantize.embedding.weight", 8, 3), ("VQ", "KL")),
         (
             reshaped("encoder.conv_in.weight", 32, 3, 3, 3, 3),
             ("encoder.conv_in.weight", "[32, 3, 3, 3, 3]", LAYOUT),
@@ -225,7 +225,7 @@ LAYOUT = "[out, in, height, width]"
         ),
         (
             without("up.0.block.1", "up.1.block.1"),
-            ("encoder", 1, "decoder", 0, "residual", "ddconfig"),
+            ("num_res_blocks=1", "num_res_blocks=0", "ddconfig"),
         ),
         (without("mid.attn_1"), ("attention", "(1,)", "ddconfig")),
         (reshaped("encoder.conv_in.weight", 48, 3, 3, 3), ("(32, 64)", 48, "ddconfig")),

@@ -104,7 +104,7 @@ def test_flipped_bytes_raise_image_errors_only(tmp_path: Path, suffix: str) -> N
     ("name", "parts"),
     [
         ("tile.tif", ("tiles", "16384 x 16384", "max_pixels=178956970")),
-        ("tile_of_no_size.tif", ("tiles", "size")),
+        ("tile_of_no_size.tif", ("tile", "size")),
         ("strips.tif", ("strips", 300000, 262144)),
         ("frame.gif.png", ("Pillow", "max_pixels", "PNG")),
     ],

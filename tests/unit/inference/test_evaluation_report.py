@@ -74,7 +74,7 @@ def test_tables() -> None:
         "                                     a  a longer name",
         "PSNR (dB)                 25.00 ± 5.00           none",
         "PSNR of mean MSE (dB)            22.60           none",
-        "KL (nats an image)           2.0 ± 1.0            1.0",
+        "KL (nats per image)          2.0 ± 1.0            1.0",
         "KL (bits a pixel)      0.0902 ± 0.0451         0.0451",
         "active channels                 1 of 2         1 of 2",
         "scale_factor                    0.8944         0.8944",

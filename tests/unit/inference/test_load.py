@@ -31,7 +31,7 @@ def test_ranks_that_read_different_weights_are_an_error(
         def on_rank_zero(self, work: Callable[[], Any]) -> Any:
             return "fingerprint of rank 0"
 
-    with pytest.raises(ValueError, match=mentions(path, "rank 1", "rank 0", "checkpoints")):
+    with pytest.raises(ValueError, match=mentions(path, "rank 1", "rank 0", "checkpoint")):
         load_model_on(Second(1, 2, torch.device("cpu")), str(path), None)
     model = load_model_on(Ranks(0, 1, torch.device("cpu")), str(path), None)
     assert model_fingerprint(model) == model_fingerprint(tiny_model)

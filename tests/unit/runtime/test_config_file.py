@@ -82,9 +82,9 @@ def test_a_file_is_read_as_plain_values(file: Path) -> None:
         ("a: \0\n", ("YAML",)),
         ("a: 2020-13-45\n", ("month must be in 1..12",)),
         ("[" * 5000, ("recursion",)),
-        ("", ("keys", "README.md")),
-        ("- 1\n", ("keys", "README.md")),
-        ("5\n", ("keys", "README.md")),
+        ("", ("keys", "docs/config.md")),
+        ("- 1\n", ("keys", "docs/config.md")),
+        ("5\n", ("keys", "docs/config.md")),
     ],
 )
 def test_invalid_yaml(tmp_path: Path, text: str, parts: tuple[str, ...]) -> None:
