@@ -5,7 +5,7 @@ was measured. `output` is relative to the output folder; size and metrics are th
 after resize and crop. psnr is `inf` where the reconstruction is exact; ssim is empty where a side
 is below 11 pixels, lpips where the image is too small or too large for it. These are left out of
 the means and counted. summary.json has the means, what was skipped and definitions; comparison.png
-shows the first images; index.html, the gallery, shows all.
+shows the images with the lowest PSNR, the worst first; index.html, the gallery, shows all.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kl_vae.data import MAX_PIXELS, ImageError, Source, read_image
@@ -27,7 +28,7 @@ from kl_vae.inference.images import load_images
 from kl_vae.runtime.files import display_name, remove_temporaries
 from kl_vae.runtime.outputs import check_outputs, make_folder, plan_outputs, replace_file
 from kl_vae.visual.gallery import GalleryPicture, write_gallery
-from kl_vae.visual.grid import comparison_row, image_grid, save_png
+from kl_vae.visual.grid import MAX_SIDE, MIN_COLUMN, save_png, sheet_header, sheet_row
 from kl_vae.visual.image_files import PNG, PictureFormat, as_pictures, as_saved
 
 logger = logging.getLogger(__name__)
@@ -241,9 +242,11 @@ def write_report(
     summary = {**about, **_summary(source, images, skipped, with_lpips)}
     text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
     replace_file(files.out / SUMMARY, f"{text}\n".encode())
-    cells = list(_comparison(source, files, [x.index for x in images[:rows]], about, to_rgb))
-    if cells:
-        save_png(files.out / COMPARISON, image_grid(cells, columns=3))
+    by_psnr = sorted(images, key=lambda x: float("inf") if x.psnr is None else x.psnr)
+    width = max([MIN_COLUMN, *(min(x.width, MAX_SIDE) for x in by_psnr[:rows])])
+    shown = list(_comparison(source, files, by_psnr[:rows], about, to_rgb, width))
+    if shown:
+        save_png(files.out / COMPARISON, torch.cat([sheet_header(width), *shown], 1))
     page = files.out / PAGE if files.gallery and images else None
     if page is not None:
         shown_about = {
@@ -259,7 +262,7 @@ def write_report(
         paths=tuple(source.name(x.index) for x in images),
         outputs=tuple(files.pictures[x.index] for x in images),
         skipped=tuple(skipped),
-        shown=len(cells) // 3,
+        shown=len(shown),
         page=page,
     )
 
@@ -324,15 +327,17 @@ def _summary(
 def _comparison(
     source: Source,
     files: OutputFiles,
-    indices: Sequence[int],
+    images: Sequence[ImageMetrics],
     about: Mapping[str, Any],
     to_rgb: Callable[[Tensor], Tensor],
+    width: int,
 ) -> Iterator[Tensor]:
-    """Yield image, reconstruction and difference of each image, uint8 [3, H, W].
+    """Yield the row of each image, with columns of this width; see `sheet_row`.
 
-    Both are read again. An image whose files have changed is left out with a warning.
+    Both files are read again. An image whose files have changed is left out with a warning.
     """
-    for loaded in load_images(source, indices, resize=about["resize"], crop=about["crop"]):
+    metrics = {x.index: x for x in images}
+    for loaded in load_images(source, [*metrics], resize=about["resize"], crop=about["crop"]):
         name = source.name(loaded.index)
         try:
             if loaded.image is None:
@@ -347,7 +352,15 @@ def _comparison(
         except ImageError as error:
             logger.warning("left out of the comparison: %s", error)
             continue
-        yield from comparison_row(*as_pictures(image, written, to_rgb))
+        text = _metrics_text(metrics[loaded.index], about["lpips"] != "none")
+        key = display_name(source.key(loaded.index))
+        yield sheet_row(key, text, *as_pictures(image, written, to_rgb), width)
+
+
+def _metrics_text(image: ImageMetrics, with_lpips: bool) -> str:
+    psnr = "inf" if image.psnr is None else f"{image.psnr:.2f}"
+    text = f"PSNR {psnr} dB   SSIM {rounded(image.ssim, 3)}"
+    return f"{text}   LPIPS {rounded(image.lpips, 3)}" if with_lpips else text
 
 
 def _gallery(

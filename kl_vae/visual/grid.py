@@ -3,13 +3,14 @@
 Pictures are uint8 [3, H, W].
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from kl_vae.runtime.outputs import replace_file
@@ -18,6 +19,10 @@ DIFFERENCE_GAIN = 4
 MAX_SIDE = 512  # of a cell, in pixels
 GAP = 2  # white pixels between cells
 WHITE = 255
+COLUMNS = ("input", "reconstruction", f"difference x {DIFFERENCE_GAIN}")
+MIN_COLUMN = 192  # pixels, for the text above three of them
+FONT_SIZE = 13
+TEXT_HEIGHT = 20
 
 
 def image_grid(images: Iterable[Tensor], columns: int, max_side: int = MAX_SIDE) -> Tensor:
@@ -37,7 +42,9 @@ def image_grid(images: Iterable[Tensor], columns: int, max_side: int = MAX_SIDE)
     return grid
 
 
-def comparison_row(image: Tensor, reconstruction: Tensor, max_side: int = MAX_SIDE) -> list[Tensor]:
+def comparison_row(
+    image: Tensor, reconstruction: Tensor, max_side: int | None = MAX_SIDE
+) -> list[Tensor]:
     """Return image, reconstruction and their absolute difference times 4, fitted to `max_side`."""
     difference = (image.int() - reconstruction.int()).abs() * DIFFERENCE_GAIN
     row = [image, reconstruction, difference.clamp(max=255).to(torch.uint8)]
@@ -60,6 +67,73 @@ def comparison_grid(
     return image_grid([cell for pair in pairs for cell in comparison_row(*pair, max_side)], 3)
 
 
+def sheet_header(width: int) -> Tensor:
+    """Return the names of the columns of `sheet_row`s of this width, uint8 [3, H, W]."""
+    sheet, draw = _sheet(width, 0)
+    for i, name in enumerate(COLUMNS):
+        draw.text((GAP + i * (width + GAP), 0), name, fill="black", font=_font())
+    return _tensor(sheet)
+
+
+def sheet_row(name: str, metrics: str, image: Tensor, reconstruction: Tensor, width: int) -> Tensor:
+    """Return input, reconstruction and difference below a line of text, uint8 [3, H, W].
+
+    Args:
+        name: of the image; a long one loses its middle.
+        metrics: text at the right.
+        image: uint8 [3, H, W].
+        reconstruction: of the same size.
+        width: of a column, in pixels: that of each picture, unless it is then higher than twice
+            that.
+    """
+    height, most = image.shape[1] * width / image.shape[2], 2 * width
+    scale = min(1.0, most / height)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    sheet, draw = _sheet(width, size[1] + GAP)
+    font = _font()
+    room = sheet.width - 2 * GAP
+    draw.text((GAP + room - font.getlength(metrics), 0), metrics, fill="black", font=font)
+    room -= int(font.getlength(f"{metrics}  "))
+    draw.text((GAP, 0), shortened(name, room, font.getlength), fill="black", font=font)
+    for i, picture in enumerate(comparison_row(image, reconstruction, max_side=None)):
+        left = GAP + i * (width + GAP) + (width - size[0]) // 2
+        sheet.paste(_scaled(picture, size), (left, TEXT_HEIGHT))
+    return _tensor(sheet)
+
+
+def shortened(text: str, room: float, length: Callable[[str], float]) -> str:
+    """Return the text, or its beginning and end with ... between, no longer than `room`."""
+    if length(text) <= room:
+        return text
+    for kept in range(min(len(text) - 1, max(0, int(room))), 0, -1):
+        short = f"{text[: kept - kept // 2]}...{text[len(text) - kept // 2 :]}"
+        if length(short) <= room:
+            return short
+    return "..."
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(FONT_SIZE)
+
+
+def _sheet(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    """A white picture of three columns of this width, with room for text above."""
+    size = (len(COLUMNS) * (width + GAP) + GAP, TEXT_HEIGHT + height)
+    sheet = Image.new("RGB", size, "white")
+    return sheet, ImageDraw.Draw(sheet)
+
+
+def _scaled(picture: Tensor, size: tuple[int, int]) -> Image.Image:
+    """A picture of this width and height; whole multiples keep the pixels as they are."""
+    image = Image.fromarray(picture.permute(1, 2, 0).contiguous().cpu().numpy())
+    whole = all(new % old == 0 for new, old in zip(size, image.size, strict=True))
+    return image.resize(size, Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS)
+
+
+def _tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
 def save_png(path: Path, image: Tensor) -> None:
     """Write uint8 [C, H, W] with C = 1, 3 or 4 as a PNG; the file is there whole or not at all.
 
@@ -72,10 +146,10 @@ def save_png(path: Path, image: Tensor) -> None:
     replace_file(path, stream.getvalue())
 
 
-def _fit(image: Tensor, max_side: int) -> Tensor:
+def _fit(image: Tensor, max_side: int | None) -> Tensor:
     height, width = image.shape[1:]
     longest = max(height, width)
-    if longest <= max_side:
+    if max_side is None or longest <= max_side:
         return image
     size = [max(1, round(side * max_side / longest)) for side in (height, width)]
     small = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0]

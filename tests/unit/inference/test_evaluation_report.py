@@ -75,7 +75,7 @@ def test_tables() -> None:
         "PSNR (dB)                 25.00 ± 5.00           none",
         "PSNR of mean MSE (dB)            22.60           none",
         "KL (nats per image)          2.0 ± 1.0            1.0",
-        "KL (bits a pixel)      0.0902 ± 0.0451         0.0451",
+        "KL (bits per pixel)    0.0902 ± 0.0451         0.0451",
         "active channels                 1 of 2         1 of 2",
         "scale_factor                    0.8944         0.8944",
         "shift_factor                       0.5            0.5",

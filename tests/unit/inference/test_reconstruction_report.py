@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import kl_vae.inference.reconstruction_report
 from kl_vae import AutoEncoderKL
 from kl_vae.data import FolderSource
 from kl_vae.inference.reconstruction_report import (
@@ -108,8 +109,9 @@ def test_a_report_of_some_images(tmp_path: Path, model: AutoEncoderKL) -> None:
         "skipped": [{"path": f"{tmp_path}/1.bmp", "reason": "is bad"}],
     }
     with Image.open(out / "comparison.png") as comparison:
-        assert comparison.size == (3 * 8 + 2, 2 * 6 + 2)
-        assert [comparison.getpixel((x, 4))[0] for x in (4, 12, 20)] == [0, 10, 40]
+        # columns of 192 pixels; a line of text, then rows of one and 6 x 4 pixels, enlarged
+        assert comparison.size == (3 * 194 + 2, 20 + 2 * (20 + 128 + 2))
+        assert [comparison.getpixel((194 * i + 90, 100))[0] for i in range(3)] == [0, 10, 40]
     page = (out / "index.html").read_text()
     assert "gallery/originals/3.png" in page and "Infinity" in page
 
@@ -140,6 +142,27 @@ def test_an_empty_report_replaces_an_earlier_one(tmp_path: Path, model: AutoEnco
     found = summary(tmp_path)
     assert found["mean_psnr_db"] is found["mean_ssim"] is None
     assert sorted(path.name for path in out.iterdir()) == ["metrics.csv", "summary.json"]
+
+
+def test_the_comparison_shows_the_worst_first(
+    tmp_path: Path, model: AutoEncoderKL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[tuple[Any, ...]] = []
+    draw = kl_vae.inference.reconstruction_report.sheet_row
+
+    def sheet_row(*arguments: Any) -> torch.Tensor:
+        written.append(arguments[:2])
+        return draw(*arguments)
+
+    monkeypatch.setattr("kl_vae.inference.reconstruction_report.sheet_row", sheet_row)
+    metrics = [*METRICS, ImageMetrics(1, 6, 4, 12.345, 0.25, 0.5)]
+    write = report(tmp_path, model, [f"{i}.bmp" for i in range(4)], lpips="vgg")
+    assert write([record(metrics)], rows=3).shown == 3
+    assert written == [
+        ("1.bmp", "PSNR 12.35 dB   SSIM 0.250   LPIPS 0.500"),
+        ("0.bmp", "PSNR 20.00 dB   SSIM 0.500   LPIPS none"),
+        ("2.bmp", "PSNR 30.00 dB   SSIM none   LPIPS none"),
+    ]
 
 
 def test_missing_files_are_left_out_of_the_comparison(

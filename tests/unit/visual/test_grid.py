@@ -3,7 +3,14 @@ import pytest
 import torch
 from PIL import Image
 
-from kl_vae.visual.grid import comparison_grid, image_grid, save_png
+from kl_vae.visual.grid import (
+    comparison_grid,
+    image_grid,
+    save_png,
+    sheet_header,
+    sheet_row,
+    shortened,
+)
 
 
 def plain(value: int, height: int, width: int) -> torch.Tensor:
@@ -40,6 +47,58 @@ def test_large_images_are_downsampled(size, fitted):
     grid = image_grid([plain(50, *size)], columns=1, max_side=10)
     assert grid.shape == (3, fitted[0] + 4, fitted[1] + 4)
     assert (grid[:, 2:-2, 2:-2] == 50).all()
+
+
+def columns(row: torch.Tensor, width: int) -> list[torch.Tensor]:
+    """The pictures of a row of a sheet, without the text above and the gap below."""
+    lefts = [2 + i * (width + 2) for i in range(3)]
+    return [row[:, 20:-2, left : left + width] for left in lefts]
+
+
+def test_a_row_of_a_sheet_has_cells_of_the_shape_of_its_image():
+    for height, width, scaled in [(60, 120, 100), (120, 60, 400), (30, 200, 30)]:
+        row = sheet_row("a", "b", plain(100, height, width), plain(90, height, width), 200)
+        assert row.shape == (3, 20 + scaled + 2, 3 * 202 + 2)
+        for cell, value in zip(columns(row, 200), (100, 90, 40), strict=True):
+            assert (cell == value).all()  # no white
+
+
+def test_a_very_high_image_does_not_make_a_sheet_without_end():
+    row = sheet_row("a", "b", plain(100, 4000, 10), plain(90, 4000, 10), 200)
+    assert row.shape[1] == 20 + 400 + 2
+    assert columns(row, 200)[0][0, 200, 99] == 100
+
+
+def test_small_images_keep_their_pixels():
+    image = torch.randint(0, 256, (3, 4, 5), dtype=torch.uint8)
+    row = sheet_row("a", "b", image, image, 200)
+    assert torch.equal(
+        columns(row, 200)[0], image.repeat_interleave(40, 1).repeat_interleave(40, 2)
+    )
+
+
+def test_name_metrics_and_columns_are_written():
+    def left_and_right(name, metrics):
+        row = sheet_row(name, metrics, plain(0, 10, 10), plain(0, 10, 10), 200)
+        dark = (row[0, :20] < 128).any(0).nonzero().flatten()
+        return int(dark.min()), int(dark.max()), dark.numel()
+
+    assert left_and_right("name", "")[1] < 100
+    assert left_and_right("", "PSNR 20.00 dB")[0] > 500
+    assert left_and_right("a longer name", "PSNR")[2] > left_and_right("name", "PSNR")[2]
+    left, right, _ = left_and_right("long/" * 100, "PSNR 20.00 dB   SSIM 0.512   LPIPS 0.123")
+    assert left < 10 and 600 < right < 606
+    header = sheet_header(200)
+    assert header.shape == (3, 20, 3 * 202 + 2)
+    starts = [(header[0, :, x : x + 30] < 128).any() for x in (2, 204, 406)]
+    assert starts == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("room", "short"), [(9, "abcdefghi"), (8, "abc...hi"), (4, "a..."), (3, "..."), (1, "...")]
+)
+def test_a_long_name_loses_its_middle(room, short):
+    assert shortened("abcdefghi", room, len) == short
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
