@@ -109,7 +109,7 @@ def test_a_unit_is_recorded_in_the_order_of_its_images(
         with Image.open(
             out / "gallery" / "thumbnails" / source.key(index).replace("png", "jpg")
         ) as thumbnail:
-            assert thumbnail.size == (original.shape[2], original.shape[1])
+            assert thumbnail.size == (2 * original.shape[2], original.shape[1])
     assert len(tree(out)) == 15
     again, _ = do(model, source, tmp_path / "again", unit=range(1, 7))
     assert again == record
