@@ -43,7 +43,7 @@ def test_every_hostile_file_is_one_line(
     before = peak_bytes()
     for name, error in ERRORS.items():
         if name.startswith("directory"):
-            error = r"no checkpoint in it; give a run directory or a file$"
+            error = r"checkpoint; give a run directory or a file$"
         assert main(["convert", str(hostile[name]), "out", "--to", "diffusers"]) == 2, name
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and lines[0].startswith("kl-vae convert: error: "), (name, lines)
