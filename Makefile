@@ -1,4 +1,4 @@
-# make quickstart: train, reconstruct, and say where the pictures are, on a fresh machine.
+# make quickstart: train a small model and reconstruct two images, on a fresh machine.
 # make test: what to run before a commit, in under six minutes on two cores.
 # make docs: the documentation site, in site/.
 # make lint, make docs, make test-all: as CI runs them; test-all adds the tests marked slow.
@@ -17,11 +17,12 @@ $(VENV)/installed-%: pyproject.toml
 	touch $@
 
 quickstart: $(VENV)/installed-demo
+	@echo "Trains a small model; after ten steps the log says how long this takes here."
 	$(BIN)/kl-vae train quickstart --run-dir $(RUN)
 	$(BIN)/kl-vae reconstruct --checkpoint $(RUN) --out $(RUN)/reconstructions \
 	    --images package:skimage/data --include chelsea.png coffee.png --resize 128
-	$(BIN)/kl-vae sample --checkpoint $(RUN) --out $(RUN)/prior --number 8
-	@echo "Look at $(RUN)/reconstructions/comparison.png: input | reconstruction | difference."
+	@echo "Input, reconstruction and difference: $(RUN)/reconstructions/comparison.png"
+	@echo "Gallery, in a browser: $(RUN)/reconstructions/index.html"
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"

@@ -64,7 +64,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     ),
 }
 PERCEPTUAL_START, DISC_START = 0.5, 0.6  # of the steps of a run of gan
-PICTURES = 8  # images in the comparison
+IMAGES = 8  # images in the comparison
 COLUMNS = {
     "recipe": "{recipe}",
     "step": "{step}",
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
     perceptual = LPIPS("squeeze", linear=False, features=args.perceptual_features)
     points: dict[Entry, list[list[dict[str, float]]]] = {entry: [] for entry in args.recipe}
-    pictures: list[Tensor] = []
+    shown: list[Tensor] = []
     for seed in range(args.seeds):
         for entry in args.recipe:
             overrides = [*entry.overrides(args.perceptual_features, seed), *args.overrides]
@@ -147,11 +147,11 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             )
             points[entry][-1][-1] |= last
             if seed == 0:
-                pictures += reconstructions if pictures else [*images, *reconstructions]
+                shown += reconstructions if shown else [*images, *reconstructions]
     # rows: inputs, then the reconstructions of each recipe
-    columns = len(pictures) // (1 + len(args.recipe))
+    columns = len(shown) // (1 + len(args.recipe))
     save_image(
-        pictures, args.out / "comparison.png", nrow=columns, value_range=(-1, 1), normalize=True
+        shown, args.out / "comparison.png", nrow=columns, value_range=(-1, 1), normalize=True
     )
     rows = [summary(entry, at) for entry, runs in points.items() for at in zip(*runs, strict=True)]
     report(args, f"Recipes on {args.config}, mean ± deviation of {args.seeds} seeds", COLUMNS, rows)
@@ -188,7 +188,7 @@ def measure(
         image = normalized(dataset[0, index, index].image[None].contiguous())
         reconstruction = model(image, sample_posterior=False)[0].clamp(-1.0, 1.0)
         values.append([f(image, reconstruction).item() for f in (psnr, ssim, perceptual)])
-        if index % max(1, len(dataset) // PICTURES) == 0 and len(images) < PICTURES:
+        if index % max(1, len(dataset) // IMAGES) == 0 and len(images) < IMAGES:
             images.append(image[0])
             reconstructions.append(reconstruction[0])
     means = map(statistics.mean, zip(*values, strict=True))

@@ -232,7 +232,7 @@ def _resized_jpeg(width: int, height: int) -> bytes:
 
 
 def picture(mode: str = "RGB", size: tuple[int, int] = (24, 20)) -> Image.Image:
-    """A small picture of noise, which compresses badly: damage is likely to hit it."""
+    """A small image of noise, which compresses badly: damage is likely to hit it."""
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), np.uint8)
     if mode.startswith("I;16"):
         return Image.fromarray(noise[..., :2].copy().view("<u2")[..., 0])

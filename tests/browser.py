@@ -39,7 +39,7 @@ def chromium(width: int = 1400, height: int = 900, dark: bool = False) -> Iterat
         "--disable-gpu",
         "--disable-dev-shm-usage",  # is 64 MB in containers
         "--force-device-scale-factor=1",
-        "--force-color-profile=srgb",  # a screenshot has the bytes of the pictures
+        "--force-color-profile=srgb",  # a screenshot has the bytes of the images
         "--hide-scrollbars",
         f"--window-size={width},{height}",
     ):

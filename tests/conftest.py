@@ -1,4 +1,4 @@
-"""Small pictures and a small config that many tests train on."""
+"""Small images and a small config that many tests train on."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def images() -> Tensor:
 
 @pytest.fixture
 def make_images() -> Callable[..., Path]:
-    """Write smooth random pictures, 000.png and so on."""
+    """Write smooth random images, 000.png and so on."""
 
     def make(
         folder: Path, number: int, size: tuple[int, int] = (24, 20), mode: str = "RGB"
@@ -84,7 +84,7 @@ def make_images() -> Callable[..., Path]:
 def project(
     tmp_path: Path, make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """A working directory with 24 pictures in `images` and the config `tiny.yaml` for them."""
+    """A working directory with 24 images in `images` and the config `tiny.yaml` for them."""
     make_images(tmp_path / "images", 24)
     config = {
         "model": {

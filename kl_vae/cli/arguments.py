@@ -69,7 +69,7 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of commands that write images."""
     parser.add_argument(
         "--out", required=True, metavar="FOLDER", help="output folder, created if needed"

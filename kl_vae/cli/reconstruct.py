@@ -10,7 +10,7 @@ from kl_vae.cli.arguments import (
     add_lpips_files,
     add_mode_argument,
     add_model_arguments,
-    add_picture_arguments,
+    add_output_arguments,
     add_tiling_arguments,
     add_work_arguments,
     keywords,
@@ -23,7 +23,7 @@ HELP = "reconstruct images, with PSNR, SSIM, a comparison image and a gallery"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add_model_arguments(parser)
-    add_picture_arguments(parser)
+    add_output_arguments(parser)
     add_image_arguments(parser)
     add_work_arguments(parser, "reconstructs")
     add_tiling_arguments(parser)

@@ -11,7 +11,7 @@ import os
 
 from kl_vae.cli.arguments import (
     add_model_arguments,
-    add_picture_arguments,
+    add_output_arguments,
     add_tiling_arguments,
     add_work_arguments,
     keywords,
@@ -36,7 +36,7 @@ USES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add_model_arguments(parser)
-    add_picture_arguments(parser)
+    add_output_arguments(parser)
     add_work_arguments(parser, "encodes or decodes")
     add_tiling_arguments(parser)
     parser.add_argument(

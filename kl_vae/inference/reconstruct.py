@@ -43,9 +43,9 @@ from kl_vae.runtime.memory import is_out_of_memory
 from kl_vae.runtime.outputs import check_output_folder
 from kl_vae.runtime.randomness import generator_for
 from kl_vae.visual.image_files import (
-    PictureFormat,
-    as_pictures,
+    ImageFormat,
     as_saved,
+    both_for_display,
     save_thumbnail,
     write_image,
 )
@@ -172,7 +172,7 @@ def reconstruct(
         batch_size=batch_size,
         tiling=Tiling(tiling, tile, overlap),
     )
-    picture_format = PictureFormat(format, quality)
+    image_format = ImageFormat(format, quality)
     if lpips == "none" and (lpips_features or lpips_heads):
         raise ValueError("lpips_features, lpips_heads: say of which lpips they are")
     folder = resolve_root(str(out))
@@ -197,14 +197,14 @@ def reconstruct(
             return source
 
         source = ranks.on_rank_zero(open_images)  # once, so that the ranks share out the same list
-        files = OutputFiles.of(folder, source, picture_format, gallery)
+        files = OutputFiles.of(folder, source, image_format, gallery)
         units = units_of(len(source), unit_size(len(source)))
         about = {
             "checkpoint": checkpoint_name(checkpoint),
             "images": [display_name(root) for root in roots],
             **asdict(settings),
-            "format": picture_format.name,
-            "quality": picture_format.quality,
+            "format": image_format.name,
+            "quality": image_format.quality,
             "fast": fast,
             "compile": compile,
             "lpips": lpips,
@@ -357,7 +357,7 @@ class Reconstructor:
                 self._skip(loaded.index, loaded.reason, skipped)
                 continue
             try:
-                self._files.picture_format.check_size(*loaded.image.shape[1:])
+                self._files.image_format.check_size(*loaded.image.shape[1:])
             except ValueError as error:
                 self._skip(loaded.index, str(error), skipped)
                 continue
@@ -390,12 +390,12 @@ class Reconstructor:
 
     def _write(self, index: int, image: Tensor, reconstruction: Tensor) -> None:
         files = self._files
-        write_image(files.out / files.pictures[index], reconstruction, files.picture_format)
+        write_image(files.out / files.outputs[index], reconstruction, files.image_format)
         if not files.gallery:
             return
-        original, shown = as_pictures(image, reconstruction, self._model.to_rgb)
+        original, shown = both_for_display(image, reconstruction, self._model.to_rgb)
         save_thumbnail(files.out / files.thumbnail(index), original, shown)
-        if files.shown(index) == files.pictures[index]:
+        if files.shown(index) == files.outputs[index]:
             original = image
         else:  # arrays, which a page cannot show
             write_image(files.out / files.shown(index), shown)

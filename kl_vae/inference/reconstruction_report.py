@@ -27,9 +27,9 @@ from kl_vae.data import MAX_PIXELS, ImageError, Source, read_image
 from kl_vae.inference.images import load_images
 from kl_vae.runtime.files import display_name, remove_temporaries
 from kl_vae.runtime.outputs import check_outputs, make_folder, plan_outputs, replace_file
-from kl_vae.visual.gallery import GalleryPicture, write_gallery
+from kl_vae.visual.gallery import GalleryImage, write_gallery
 from kl_vae.visual.grid import MAX_SIDE, MIN_COLUMN, save_png, sheet_header, sheet_row
-from kl_vae.visual.image_files import PNG, PictureFormat, as_pictures, as_saved
+from kl_vae.visual.image_files import PNG, ImageFormat, as_saved, both_for_display
 
 logger = logging.getLogger(__name__)
 
@@ -62,45 +62,43 @@ class OutputFiles:
 
     Attributes:
         out: the output folder.
-        pictures: the reconstruction of each image.
-        picture_format: of these, where they are pictures.
+        images: the reconstruction of each image.
+        image_format: of these, where they are images.
         gallery: whether there are files for index.html.
     """
 
     out: Path
-    pictures: tuple[str, ...]
-    picture_format: PictureFormat = PNG
+    outputs: tuple[str, ...]
+    image_format: ImageFormat = PNG
     gallery: bool = True
 
     @classmethod
-    def of(
-        cls, out: Path, source: Source, picture_format: PictureFormat, gallery: bool
-    ) -> OutputFiles:
+    def of(cls, out: Path, source: Source, image_format: ImageFormat, gallery: bool) -> OutputFiles:
         """Plan the files of all images; see `plan_outputs`.
 
         Raises:
             ValueError: the format does not hold such images, or an image folder has a reserved
                 name.
         """
-        suffix = picture_format.suffix(source.channels)
+        suffix = image_format.suffix(source.channels)
         keys = [source.key(i) for i in range(len(source))]
         folders = (_ORIGINALS, _THUMBNAILS, _RECONSTRUCTIONS) if gallery else ()
-        pictures = plan_outputs(keys, suffix, [*RESERVED, *folders])
-        return cls(out, tuple(pictures), picture_format, gallery)
+        outputs = plan_outputs(keys, suffix, [*RESERVED, *folders])
+        return cls(out, tuple(outputs), image_format, gallery)
 
     def original(self, index: int) -> str:
-        """The picture of the image as the model saw it, in the gallery."""
+        """The image of the image as the model saw it, in the gallery."""
         return self._in_gallery(_ORIGINALS, index, ".png")
 
     def thumbnail(self, index: int) -> str:
-        """The small picture of image and reconstruction in the gallery."""
+        """The small image of image and reconstruction in the gallery."""
         return self._in_gallery(_THUMBNAILS, index, ".jpg")
 
     def shown(self, index: int) -> str:
-        """The reconstruction as a picture for the gallery; that of an array is one more file."""
-        picture = self.pictures[index]
-        apart = picture.endswith(".npy")
-        return self._in_gallery(_RECONSTRUCTIONS, index, ".png") if apart else picture
+        """The reconstruction as an image for the gallery; that of an array is one more file."""
+        output = self.outputs[index]
+        apart = output.endswith(".npy")
+        return self._in_gallery(_RECONSTRUCTIONS, index, ".png") if apart else output
 
     def prepare(self, source: Source) -> None:
         """Check that no foreign file will be replaced, and create the output folder.
@@ -112,21 +110,21 @@ class OutputFiles:
         make_folder(self.out)
 
     def remove_temporaries(self) -> None:
-        """Remove what a killed command left beside the pictures; no rank may be writing."""
+        """Remove what a killed command left beside the images; no rank may be writing."""
         for folder in {"", *(os.path.dirname(path) for path in self._all())}:
             remove_temporaries(self.out / folder)
 
     def _all(self) -> Iterator[str]:
-        for index, picture in enumerate(self.pictures):
-            yield picture
+        for index, output in enumerate(self.outputs):
+            yield output
             if self.gallery:
                 yield self.original(index)
                 yield self.thumbnail(index)
-                if self.shown(index) != picture:
+                if self.shown(index) != output:
                     yield self.shown(index)
 
     def _in_gallery(self, folder: str, index: int, suffix: str) -> str:
-        return f"{folder}/{os.path.splitext(self.pictures[index])[0]}{suffix}"
+        return f"{folder}/{os.path.splitext(self.outputs[index])[0]}{suffix}"
 
 
 @dataclass(frozen=True)
@@ -193,7 +191,7 @@ def mean_of(images: Sequence[ImageMetrics], metric: str) -> float | None:
 def begin_report(files: OutputFiles) -> None:
     """Remove what an earlier command summed up, and mark the folder as one of this command.
 
-    metrics.csv, with no line yet, says that the pictures beside it may be replaced.
+    metrics.csv, with no line yet, says that the images beside it may be replaced.
 
     Raises:
         ValueError: the folder cannot be written to.
@@ -260,7 +258,7 @@ def write_report(
         folder=files.out,
         images=tuple(images),
         paths=tuple(source.name(x.index) for x in images),
-        outputs=tuple(files.pictures[x.index] for x in images),
+        outputs=tuple(files.outputs[x.index] for x in images),
         skipped=tuple(skipped),
         shown=len(shown),
         page=page,
@@ -285,7 +283,7 @@ def _lines(
     for x in images:
         line = [
             source.name(x.index),
-            display_name(files.pictures[x.index]),
+            display_name(files.outputs[x.index]),
             str(x.width),
             str(x.height),
             "inf" if x.psnr is None else f"{x.psnr:.4f}",
@@ -343,7 +341,7 @@ def _comparison(
             if loaded.image is None:
                 raise ImageError(f"{name}: {loaded.reason}")
             image = as_saved(loaded.image)
-            path = files.out / files.pictures[loaded.index]
+            path = files.out / files.outputs[loaded.index]
             # images can be made larger than what is read otherwise
             most = max(MAX_PIXELS, image[0].numel())
             written = read_image(path, image.shape[0], max_pixels=most)
@@ -354,7 +352,7 @@ def _comparison(
             continue
         text = _metrics_text(metrics[loaded.index], about["lpips"] != "none")
         key = display_name(source.key(loaded.index))
-        yield sheet_row(key, text, *as_pictures(image, written, to_rgb), width)
+        yield sheet_row(key, text, *both_for_display(image, written, to_rgb), width)
 
 
 def _metrics_text(image: ImageMetrics, with_lpips: bool) -> str:
@@ -365,9 +363,9 @@ def _metrics_text(image: ImageMetrics, with_lpips: bool) -> str:
 
 def _gallery(
     source: Source, files: OutputFiles, images: Sequence[ImageMetrics], with_lpips: bool
-) -> list[GalleryPicture]:
+) -> list[GalleryImage]:
     return [
-        GalleryPicture(
+        GalleryImage(
             name=source.name(x.index),
             original=files.original(x.index),
             reconstruction=files.shown(x.index),

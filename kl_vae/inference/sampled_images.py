@@ -31,7 +31,7 @@ from kl_vae.model import AutoEncoderKL
 from kl_vae.runtime.outputs import replace_file
 from kl_vae.runtime.randomness import normal_noise
 from kl_vae.visual.grid import MAX_SIDE, image_grid, save_png
-from kl_vae.visual.image_files import as_picture, as_saved, image_suffix, write_image
+from kl_vae.visual.image_files import as_saved, for_display, image_suffix, write_image
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class Canvas:
         model = self.model
         device = next(model.parameters()).device  # `to_rgb` has weights
         image = read_image(self.out / file, model.config.out_ch)
-        return as_picture(image, lambda x: model.to_rgb(x.to(device)).cpu())
+        return for_display(image, lambda x: model.to_rgb(x.to(device)).cpu())
 
 
 class SampledImages(Protocol):
@@ -295,7 +295,7 @@ class PosteriorImages:
         Yields:
             For each image either `skipped`, the reason why it cannot be used; or `posterior_std`,
             the mean, smallest and largest standard deviation per latent channel, and
-            `picture_std`, the square root of the mean pixel variance of the decoded samples in
+            `image_std`, the square root of the mean pixel variance of the decoded samples in
             [-1, 1].
         """
         size = self._canvas.size
@@ -351,5 +351,5 @@ class PosteriorImages:
                 "smallest": std.amin(1).tolist(),
                 "largest": std.amax(1).tolist(),
             },
-            "picture_std": pixels.variance(correction=1).mean().sqrt().item(),
+            "image_std": pixels.variance(correction=1).mean().sqrt().item(),
         }

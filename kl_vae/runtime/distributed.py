@@ -267,7 +267,7 @@ class RankMonitor:
                             silent.remove(rank)
                     time.sleep(0.05)
 
-        # a call never returns if the machine of the store hangs, whatever its timeout
+        # a call never returns if the machine of the store hangs, regardless of its timeout
         thread = Thread(target=collect, daemon=True)
         thread.start()
         while thread.is_alive() and time.monotonic() < deadline:

@@ -32,14 +32,14 @@ SCRIPTS = (
 
 
 @dataclass(frozen=True)
-class GalleryPicture:
+class GalleryImage:
     """An image and its reconstruction, as files; their paths are POSIX, relative to the page.
 
     Attributes:
         name: of the image, to be shown.
-        original: picture of the image as the model saw it.
-        reconstruction: picture of the same size.
-        thumbnail: a small picture of both, side by side.
+        original: image of the image as the model saw it.
+        reconstruction: image of the same size.
+        thumbnail: a small image of both, side by side.
         width: of original and reconstruction, in pixels.
         height: of both.
         metrics: values by name, such as psnr, ssim and lpips; None or NaN: it has none.
@@ -54,47 +54,47 @@ class GalleryPicture:
     metrics: Mapping[str, float | None]
 
 
-def write_gallery(path: Path, pictures: Sequence[GalleryPicture], about: Mapping[str, str]) -> None:
-    """Write the page of `pictures`, which need not exist yet; it is there whole or not at all.
+def write_gallery(path: Path, images: Sequence[GalleryImage], about: Mapping[str, str]) -> None:
+    """Write the page of `images`, which need not exist yet; it is there whole or not at all.
 
     Args:
         path: the page, by custom index.html.
-        pictures: in the order of the input.
+        images: in the order of the input.
         about: what they were made with, shown in this order; the first is in the page's title.
 
     Raises:
-        ValueError: a picture's path is absolute, or the page cannot be written.
+        ValueError: an image's path is absolute, or the page cannot be written.
     """
-    for picture in pictures:
-        for file in (picture.original, picture.reconstruction, picture.thumbnail):
+    for image in images:
+        for file in (image.original, image.reconstruction, image.thumbnail):
             if file.startswith("/"):
                 raise ValueError(
-                    f"{display_name(file)}: is absolute; give pictures relative to the page"
+                    f"{display_name(file)}: is absolute; give images relative to the page"
                 )
     title = " · ".join(["Reconstructions", *list(about.values())[:1]])
-    data = _page_data(pictures, about)
+    data = _page_data(images, about)
     page = render_page("kl_vae.visual", SCRIPTS, title, data, folder="web/gallery")
     replace_file(path, page)
 
 
-def _page_data(pictures: Sequence[GalleryPicture], about: Mapping[str, str]) -> dict[str, object]:
-    """Return the page's data: a row of each picture, its metrics in the order of `metrics`."""
-    names = {name: None for picture in pictures for name in picture.metrics}  # each once, in order
-    columns = {name: [_value(picture.metrics.get(name)) for picture in pictures] for name in names}
+def _page_data(images: Sequence[GalleryImage], about: Mapping[str, str]) -> dict[str, object]:
+    """Return the page's data: a row of each image, its metrics in the order of `metrics`."""
+    names = {name: None for image in images for name in image.metrics}  # each once, in order
+    columns = {name: [_value(image.metrics.get(name)) for image in images] for name in names}
     columns = {name: column for name, column in columns.items() if set(column) != {None}}
     rows = [
         [
-            display_name(picture.name),
-            _url(picture.original),
-            _url(picture.reconstruction),
-            _url(picture.thumbnail),
-            picture.width,
-            picture.height,
+            display_name(image.name),
+            _url(image.original),
+            _url(image.reconstruction),
+            _url(image.thumbnail),
+            image.width,
+            image.height,
             *(column[i] for column in columns.values()),
         ]
-        for i, picture in enumerate(pictures)
+        for i, image in enumerate(images)
     ]
-    return {"about": dict(about), "metrics": list(columns), "pictures": rows}
+    return {"about": dict(about), "metrics": list(columns), "images": rows}
 
 
 def _value(value: float | None) -> float | str | None:
@@ -107,5 +107,5 @@ def _value(value: float | None) -> float | str | None:
 
 
 def _url(path: str) -> str:
-    """Return a relative URL of a file, whatever bytes its name has."""
+    """Return a relative URL of a file, for any bytes in its name."""
     return quote(os.fsencode(path))

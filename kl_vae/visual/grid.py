@@ -1,6 +1,6 @@
-"""Several pictures in one, and pictures in files.
+"""Several images in one, and images in files.
 
-Pictures are uint8 [3, H, W].
+Images are uint8 [3, H, W].
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,9 +26,9 @@ TEXT_HEIGHT = 20
 
 
 def image_grid(images: Iterable[Tensor], columns: int, max_side: int = MAX_SIDE) -> Tensor:
-    """Lay pictures out row by row, in equal cells as large as the largest picture, on white.
+    """Lay images out row by row, in equal cells as large as the largest image, on white.
 
-    Pictures above `max_side` are made smaller; none is made larger.
+    Images above `max_side` are made smaller; none is made larger.
     """
     images = [_fit(image, max_side) for image in images]
     height = max(image.shape[1] for image in images) + GAP
@@ -48,7 +48,7 @@ def comparison_row(
     """Return image, reconstruction and their absolute difference times 4, fitted to `max_side`."""
     difference = (image.int() - reconstruction.int()).abs() * DIFFERENCE_GAIN
     row = [image, reconstruction, difference.clamp(max=255).to(torch.uint8)]
-    return [_fit(picture, max_side) for picture in row]
+    return [_fit(x, max_side) for x in row]
 
 
 def comparison_grid(
@@ -59,9 +59,9 @@ def comparison_grid(
     """Rows of input | reconstruction | absolute difference times 4.
 
     Args:
-        inputs: pictures, each of its own size, or a batch [B, 3, H, W].
+        inputs: images, each of its own size, or a batch [B, 3, H, W].
         reconstructions: as many, each of its input's size.
-        max_side: larger pictures are made smaller, after the difference was taken.
+        max_side: larger images are made smaller, after the difference was taken.
     """
     pairs = zip(inputs, reconstructions, strict=True)
     return image_grid([cell for pair in pairs for cell in comparison_row(*pair, max_side)], 3)
@@ -83,7 +83,7 @@ def sheet_row(name: str, metrics: str, image: Tensor, reconstruction: Tensor, wi
         metrics: text at the right.
         image: uint8 [3, H, W].
         reconstruction: of the same size.
-        width: of a column, in pixels: that of each picture, unless it is then higher than twice
+        width: of a column, in pixels: that of each image, unless it is then higher than twice
             that.
     """
     height, most = image.shape[1] * width / image.shape[2], 2 * width
@@ -95,9 +95,9 @@ def sheet_row(name: str, metrics: str, image: Tensor, reconstruction: Tensor, wi
     draw.text((GAP + room - font.getlength(metrics), 0), metrics, fill="black", font=font)
     room -= int(font.getlength(f"{metrics}  "))
     draw.text((GAP, 0), shortened(name, room, font.getlength), fill="black", font=font)
-    for i, picture in enumerate(comparison_row(image, reconstruction, max_side=None)):
+    for i, cell in enumerate(comparison_row(image, reconstruction, max_side=None)):
         left = GAP + i * (width + GAP) + (width - size[0]) // 2
-        sheet.paste(_scaled(picture, size), (left, TEXT_HEIGHT))
+        sheet.paste(_scaled(cell, size), (left, TEXT_HEIGHT))
     return _tensor(sheet)
 
 
@@ -117,15 +117,15 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _sheet(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """A white picture of three columns of this width, with room for text above."""
+    """A white image of three columns of this width, with room for text above."""
     size = (len(COLUMNS) * (width + GAP) + GAP, TEXT_HEIGHT + height)
     sheet = Image.new("RGB", size, "white")
     return sheet, ImageDraw.Draw(sheet)
 
 
-def _scaled(picture: Tensor, size: tuple[int, int]) -> Image.Image:
-    """A picture of this width and height; whole multiples keep the pixels as they are."""
-    image = Image.fromarray(picture.permute(1, 2, 0).contiguous().cpu().numpy())
+def _scaled(pixels: Tensor, size: tuple[int, int]) -> Image.Image:
+    """An image of this width and height; whole multiples keep the pixels as they are."""
+    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
     whole = all(new % old == 0 for new, old in zip(size, image.size, strict=True))
     return image.resize(size, Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS)
 

@@ -1,4 +1,4 @@
-"""Images from and to files, PIL images and arrays, and as pictures to look at.
+"""Images from and to files, PIL images and arrays, and as images to look at.
 
 C channels, H and W the image's height and width.
 """
@@ -30,8 +30,8 @@ _LOSSLESS = 100  # quality of WebP
 
 
 @dataclass(frozen=True)
-class PictureFormat:
-    """How pictures are written.
+class ImageFormat:
+    """How images are written.
 
     Attributes:
         name: png, webp or jpg.
@@ -94,7 +94,7 @@ class PictureFormat:
         return {"format": "WEBP", "quality": self.quality, "exact": True}
 
 
-PNG = PictureFormat()
+PNG = ImageFormat()
 
 
 def load_image(
@@ -181,11 +181,11 @@ def save_image(image: Tensor, path: str | Path, *, quality: int | None = None) -
     name = "jpg" if suffix == "jpeg" else suffix
     if name not in FORMATS:
         raise ValueError(f"{path}: give one of .{', .'.join(FORMATS)}, .jpeg and .npy")
-    picture_format = PictureFormat(name, quality)
-    if picture_format.suffix(image.shape[0]) == ".npy":
+    image_format = ImageFormat(name, quality)
+    if image_format.suffix(image.shape[0]) == ".npy":
         raise ValueError(f"{path}: holds 1, 3 or 4 channels, not {image.shape[0]}; write .npy")
-    picture_format.check_size(*image.shape[1:])
-    write_image(path, to_uint8(image), picture_format)
+    image_format.check_size(*image.shape[1:])
+    write_image(path, to_uint8(image), image_format)
 
 
 def as_saved(image: Tensor) -> Tensor:
@@ -195,16 +195,16 @@ def as_saved(image: Tensor) -> Tensor:
     return (image.float().clamp(-1.0, 1.0) + 1.0) / 2.0
 
 
-def as_picture(image: Tensor, to_rgb: Callable[[Tensor], Tensor]) -> Tensor:
+def for_display(image: Tensor, to_rgb: Callable[[Tensor], Tensor]) -> Tensor:
     """What `as_saved` gives as uint8 [3, H, W]; `to_rgb` is the model's."""
     return to_uint8(to_rgb(to_float(image)[None])[0])
 
 
-def as_pictures(
+def both_for_display(
     image: Tensor, reconstruction: Tensor, to_rgb: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """`as_picture` of both; where `to_rgb` stretches values, to the range of both."""
-    both = as_picture(torch.cat([image, reconstruction], 2), to_rgb)
+    """`for_display` of both; where `to_rgb` stretches values, to the range of both."""
+    both = for_display(torch.cat([image, reconstruction], 2), to_rgb)
     first, second = both.chunk(2, dim=2)
     return first, second
 
@@ -214,27 +214,27 @@ def image_suffix(channels: int) -> str:
     return PNG.suffix(channels)
 
 
-def write_image(path: Path, image: Tensor, picture_format: PictureFormat = PNG) -> None:
-    """Write what `as_saved` gives: a picture, or a `.npy` of float32 [H, W, C] in [0, 1].
+def write_image(path: Path, image: Tensor, image_format: ImageFormat = PNG) -> None:
+    """Write what `as_saved` gives: an image, or a `.npy` of float32 [H, W, C] in [0, 1].
 
     Raises:
         ValueError: the file cannot be written.
     """
     stream = BytesIO()
     if image.dtype == torch.uint8:
-        _pillow(image).save(stream, **picture_format.options())
+        _pillow(image).save(stream, **image_format.options())
     else:
         np.save(stream, image.permute(1, 2, 0).contiguous().cpu().numpy())
     replace_file(path, stream.getvalue())
 
 
-def save_thumbnail(path: Path, *pictures: Tensor) -> None:
+def save_thumbnail(path: Path, *images: Tensor) -> None:
     """Write uint8 [3, H, W] side by side as a JPEG, each with sides of up to 128 pixels.
 
     Raises:
         ValueError: the file cannot be written.
     """
-    small = [_pillow(picture) for picture in pictures]
+    small = [_pillow(image) for image in images]
     for each in small:
         each.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     thumbnail = Image.fromarray(np.concatenate([np.asarray(each) for each in small], axis=1))

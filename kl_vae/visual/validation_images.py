@@ -12,7 +12,7 @@ from kl_vae.data import ImageDataset, normalized
 from kl_vae.model import AutoEncoderKL
 from kl_vae.runtime.randomness import normal_noise
 from kl_vae.visual.grid import comparison_grid, image_grid
-from kl_vae.visual.image_files import as_picture, as_saved
+from kl_vae.visual.image_files import as_saved, for_display
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,9 @@ def draw_validation_images(
     model.eval()
 
     def to_rgb(image: Tensor) -> Tensor:
-        return as_picture(as_saved(image.float().cpu()), lambda x: model.to_rgb(x.to(device)).cpu())
+        return for_display(
+            as_saved(image.float().cpu()), lambda x: model.to_rgb(x.to(device)).cpu()
+        )
 
     samples = (val_set[0, i, i] for i in range(len(val_set)))
     usable = islice((sample for sample in samples if sample.name), number)

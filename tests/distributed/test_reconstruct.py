@@ -26,7 +26,7 @@ DDCONFIG = tiny_ddconfig(attn_type="none")
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a checkpoint, 1000 pictures of 50 sizes, and a bad one."""
+    """A working directory with a checkpoint, 1000 images of 50 sizes, and a bad one."""
     monkeypatch.chdir(tmp_path)
     params = {"ddconfig": DDCONFIG, "embed_dim": 2}
     model = tiny_model(attn_type="none")
@@ -64,7 +64,7 @@ def test_two_ranks_killed_and_resumed_write_what_one_does(project: Path) -> None
         killed.end()
     done = len(list(records.glob("0*.json")))
     assert 20 <= done < 67
-    Path("two", "0", ".123.tmp").write_bytes(b"half of a picture")
+    Path("two", "0", ".123.tmp").write_bytes(b"half of an image")
 
     resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=240)
     assert resumed.returncode == 1, resumed.stderr

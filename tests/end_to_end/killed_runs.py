@@ -29,7 +29,7 @@ import PIL
 PRELOADED = [
     *("torch.distributed", "torch.utils.tensorboard", "kl_vae.training.loop"),
     "torch._dynamo",  # which torch imports at the first optimiser
-    # all of which PIL imports at the first picture
+    # all of which PIL imports at the first image
     *(f"PIL.{name}" for _, name, _ in iter_modules(PIL.__path__) if name.endswith("Plugin")),
 ]
 PATIENCE_SECONDS = 120.0  # a run takes one, but on a busy machine many

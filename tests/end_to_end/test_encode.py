@@ -41,7 +41,7 @@ def checkpoint(
     make_images: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
-    """A working directory with model.pt, seven pictures in `images` and others in `more`."""
+    """A working directory with model.pt, seven images in `images` and others in `more`."""
     monkeypatch.chdir(tmp_path)
     save(tiny_model, tiny_ddconfig)
     make_images(tmp_path / "images", 7)

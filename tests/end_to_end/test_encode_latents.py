@@ -38,7 +38,7 @@ def project(
     make_images: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
-    """A working directory with model.pt and nine pictures of two classes in `images`."""
+    """A working directory with model.pt and nine images of two classes in `images`."""
     monkeypatch.chdir(tmp_path)
     params = {"ddconfig": tiny_ddconfig, "embed_dim": 3}
     content = {"model": tiny_model.state_dict(), "config": {"model": {"params": params}}, "step": 7}

@@ -58,7 +58,7 @@ def models(
     make_images: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> list[AutoEncoderKL]:
-    """A working directory with a.pt, b.pt and 20 pictures in `images`."""
+    """A working directory with a.pt, b.pt and 20 images in `images`."""
     monkeypatch.chdir(tmp_path)
     make_images(tmp_path / "images", NUMBER)
     return [save("a.pt", small_ddconfig, 0, 0.01), save("b.pt", small_ddconfig, 1, 9.0)]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kl_vae.visual.gallery import GALLERY, GalleryPicture, write_gallery
+from kl_vae.visual.gallery import GALLERY, GalleryImage, write_gallery
 from tests.browser import chromium, complaints, open_page, requested, screenshot, width_of
 
 NUMBER = 2_000
@@ -44,8 +44,8 @@ def figures(rng: random.Random, i: int) -> dict[str, float | None]:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[GalleryPicture]]:
-    """A folder with the page of 2,000 pictures, which share 20 pairs of files, and the pictures."""
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[GalleryImage]]:
+    """A folder with the page of 2,000 images, which share 20 pairs of files, and the images."""
     folder = tmp_path_factory.mktemp("gallery")
     for i in range(CONTENTS):
         stem = ODD if i == 0 else f"{i}.png"
@@ -57,7 +57,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Galle
         name = HOSTILE[i] if i < len(HOSTILE) else f"class {i % 7}/{i:05d}.png"
         stem = ODD if i % CONTENTS == 0 else f"{i % CONTENTS}.png"
         paths = (f"o{stem}", GONE if i == 7 else f"r{stem}", GONE if i == 7 else f"o{stem}")
-        listed.append(GalleryPicture(name, *paths, SIDE, SIDE, figures(rng, i)))
+        listed.append(GalleryImage(name, *paths, SIDE, SIDE, figures(rng, i)))
     write_gallery(folder / GALLERY, listed, {"checkpoint": HOSTILE[0], "mode": "sample"})
     return folder, listed
 
@@ -70,7 +70,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def opened(
-    browser: Any, pictures: tuple[Path, list[GalleryPicture]]
+    browser: Any, pictures: tuple[Path, list[GalleryImage]]
 ) -> Iterator[Callable[[str], Any]]:
     """Opens the page at an address; at the end nothing was complained of or asked of a network."""
 
@@ -124,7 +124,7 @@ def choose(browser: Any, name: str, value: str) -> None:
 
 
 def in_view(browser: Any) -> str:
-    """The name in the viewer, once its pictures are there."""
+    """The name in the viewer, once its images are there."""
     wait(
         browser,
         "document.querySelectorAll('.layer img').length === 2"
@@ -151,13 +151,13 @@ def drag(browser: Any, start: tuple[int, int], by: tuple[int, int]) -> None:
 
 
 def test_two_thousand_pictures_open_at_once_and_are_all_there(
-    opened: Callable[[str], Any], pictures: tuple[Path, list[GalleryPicture]]
+    opened: Callable[[str], Any], pictures: tuple[Path, list[GalleryImage]]
 ) -> None:
     start = time.perf_counter()
     browser = opened("")
     wait(browser, "document.querySelectorAll('.card').length")
     assert time.perf_counter() - start < 10  # is 0.3 s alone
-    assert text(browser, "#count") == "2,000 pictures"
+    assert text(browser, "#count") == "2,000 images"
     assert script(browser, "document.querySelectorAll('.card').length") < 200
     summary = text(browser, "#summary")
     psnr = sorted(p.metrics["psnr"] for p in pictures[1] if p.metrics["psnr"] != math.inf)  # type: ignore[type-var]
@@ -177,7 +177,7 @@ def test_two_thousand_pictures_open_at_once_and_are_all_there(
 )
 def test_each_metric_sorts_the_worst_first_and_unknown_ones_last(
     opened: Callable[[str], Any],
-    pictures: tuple[Path, list[GalleryPicture]],
+    pictures: tuple[Path, list[GalleryImage]],
     metric: str,
     highest_first: bool,
 ) -> None:
@@ -192,14 +192,14 @@ def test_each_metric_sorts_the_worst_first_and_unknown_ones_last(
 
 
 def test_a_filter_by_name_and_one_by_figure(
-    opened: Callable[[str], Any], pictures: tuple[Path, list[GalleryPicture]]
+    opened: Callable[[str], Any], pictures: tuple[Path, list[GalleryImage]]
 ) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
 
     browser = opened("#sort=name")
     type_keys(browser, "/", "CLASS 3")
     few = [p for p in pictures[1] if "class 3" in p.name]
-    assert text(browser, "#count") == f"{len(few)} of 2,000 pictures"
+    assert text(browser, "#count") == f"{len(few)} of 2,000 images"
     assert first_names(browser) == [p.name for p in few[:3]]
     plot = browser.find_element("id", "plot")
     ActionChains(browser).move_to_element_with_offset(plot, 0, 10).click().perform()
@@ -208,17 +208,17 @@ def test_a_filter_by_name_and_one_by_figure(
     )
     within = [p for p in few if low <= (p.metrics["psnr"] or 0.0) < high]
     assert 0 < len(within) < len(few)
-    assert text(browser, "#count") == f"{len(within)} of 2,000 pictures"
+    assert text(browser, "#count") == f"{len(within)} of 2,000 images"
     wait(browser, "location.hash.includes('low=')")
     assert re.search(
         r"sort=name&filter=CLASS\+3&low=\d+\.?\d*&high=\d+\.?\d*$", browser.current_url
     )
     ActionChains(browser).click().perform()  # the bar once more
-    assert text(browser, "#count") == f"{len(few)} of 2,000 pictures"
+    assert text(browser, "#count") == f"{len(few)} of 2,000 images"
     browser.find_element("id", "clear").click()
-    assert text(browser, "#count") == "2,000 pictures"
+    assert text(browser, "#count") == "2,000 images"
     choose(browser, "filter", "no such name")
-    assert text(browser, "#none") == "No picture has this name and metric."
+    assert text(browser, "#none") == "No image has this name and metric."
 
 
 def test_hostile_names_are_text(opened: Callable[[str], Any]) -> None:
@@ -234,7 +234,7 @@ def test_hostile_names_are_text(opened: Callable[[str], Any]) -> None:
 
 
 def test_the_line_between_original_and_reconstruction_moves(opened: Callable[[str], Any]) -> None:
-    browser = opened("#picture=class+6/00020.png")
+    browser = opened("#image=class+6/00020.png")
     assert in_view(browser) == "class 6/00020.png"
     clip = "document.getElementById('reconstruction').style.clipPath"
     before = script(browser, clip)
@@ -244,7 +244,7 @@ def test_the_line_between_original_and_reconstruction_moves(opened: Callable[[st
     assert f" {x + 120}px" in script(browser, clip)
     picture = screenshot(browser)
     zoom = int(text(browser, "#zoom")[:-1])  # whole
-    left = x - SIDE * zoom // 2  # of the picture, on the screen
+    left = x - SIDE * zoom // 2  # of the image, on the screen
     top = y - SIDE * zoom // 2
     assert picture.getpixel((left + 1, top + 1)) == CHECKED[0]
     far = left + (SIDE - 2) * zoom + 1  # an even column, right of the line
@@ -254,7 +254,7 @@ def test_the_line_between_original_and_reconstruction_moves(opened: Callable[[st
 
 
 def test_the_difference_is_that_of_the_pixels_times_the_gain(opened: Callable[[str], Any]) -> None:
-    browser = opened("#picture=class+6/00020.png&view=difference")
+    browser = opened("#image=class+6/00020.png&view=difference")
     in_view(browser)
     at = middle(browser)
     true = np.abs(np.subtract(*CHECKED))
@@ -268,7 +268,7 @@ def test_the_difference_is_that_of_the_pixels_times_the_gain(opened: Callable[[s
 
 @pytest.mark.parametrize("view", ["slider", "side"])
 def test_a_pixel_is_eight_pixels_in_both_pictures(opened: Callable[[str], Any], view: str) -> None:
-    browser = opened(f"#picture=class+6/00020.png&view={view}")
+    browser = opened(f"#image=class+6/00020.png&view={view}")
     in_view(browser)
     type_keys(browser, "8")
     assert text(browser, "#zoom") == "8\u00d7"
@@ -287,7 +287,7 @@ def test_the_wheel_zooms_where_it_is_and_dragging_moves(opened: Callable[[str], 
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.actions.wheel_input import ScrollOrigin
 
-    browser = opened("#picture=class+6/00020.png&view=toggle&zoom=30")
+    browser = opened("#image=class+6/00020.png&view=toggle&zoom=30")
     in_view(browser)
     x, y = middle(browser)
     image = "document.querySelector('#original img').getBoundingClientRect()"
@@ -308,7 +308,7 @@ def test_the_wheel_zooms_where_it_is_and_dragging_moves(opened: Callable[[str], 
 def test_space_shows_the_original_for_as_long_as_it_is_held(opened: Callable[[str], Any]) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
 
-    browser = opened("#picture=class+6/00020.png&view=toggle")
+    browser = opened("#image=class+6/00020.png&view=toggle")
     in_view(browser)
     at = middle(browser)
     assert screenshot(browser).getpixel(at) == CHECKED[1]
@@ -320,7 +320,7 @@ def test_space_shows_the_original_for_as_long_as_it_is_held(opened: Callable[[st
 
 
 def test_the_keys_go_through_the_order_and_the_address_opens_the_same(
-    opened: Callable[[str], Any], pictures: tuple[Path, list[GalleryPicture]]
+    opened: Callable[[str], Any], pictures: tuple[Path, list[GalleryImage]]
 ) -> None:
     from selenium.webdriver.common.keys import Keys
 
@@ -359,7 +359,7 @@ def test_a_picture_whose_file_is_gone(opened: Callable[[str], Any]) -> None:
     assert screenshot(browser).getpixel((x, y)) == screenshot(browser).getpixel((x, y - 300))
 
 
-@pytest.mark.parametrize("fragment", ["", "#low=20.125&high=1000", "#picture=class+6/00020.png"])
+@pytest.mark.parametrize("fragment", ["", "#low=20.125&high=1000", "#image=class+6/00020.png"])
 def test_the_page_is_no_wider_than_a_phone(opened: Callable[[str], Any], fragment: str) -> None:
     browser = opened(fragment)
     wait(browser, "document.querySelectorAll('.card').length")
@@ -380,7 +380,7 @@ def test_a_few_pictures_have_a_few_bins_with_round_edges(
         return values.get(kind, 20.0 + i % 2 / 7)
 
     files = ("o.png", "r.png", "t.jpg")
-    listed = [GalleryPicture(f"{i}.png", *files, 8, 8, {"psnr": psnr(i)}) for i in range(24)]
+    listed = [GalleryImage(f"{i}.png", *files, 8, 8, {"psnr": psnr(i)}) for i in range(24)]
     write_gallery(tmp_path / GALLERY, listed, {})
     open_page(browser, tmp_path / GALLERY)
     bins = script(browser, "document.querySelectorAll('#plot rect').length")
@@ -392,12 +392,12 @@ def test_a_few_pictures_have_a_few_bins_with_round_edges(
     width = f"{(high - low) / bins:.3e}"
     assert width[:4] in ("1.00", "2.00", "2.50", "5.00")
     assert text(browser, "#plot-name") == "PSNR in dB"
-    complaints(browser)  # the pictures are not there
+    complaints(browser)  # the images are not there
 
 
 def test_a_page_without_pictures(browser: Any, tmp_path: Path) -> None:
     write_gallery(tmp_path / GALLERY, [], {})
     open_page(browser, tmp_path / GALLERY)
-    assert text(browser, "#none") == "There are no pictures."
-    assert text(browser, "#count") == "0 pictures"
+    assert text(browser, "#none") == "There are no images."
+    assert text(browser, "#count") == "0 images"
     assert complaints(browser) == []

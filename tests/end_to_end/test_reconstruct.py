@@ -26,7 +26,7 @@ RECONSTRUCT = ["reconstruct", "--num-workers", "0"]
 
 
 def save_images(folder: Path, **sizes: tuple[int, int]) -> None:
-    """Save smooth pictures of (width, height) under names in which __ stands for a dot."""
+    """Save smooth images of (width, height) under names in which __ stands for a dot."""
     rng = np.random.default_rng(0)
     for name, size in sizes.items():
         path = folder / name.replace("__", ".").replace("_in_", "/")

@@ -131,7 +131,7 @@ def test_a_run_as_text_and_as_a_page_in_a_browser(project: Path, capsys: Any) ->
         assert path(browser, "train/psnr") != logarithmic
         assert not browser.find_elements("css selector", "path.raw")
 
-        # pictures through time
+        # images through time
         def picture() -> str:
             script = "const i = document.querySelector('[data-name=prior] img');"
             script += "return `${i.src.split('/').pop()} ${i.complete && i.naturalWidth > 0}`"

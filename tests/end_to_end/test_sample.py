@@ -110,7 +110,7 @@ def test_samples_of_posteriors_and_their_spread(tmp_path, model, make_images, ca
     assert first["image"] == f"{folder}/000.png" and second["image"] == f"{folder}/001.png"
     assert first["files"] == "image_00001_*"
     # of values that were rounded to 8 bits
-    assert first["picture_std"] == pytest.approx(samples.var(0, ddof=1).mean() ** 0.5, rel=0.01)
+    assert first["image_std"] == pytest.approx(samples.var(0, ddof=1).mean() ** 0.5, rel=0.01)
     of_channels = first["posterior_std"]
     for channel in range(2):
         low, mean, high = (of_channels[key][channel] for key in ("smallest", "mean", "largest"))
@@ -220,6 +220,6 @@ def test_no_readable_image_leaves_nothing_to_resume(tmp_path, model, capsys, cap
 def test_foreign_files_are_not_overwritten(tmp_path, model, capsys):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "sample_00000.png").write_bytes(b"a picture")
+    (out / "sample_00000.png").write_bytes(b"an image")
     assert main(["sample", *model, "--out", str(out)]) == 2
     assert is_about(capsys.readouterr().err, "sample_00000.png", "grid.png")

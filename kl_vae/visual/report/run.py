@@ -1,4 +1,4 @@
-"""Read the state of a run from its directory, whatever of it is missing or damaged."""
+"""Read the state of a run from its directory; files may be missing or damaged."""
 
 from __future__ import annotations
 

@@ -181,18 +181,18 @@ def test_roots(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_root_inside_a_package_that_is_not_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make(tmp_path, "some_pictures/data/a.png")
-    (tmp_path / "some_pictures" / "__init__.py").write_text("raise RuntimeError('imported')")
+    make(tmp_path, "some_images/data/a.png")
+    (tmp_path / "some_images" / "__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert resolve_root("package:some_pictures/data") == tmp_path / "some_pictures" / "data"
-    assert resolve_root("package:some_pictures") == tmp_path / "some_pictures"
-    assert "some_pictures" not in sys.modules
+    assert resolve_root("package:some_images/data") == tmp_path / "some_images" / "data"
+    assert resolve_root("package:some_images") == tmp_path / "some_images"
+    assert "some_images" not in sys.modules
 
 
 @pytest.mark.parametrize(
     ("root", "name"),
     [
-        ("package:no_such_pictures/data", "no_such_pictures"),
+        ("package:no_such_images/data", "no_such_images"),
         ("package:", ""),
         ("package:a.b/data", "a.b"),
         ("package:colorsys/data", "colorsys"),

@@ -32,7 +32,7 @@ from kl_vae.inference.reconstruct import (
 from kl_vae.inference.reconstruction_report import ImageMetrics, OutputFiles
 from kl_vae.metrics.similarity import psnr, ssim
 from kl_vae.runtime.randomness import generator_for
-from kl_vae.visual.image_files import PNG, PictureFormat, as_saved
+from kl_vae.visual.image_files import PNG, ImageFormat, as_saved
 from tests.messages import is_about, mentions
 from tests.tiny import reconstruct_image
 
@@ -67,13 +67,13 @@ def do(
     out: Path,
     config: ReconstructConfig | None = None,
     unit: range | None = None,
-    picture_format: PictureFormat = PNG,
+    image_format: ImageFormat = PNG,
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
     gallery: bool = True,
 ) -> tuple[dict[str, Any], list[str]]:
     """Process one unit; return its record and its log lines."""
     config = config or ReconstructConfig()
-    files = OutputFiles.of(out, source, picture_format, gallery)
+    files = OutputFiles.of(out, source, image_format, gallery)
     said = LogLines()
     images = load_images(source, unit or range(len(source)), resize=config.resize, crop=config.crop)
     with Background(1) as background:
@@ -152,7 +152,7 @@ def test_metrics_are_computed_before_lossy_compression(
     model: AutoEncoderKL, source: FolderSource, tmp_path: Path
 ) -> None:
     png, _ = do(model, source, tmp_path / "png")
-    jpg, _ = do(model, source, tmp_path / "jpg", picture_format=PictureFormat("jpg", 10))
+    jpg, _ = do(model, source, tmp_path / "jpg", image_format=ImageFormat("jpg", 10))
     assert jpg == png
     assert (tmp_path / "jpg" / "0" / "000.jpg").exists()
 
@@ -195,7 +195,7 @@ def test_a_failed_reconstruction_leaves_no_file(
 def test_an_image_too_long_for_the_format_is_skipped(model: AutoEncoderKL, tmp_path: Path) -> None:
     Image.new("RGB", (16500, 1)).save(tmp_path / "a.png")
     source = FolderSource(tmp_path, ["a.png"], channels=3)
-    record, _ = do(model, source, tmp_path / "out", picture_format=PictureFormat("webp"))
+    record, _ = do(model, source, tmp_path / "out", image_format=ImageFormat("webp"))
     ((position, reason),) = record["skipped"]
     assert position == 0 and is_about(reason, "16500 x 1", "webp", 16383, "png")
 

@@ -26,7 +26,7 @@ from kl_vae.inference.reconstruction_report import (
     begin_report,
     write_report,
 )
-from kl_vae.visual.image_files import PNG, PictureFormat, write_image
+from kl_vae.visual.image_files import PNG, ImageFormat, write_image
 from tests.messages import is_about, mentions
 
 ABOUT = {
@@ -52,7 +52,7 @@ def report(
     source = FolderSource(folder, names, channels=3)
     files = OutputFiles.of(folder / "out", source, PNG, gallery)
     begin_report(files)
-    for name, picture in zip(names, files.pictures, strict=True):
+    for name, picture in zip(names, files.outputs, strict=True):
         Image.new("RGB", (6, 4)).save(folder / name)
         write_image(files.out / picture, torch.full((3, 4, 6), 10, dtype=torch.uint8))
     return partial(write_report, source, files, model.to_rgb, {**ABOUT, **about})
@@ -224,8 +224,8 @@ NAMES = ["a.jpg", "a.png", "sub/b.webp"]
 
 def test_output_files_of_images(tmp_path: Path) -> None:
     source = FolderSource(tmp_path, NAMES, channels=3)
-    files = OutputFiles.of(tmp_path / "out", source, PictureFormat("webp"), gallery=True)
-    assert files.pictures == ("a.webp", "a.png.webp", "sub/b.webp")
+    files = OutputFiles.of(tmp_path / "out", source, ImageFormat("webp"), gallery=True)
+    assert files.outputs == ("a.webp", "a.png.webp", "sub/b.webp")
     assert files.original(1) == "gallery/originals/a.png.png"
     assert files.thumbnail(2) == "gallery/thumbnails/sub/b.jpg"
     assert files.shown(2) == "sub/b.webp"
@@ -234,7 +234,7 @@ def test_output_files_of_images(tmp_path: Path) -> None:
 def test_arrays_are_shown_as_images(tmp_path: Path) -> None:
     source = FolderSource(tmp_path, ["a.npy"], channels=5)
     files = OutputFiles.of(tmp_path / "out", source, PNG, gallery=True)
-    assert files.pictures == ("a.npy",)
+    assert files.outputs == ("a.npy",)
     assert files.shown(0) == "gallery/reconstructions/a.png"
 
 
@@ -244,9 +244,9 @@ def test_a_folder_of_images_may_be_called_gallery(tmp_path: Path) -> None:
         OutputFiles.of(tmp_path / "out", source, PNG, gallery=True)
     names = ["gallery/a.png", "gallery/originals/a.png"]
     source = FolderSource(tmp_path, names[:1], channels=3)
-    assert OutputFiles.of(tmp_path, source, PNG, gallery=True).pictures == ("gallery/a.png",)
+    assert OutputFiles.of(tmp_path, source, PNG, gallery=True).outputs == ("gallery/a.png",)
     source = FolderSource(tmp_path, names, channels=3)
-    assert OutputFiles.of(tmp_path, source, PNG, gallery=False).pictures == tuple(names)
+    assert OutputFiles.of(tmp_path, source, PNG, gallery=False).outputs == tuple(names)
     with pytest.raises(ValueError, match=mentions("gallery/originals")):
         OutputFiles.of(tmp_path, source, PNG, gallery=True)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kl_vae.visual.gallery import GALLERY, GalleryPicture, write_gallery
+from kl_vae.visual.gallery import GALLERY, GalleryImage, write_gallery
 from tests.messages import mentions
 
 HOSTILE = "</script><script>alert(1)</script><!-- \"'&amp;\u2028{{title}} .png"
@@ -21,9 +21,9 @@ HOSTILE = "</script><script>alert(1)</script><!-- \"'&amp;\u2028{{title}} .png"
 
 def picture(
     name: str, metrics: Mapping[str, float | None] | None = None, **paths: str
-) -> GalleryPicture:
+) -> GalleryImage:
     files = {kind: f"{kind}/{name}" for kind in ("original", "reconstruction", "thumbnail")}
-    return GalleryPicture(name, **{**files, **paths}, width=6, height=4, metrics=metrics or {})
+    return GalleryImage(name, **{**files, **paths}, width=6, height=4, metrics=metrics or {})
 
 
 class Page(HTMLParser):
@@ -56,7 +56,7 @@ class Page(HTMLParser):
         return content
 
 
-def written(path: Path, *pictures: GalleryPicture, about: Mapping[str, str] | None = None) -> Page:
+def written(path: Path, *pictures: GalleryImage, about: Mapping[str, str] | None = None) -> Page:
     write_gallery(path / GALLERY, pictures, about or {})
     return Page(path / GALLERY)
 
@@ -71,13 +71,13 @@ def test_images_with_their_metrics(tmp_path: Path) -> None:
     )
     assert page.data["about"] == {"checkpoint": "last.pt", "mode": "mode"}
     assert page.data["metrics"] == ["psnr", "ssim", "lpips"]  # fid has no value
-    assert [row[0] for row in page.data["pictures"]] == ["a.png", "b/c.png", "d.png"]
-    assert page.data["pictures"][1][1:4] == [
+    assert [row[0] for row in page.data["images"]] == ["a.png", "b/c.png", "d.png"]
+    assert page.data["images"][1][1:4] == [
         "original/b/c.png",
         "reconstruction/b/c.png",
         "thumbnail/b/c.png",
     ]
-    assert [row[4:] for row in page.data["pictures"]] == [
+    assert [row[4:] for row in page.data["images"]] == [
         [6, 4, 31.234568, None, 0.25],
         [6, 4, "Infinity", 0.5, None],
         [6, 4, "-Infinity", None, None],
@@ -100,7 +100,7 @@ def test_text_cannot_end_the_script(tmp_path: Path) -> None:
 def test_names_of_any_bytes_become_urls(tmp_path: Path) -> None:
     odd = os.fsdecode(b"a/\xff \xc3\xa9#?%41:'.png")
     page = written(tmp_path, picture(odd, original=odd), about={"out": odd})
-    name, original = page.data["pictures"][0][:2]
+    name, original = page.data["images"][0][:2]
     assert name == r"a/\xff é#?%41:'.png"
     assert original == "a/%FF%20%C3%A9%23%3F%2541%3A%27.png"
     assert page.texts["title"] == [r"Reconstructions · a/\udcff é#?%41:'.png"]
@@ -116,7 +116,7 @@ def test_the_content_security_policy_allows_only_images(tmp_path: Path) -> None:
     )
     text = (tmp_path / GALLERY).read_text(encoding="utf-8")
     assert set(re.findall(r"https?://[^\"'\s]+", text)) == {"http://www.w3.org/2000/svg"}
-    assert page.data == {"about": {}, "metrics": [], "pictures": []}
+    assert page.data == {"about": {}, "metrics": [], "images": []}
     assert page.texts["title"] == ["Reconstructions"]
 
 

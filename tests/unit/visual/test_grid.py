@@ -50,7 +50,7 @@ def test_large_images_are_downsampled(size, fitted):
 
 
 def columns(row: torch.Tensor, width: int) -> list[torch.Tensor]:
-    """The pictures of a row of a sheet, without the text above and the gap below."""
+    """The images of a row of a sheet, without the text above and the gap below."""
     lefts = [2 + i * (width + 2) for i in range(3)]
     return [row[:, 20:-2, left : left + width] for left in lefts]
 

@@ -12,10 +12,10 @@ from PIL import Image
 from kl_vae import AutoEncoderKL
 from kl_vae.data import read_image
 from kl_vae.visual.image_files import (
-    PictureFormat,
-    as_picture,
-    as_pictures,
+    ImageFormat,
     as_saved,
+    both_for_display,
+    for_display,
     image_suffix,
     load_image,
     save_image,
@@ -33,7 +33,7 @@ def smooth(channels: int) -> torch.Tensor:
 def test_conversion_to_saved_images(model: AutoEncoderKL) -> None:
     image = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).expand(3, 1, 5)
     assert as_saved(image)[0, 0].tolist() == [0, 0, 128, 255, 255]
-    assert torch.equal(as_picture(as_saved(image), model.to_rgb), as_saved(image))
+    assert torch.equal(for_display(as_saved(image), model.to_rgb), as_saved(image))
     assert as_saved(image.repeat(2, 1, 1))[0, 0].tolist() == [0.0, 0.0, 0.5, 1.0, 1.0]
     assert image_suffix(1) == image_suffix(3) == image_suffix(4) == ".png"
     assert image_suffix(5) == ".npy"
@@ -43,7 +43,7 @@ def test_many_channels_share_one_range(tiny_ddconfig: dict) -> None:
     tiny_ddconfig |= {"in_channels": 5, "out_ch": 5}
     model = AutoEncoderKL(tiny_ddconfig, embed_dim=3, colorize_nlabels=5)
     dark, bright = torch.zeros(5, 4, 6), torch.ones(5, 4, 6)
-    first, second = as_pictures(dark, bright, model.to_rgb)
+    first, second = both_for_display(dark, bright, model.to_rgb)
     assert first.shape == second.shape == (3, 4, 6)
     assert not torch.equal(first, second)
 
@@ -51,10 +51,10 @@ def test_many_channels_share_one_range(tiny_ddconfig: dict) -> None:
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize(("name", "quality"), [("png", None), ("webp", 100)])
 def test_lossless_formats(tmp_path: Path, channels: int, name: str, quality: int | None) -> None:
-    picture_format = PictureFormat(name, quality)
-    path = tmp_path / f"a{picture_format.suffix(channels)}"
+    image_format = ImageFormat(name, quality)
+    path = tmp_path / f"a{image_format.suffix(channels)}"
     image = smooth(channels)
-    write_image(path, image, picture_format)
+    write_image(path, image, image_format)
     assert torch.equal(read_image(path, channels), image)
 
 
@@ -63,16 +63,16 @@ def test_lossy_formats(tmp_path: Path, name: str, kind: str) -> None:
     image = smooth(3)
     sizes = []
     for quality in (None, 20):
-        picture_format = PictureFormat(name, quality)
-        path = tmp_path / f"a{picture_format.suffix(3)}"
-        write_image(path, image, picture_format)
+        image_format = ImageFormat(name, quality)
+        path = tmp_path / f"a{image_format.suffix(3)}"
+        write_image(path, image, image_format)
         with Image.open(path) as picture:
             assert picture.format == kind
         difference = (read_image(path, 3).float() - image.float()).abs().mean()
         assert 0 < difference < 20
         sizes.append(path.stat().st_size)
     assert sizes[0] > sizes[1]
-    assert PictureFormat("webp").quality == 95 and PictureFormat("jpg").quality == 90
+    assert ImageFormat("webp").quality == 95 and ImageFormat("jpg").quality == 90
 
 
 def test_arrays_are_floats_in_the_unit_interval(tmp_path: Path) -> None:
@@ -110,17 +110,17 @@ def test_thumbnails_are_never_upsampled(tmp_path: Path) -> None:
 )
 def test_invalid_formats(arguments: tuple, parts: tuple[object, ...]) -> None:
     with pytest.raises(ValueError, match=mentions(*parts)):
-        PictureFormat(*arguments)
+        ImageFormat(*arguments)
 
 
 def test_limits_of_formats() -> None:
     with pytest.raises(ValueError, match=mentions("format=jpg", "transparency", "png", "webp")):
-        PictureFormat("jpg").suffix(4)
+        ImageFormat("jpg").suffix(4)
     with pytest.raises(ValueError, match=mentions("format=webp", "channels", 1, 3, 4, 6)):
-        PictureFormat("webp").suffix(6)
+        ImageFormat("webp").suffix(6)
     with pytest.raises(ValueError, match=mentions("20000 x 5", "webp", 16383, "png")):
-        PictureFormat("webp").check_size(5, 20000)
-    PictureFormat("png").check_size(5, 2000000)
+        ImageFormat("webp").check_size(5, 20000)
+    ImageFormat("png").check_size(5, 2000000)
 
 
 def test_load_image_from_files_and_arrays(tmp_path: Path) -> None:

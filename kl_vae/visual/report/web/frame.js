@@ -17,7 +17,7 @@ class Frame {
     view.plots.push(this);
   }
 
-  /** Empty the picture, and set the scale of steps. */
+  /** Empty the image, and set the scale of steps. */
   clear() {
     this.width = Math.max(160, this.svg.clientWidth || 400);
     this.right = this.width - MARGIN.right;

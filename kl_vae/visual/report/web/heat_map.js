@@ -56,9 +56,9 @@ class HeatMap extends Frame {
     }
     this.svg.append(this.inside, this.marks);
     const shape = { x: MARGIN.left, y: MARGIN.top, width: this.right - MARGIN.left, height };
-    const picture = svgElement("image", { ...shape, preserveAspectRatio: "none" });
-    picture.setAttribute("href", this.paint(shape.width, height));
-    this.inside.append(picture);
+    const image = svgElement("image", { ...shape, preserveAspectRatio: "none" });
+    image.setAttribute("href", this.paint(shape.width, height));
+    this.inside.append(image);
     this.read(this.view.cursor);
   }
 

@@ -1,7 +1,7 @@
-// The pictures of validations, through time.
+// The images of validations, through time.
 
-function addSamples({ images: pictures, runs }) {
-  const steps = [...new Set(pictures.flatMap(({ steps }) => steps.map(Number)))];
+function addSamples({ images, runs }) {
+  const steps = [...new Set(images.flatMap(({ steps }) => steps.map(Number)))];
   steps.sort((a, b) => a - b);
   if (!steps.length) return;
   byId("samples-section").hidden = false;
@@ -11,26 +11,26 @@ function addSamples({ images: pictures, runs }) {
   if (runs) slider.parentElement.hidden = true; // these are the last of each run
   if (runs) byId("samples-hint").textContent = "the last of each run";
 
-  const address = (picture, i) =>
-    picture.content ? picture.content[i] : `${picture.base}${picture.steps[i]}.png`;
-  const figures = pictures.map((picture) => {
-    const image = element("img", { alt: picture.name });
+  const address = (sample, i) =>
+    sample.content ? sample.content[i] : `${sample.base}${sample.steps[i]}.png`;
+  const figures = images.map((sample) => {
+    const image = element("img", { alt: sample.name });
     image.addEventListener("load", () => enlarge(image));
-    const caption = element("figcaption", {}, picture.name);
-    byId("samples").append(element("figure", { "data-name": picture.name }, caption, image));
-    return { picture, image, caption, numbers: picture.steps.map(Number) };
+    const caption = element("figcaption", {}, sample.name);
+    byId("samples").append(element("figure", { "data-name": sample.name }, caption, image));
+    return { sample, image, caption, numbers: sample.steps.map(Number) };
   });
 
   const show = () => {
     const step = steps[Number(slider.value)];
     byId("sample-step").textContent = `step ${whole(step)}`;
-    for (const { picture, image, caption, numbers } of figures) {
+    for (const { sample, image, caption, numbers } of figures) {
       const i = nearest(numbers, step);
       const at = numbers[i] === step && !runs ? "" : `, step ${whole(numbers[i])}`;
-      caption.textContent = picture.name + at;
-      image.alt = `${picture.name} at step ${numbers[i]}`;
-      image.src = address(picture, i);
-      if (i + 1 < numbers.length && !picture.content) new Image().src = address(picture, i + 1);
+      caption.textContent = sample.name + at;
+      image.alt = `${sample.name} at step ${numbers[i]}`;
+      image.src = address(sample, i);
+      if (i + 1 < numbers.length && !sample.content) new Image().src = address(sample, i + 1);
     }
   };
   slider.addEventListener("input", show);
@@ -45,7 +45,7 @@ function addSamples({ images: pictures, runs }) {
   show();
 }
 
-/** Show a small picture in whole multiples of its pixels. */
+/** Show a small image in whole multiples of its pixels. */
 function enlarge(image) {
   const times = Math.max(1, Math.floor(560 / image.naturalWidth));
   image.width = image.naturalWidth * times;

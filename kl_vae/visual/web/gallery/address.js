@@ -7,10 +7,10 @@ let timer = 0;
 function address() {
   const kept = new URLSearchParams();
   for (const [key, value] of Object.entries(state)) {
-    if (value === defaults[key] || (state.picture === null && OF_VIEWER.includes(key))) continue;
+    if (value === defaults[key] || (state.image === null && OF_VIEWER.includes(key))) continue;
     if (key === "metric" && state.sort in metrics) continue;
     if (state.zoom === "fit" && (key === "x" || key === "y")) continue;
-    if (key === "picture") kept.set(key, pictures[value].key);
+    if (key === "image") kept.set(key, images[value].key);
     else kept.set(key, typeof value === "number" ? Number(value.toFixed(3)) : value);
   }
   return `#${kept}`;
@@ -32,7 +32,7 @@ function recall() {
     reversed: oneOf("reversed", ["yes"]),
     filter: given.get("filter") ?? "",
     view: oneOf("view", VIEWS),
-    picture: indexByKey.get(given.get("picture")) ?? null,
+    image: indexByKey.get(given.get("image")) ?? null,
   });
   if (state.sort in metrics) state.metric = state.sort;
   for (const key of ["low", "high"]) {
@@ -48,5 +48,5 @@ function recall() {
     state.zoom = zoom >= 1 ? Math.round(zoom) : zoom;
   }
   drawList();
-  if (state.picture === null && viewer.open) viewer.close();
+  if (state.image === null && viewer.open) viewer.close();
 }

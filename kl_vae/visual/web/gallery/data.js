@@ -1,4 +1,4 @@
-// The data of the page: a picture is known by its index; `order` is what the page lists.
+// The data of the page: an image is known by its index; `order` is what the page lists.
 
 const KNOWN = {
   psnr: {label: "PSNR", unit: " dB", digits: 2},
@@ -14,7 +14,7 @@ const metrics = Object.fromEntries(data.metrics.map((name) => [
 ]));
 
 const indexByKey = new Map();
-const pictures = data.pictures.map((row, index) => {
+const images = data.images.map((row, index) => {
   const [name, original, reconstruction, thumbnail, width, height, ...figures] = row;
   let key = name;
   while (indexByKey.has(key)) key += "'";  // what links say; a name may be there twice
@@ -28,14 +28,14 @@ const pictures = data.pictures.map((row, index) => {
 
 // names are compared once: sorting by them is sorting by rank
 const collator = new Intl.Collator("en", {numeric: true});
-pictures.map((_, index) => index)
-  .sort((i, k) => collator.compare(pictures[i].name, pictures[k].name) || i - k)
-  .forEach((index, rank) => { pictures[index].values.name = rank; });
+images.map((_, index) => index)
+  .sort((i, k) => collator.compare(images[i].name, images[k].name) || i - k)
+  .forEach((index, rank) => { images[index].values.name = rank; });
 
 const defaults = {
   sort: data.metrics[0] ?? "name", metric: data.metrics[0] ?? "", reversed: "",
   filter: "", low: "", high: "",
-  picture: null, view: "slider", gain: 8, split: 0.5, zoom: "fit", x: null, y: null,
+  image: null, view: "slider", gain: 8, split: 0.5, zoom: "fit", x: null, y: null,
 };
 const state = {...defaults};
 let order = [];     // indices, filtered and sorted
@@ -44,22 +44,22 @@ let matching = [];  // indices, filtered by name alone: those of the histogram
 function arrange() {
   const {sort, metric, low, high} = state;
   const part = state.filter.toLowerCase();
-  matching = pictures.map((_, index) => index)
-    .filter((index) => pictures[index].name.toLowerCase().includes(part));
+  matching = images.map((_, index) => index)
+    .filter((index) => images[index].name.toLowerCase().includes(part));
   order = matching.filter((index) => {
-    const value = pictures[index].values[metric];
+    const value = images[index].values[metric];
     if (low === "" && high === "") return true;
     return value !== null && !(low !== "" && value < Number(low)) && !(high !== "" && value >= Number(high));
   });
   const descending = sort === "size" || metrics[sort]?.lowIsGood;  // the worst first, by default
   const sign = Boolean(descending) === Boolean(state.reversed) ? 1 : -1;
   order.sort((i, k) => {
-    const a = pictures[i].values[sort], b = pictures[k].values[sort];
+    const a = images[i].values[sort], b = images[k].values[sort];
     if (a === null || b === null) return (a === null) - (b === null) || i - k;  // without: last
     return a === b ? i - k : sign * (a < b ? -1 : 1);
   });
 }
 
 function finite(indices, metric) {
-  return indices.map((index) => pictures[index].values[metric]).filter(Number.isFinite);
+  return indices.map((index) => images[index].values[metric]).filter(Number.isFinite);
 }

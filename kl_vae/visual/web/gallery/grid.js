@@ -1,4 +1,4 @@
-// The grid: only the cards in sight are in the page, so that the number of pictures costs nothing.
+// The grid: only the cards in sight are in the page, so that the number of images costs nothing.
 
 // a card shows original and reconstruction side by side, in a box twice as wide as high
 const CARD = 250, GAP = 12, TEXT = 24;  // CSS pixels: least width, gap, height of a card's text
@@ -6,9 +6,9 @@ const TAIL = 10;  // letters of a name that are always shown
 const cards = new Map();  // by place in the order
 
 function sharedFolder() {
-  // its length: cards leave out the folder that all pictures have in common
-  let prefix = pictures.length > 1 ? pictures[0].name : "";
-  for (const {name} of pictures) {
+  // its length: cards leave out the folder that all images have in common
+  let prefix = images.length > 1 ? images[0].name : "";
+  for (const {name} of images) {
     while (!name.startsWith(prefix)) prefix = prefix.slice(0, -1);
   }
   return prefix.lastIndexOf("/") + 1;
@@ -48,8 +48,8 @@ function drawGrid(anew = false) {
 }
 
 function makeCard(place) {
-  const index = order[place], {name, thumbnail} = pictures[index];
-  const figure = cardFigure(pictures[index]);
+  const index = order[place], {name, thumbnail} = images[index];
+  const figure = cardFigure(images[index]);
   const image = element("img", {loading: "lazy", decoding: "async", alt: "", src: thumbnail});
   image.addEventListener("error", () => { image.alt = "This thumbnail cannot be loaded"; });
   const letters = [...name.slice(sharedLength)];
@@ -65,10 +65,10 @@ function makeCard(place) {
   card.addEventListener("click", () => openViewer(index));
   card.addEventListener("keydown", (event) => moveFocus(event, place));
   for (const kind of ["pointerenter", "focus"]) {
-    card.addEventListener(kind, () => markPicture("plot", index));
+    card.addEventListener(kind, () => markImage("plot", index));
   }
   for (const kind of ["pointerleave", "blur"]) {
-    card.addEventListener(kind, () => markPicture("plot", null));
+    card.addEventListener(kind, () => markImage("plot", null));
   }
   return card;
 }

@@ -13,12 +13,12 @@ function drawOnce() {
 }
 
 function drawSummary() {
-  const all = order.length === pictures.length ? "" : ` of ${counted(pictures.length)}`;
-  const count = `${counted(order.length)}${all} picture${pictures.length === 1 ? "" : "s"}`;
+  const all = order.length === images.length ? "" : ` of ${counted(images.length)}`;
+  const count = `${counted(order.length)}${all} image${images.length === 1 ? "" : "s"}`;
   byId("count").textContent = count;
   byId("none").hidden = order.length > 0;
   byId("hint").hidden = !order.length;
-  byId("none").textContent = pictures.length ? "No picture has this name and metric." : "There are no pictures.";
+  byId("none").textContent = images.length ? "No image has this name and metric." : "There are no images.";
   const heads = ["metric", "mean", "median", "worst", "best", "left out"];
   const head = element("tr", {}, ...heads.map((textContent) => element("th", {textContent})));
   const rows = data.metrics.length ? [head, ...data.metrics.map(summaryRow)] : [];
@@ -32,7 +32,7 @@ function summaryRow(metric) {
   const median = values.length % 2 ? values[half] : (values[half - 1] + values[half]) / 2;
   const ends = [values[0] ?? null, values.at(-1) ?? null];
   const [worst, best] = lowIsGood ? ends.reverse() : ends;
-  const infinite = order.filter((i) => Math.abs(pictures[i].values[metric]) === Infinity).length;
+  const infinite = order.filter((i) => Math.abs(images[i].values[metric]) === Infinity).length;
   const without = order.length - values.length - infinite;
   const rest = [infinite && `${counted(infinite)} at \u221e`, without && `${counted(without)} without`];
   const button = element("button", {textContent: label, title: "Sort by it, and show its distribution"});
@@ -70,7 +70,7 @@ function drawList() {
   drawHistogram("plot");
   drawHistogram("small-plot");
   drawGrid(true);
-  if (state.picture !== null) drawViewer();
+  if (state.image !== null) drawViewer();
 }
 
 function changeList(changes) {

@@ -1,4 +1,4 @@
-// The distribution of a metric over the pictures whose names match.
+// The distribution of a metric over the images whose names match.
 
 const BINS = [5, 40];  // at least and at most, where values differ
 const FOOT = {plot: 17, "small-plot": 7};  // room below the bars: for the ends of the axis, the mark
@@ -61,15 +61,15 @@ function drawHistogram(id) {
       svg.append(text);
     }
   }
-  const text = `Distribution of ${metrics[metric].label} over ${counted(values.length)} pictures`;
+  const text = `Distribution of ${metrics[metric].label} over ${counted(values.length)} images`;
   svg.setAttribute("aria-label", text);
   plots.set(id, {edge, binOf, counts, bar, base});
 }
 
-function markPicture(id, index) {
+function markImage(id, index) {
   const plot = plots.get(id), svg = byId(id);
   svg.querySelector(".mark")?.remove();
-  const value = pictures[index]?.values[state.metric];
+  const value = images[index]?.values[state.metric];
   if (!plot || !Number.isFinite(value)) return;
   const {edge, binOf, bar, base} = plot, i = binOf(value);
   const x = (i + (value - edge(i)) / (edge(i + 1) - edge(i))) * bar;

@@ -1,5 +1,5 @@
 // Mouse, pen and fingers on the stage: the line is dragged by itself, and anywhere while the
-// picture is wholly in sight; else the picture is. Two fingers or the wheel zoom.
+// image is wholly in sight; else the image is. Two fingers or the wheel zoom.
 
 const pointers = new Map();  // the last event of each pointer that is down
 
@@ -23,7 +23,7 @@ function moveLine({clientX}) {
   rememberSoon();
 }
 
-function movePicture(before, {clientX, clientY}) {
+function moveImage(before, {clientX, clientY}) {
   const scale = zoomNow() / devicePixelRatio;
   state.x -= (clientX - before.clientX) / scale;
   state.y -= (clientY - before.clientY) / scale;
@@ -55,7 +55,7 @@ function connectStage() {
     } else if (withLine) {
       moveLine(event);
     } else {
-      movePicture(before, event);
+      moveImage(before, event);
     }
   });
   for (const kind of ["pointerup", "pointercancel"]) {

@@ -4,30 +4,30 @@ const GAINS = [1, 2, 4, 8, 16, 32];
 const VIEWS = ["slider", "side", "difference", "toggle"];
 const KINDS = ["original", "reconstruction"];
 const [stage, layers, viewer, help] = ["stage", "layers", "viewer", "help"].map(byId);
-const loaded = new Map();  // by index: the pictures in view and those beside them in the order
+const loaded = new Map();  // by index: the images in view and those beside them in the order
 let held = false;          // the original is shown for as long as a key is down
 
 function load(index) {
   if (!loaded.has(index)) {
-    const {name} = pictures[index];
-    const images = KINDS.map((kind) =>
-      element("img", {src: pictures[index][kind], alt: `${kind} of ${name}`, draggable: false}));
-    const ready = Promise.allSettled(images.map((image) => image.decode()));
-    loaded.set(index, {images, ready});
+    const {name} = images[index];
+    const drawn = KINDS.map((kind) =>
+      element("img", {src: images[index][kind], alt: `${kind} of ${name}`, draggable: false}));
+    const ready = Promise.allSettled(drawn.map((img) => img.decode()));
+    loaded.set(index, {drawn, ready});
   }
   return loaded.get(index);
 }
 
-async function showPicture(index) {
+async function showImage(index) {
   stage.classList.add("waiting");
-  const {images, ready} = load(index);
+  const {drawn, ready} = load(index);
   const lost = (await ready).map(({status}) => status === "rejected");
-  if (state.picture !== index) return;
+  if (state.image !== index) return;
   visible = index;
-  boxes.forEach((box, i) => box.replaceChildren(...(lost[i] ? [] : [images[i]])));
+  boxes.forEach((box, i) => box.replaceChildren(...(lost[i] ? [] : [drawn[i]])));
   byId("note").hidden = !lost.includes(true);
   byId("note").textContent = KINDS.filter((_, i) => lost[i])
-    .map((kind) => `The ${kind} cannot be loaded: ${readable(pictures[index][kind])}`).join("\n");
+    .map((kind) => `The ${kind} cannot be loaded: ${readable(images[index][kind])}`).join("\n");
   stage.classList.toggle("incomplete", lost.includes(true));
   stage.classList.remove("waiting");
   place();
@@ -42,9 +42,9 @@ function readable(url) {
 }
 
 function drawViewer() {
-  const {picture, view, gain} = state, {name, width, height, values} = pictures[picture];
+  const {image, view, gain} = state, {name, width, height, values} = images[image];
   if (!viewer.open) viewer.showModal();
-  const at = order.indexOf(picture);
+  const at = order.indexOf(image);
   byId("caption").textContent = byId("caption").title = name;
   byId("position").textContent = at < 0 ? "not listed" : `${counted(at + 1)} / ${counted(order.length)}`;
   byId("previous").disabled = at <= 0;
@@ -52,13 +52,13 @@ function drawViewer() {
   byId("figures").replaceChildren(
     ...data.metrics.map((metric) => labelled(metrics[metric].label, shown(metric, values[metric]))),
     labelled("Size", `${width}\u00d7${height}`));
-  markPicture("small-plot", picture);
+  markImage("small-plot", image);
   for (const button of byId("views").children) press(button, button.dataset.view === view);
   for (const each of document.querySelectorAll(".of")) each.hidden = !each.classList.contains(view);
   byId("gain").value = gain;
   layers.style.setProperty("--gain", gain);
   drawView();
-  if (visible !== picture) showPicture(picture);
+  if (visible !== image) showImage(image);
 }
 
 function labelled(label, text) {
@@ -85,19 +85,19 @@ function drawView() {
 
 function changeView(changes) {
   Object.assign(state, changes);
-  if (state.picture !== null) drawViewer();
+  if (state.image !== null) drawViewer();
   rememberSoon();
 }
 
 function openViewer(index) {
-  state.picture = index;
+  state.image = index;
   drawViewer();
   history.pushState(null, "", address());  // so that the browser's Back leads to the list
 }
 
 function closeViewer() {
-  const at = order.indexOf(state.picture);
-  Object.assign(state, {picture: null, zoom: "fit", x: null, y: null});
+  const at = order.indexOf(state.image);
+  Object.assign(state, {image: null, zoom: "fit", x: null, y: null});
   visible = null;
   held = false;
   boxes.forEach((box) => box.replaceChildren());
@@ -106,13 +106,13 @@ function closeViewer() {
 }
 
 function step(by) {
-  const at = order.indexOf(state.picture);
+  const at = order.indexOf(state.image);
   const next = Math.min(order.length - 1, Math.max(0, at + by));
-  if (at >= 0 && next !== at) changeView({picture: order[next]});
+  if (at >= 0 && next !== at) changeView({image: order[next]});
 }
 
 function hold(down) {
-  if (held === down || state.picture === null || state.view === "side") return;
+  if (held === down || state.image === null || state.view === "side") return;
   held = down;
   drawView();
 }

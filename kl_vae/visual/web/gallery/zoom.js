@@ -1,16 +1,16 @@
-// Place and zoom of the two pictures, which are the same for both. A zoom of 8 makes a pixel of a
-// picture 8 pixels of the screen; above 1 it is whole, so that all pixels are as large. state.x
-// and state.y are the point of the picture in the middle of its box, in pixels of the picture.
+// Place and zoom of the two images, which are the same for both. A zoom of 8 makes a pixel of a
+// image 8 pixels of the screen; above 1 it is whole, so that all pixels are as large. state.x
+// and state.y are the point of the image in the middle of its box, in pixels of the image.
 
 const MAX_ZOOM = 64;
 const boxes = [byId("original"), byId("reconstruction")];
-let visible = null;      // index of the picture in the boxes
+let visible = null;      // index of the image in the boxes
 let lineEnds = [0, 1];   // of the line's way over the stage, in CSS pixels
 
 const toScreen = (length) => Math.round(length * devicePixelRatio) / devicePixelRatio;
 
 function fitting() {
-  const {width, height} = pictures[visible ?? state.picture];
+  const {width, height} = images[visible ?? state.image];
   const box = boxes[0].getBoundingClientRect();
   const zoom = Math.min(box.width / width, box.height / height) * devicePixelRatio;
   return zoom >= 1 ? Math.min(MAX_ZOOM, Math.floor(zoom)) : zoom;
@@ -26,8 +26,8 @@ function limited(zoom) {
 
 function place() {
   if (visible === null || !viewer.open) return;
-  const {width, height} = pictures[visible], box = boxes[0].getBoundingClientRect();
-  const zoom = zoomNow(), scale = zoom / devicePixelRatio;  // CSS pixels a pixel of the picture
+  const {width, height} = images[visible], box = boxes[0].getBoundingClientRect();
+  const zoom = zoomNow(), scale = zoom / devicePixelRatio;  // CSS pixels a pixel of the image
   const left = startOf("x", width, box.width / scale) * scale;
   const top = startOf("y", height, box.height / scale) * scale;
   const [x, y] = [toScreen(left), toScreen(top)];
@@ -44,7 +44,7 @@ function place() {
 }
 
 function startOf(key, length, room) {
-  // a picture smaller than its box is in its middle, another leaves none of it empty
+  // an image smaller than its box is in its middle, another leaves none of it empty
   const half = room / 2, middle = state[key] ?? length / 2;
   state[key] = length <= room ? length / 2 : Math.min(length - half, Math.max(half, middle));
   return half - state[key];
