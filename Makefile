@@ -34,6 +34,8 @@ lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell -D- -D docs/development/words.txt README.md CONTRIBUTING.md docs scripts \
+	    benchmarks kl_vae --skip '*.js,*.css,*.html,docs/development/style.md,docs/development/words.txt'
 
 docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

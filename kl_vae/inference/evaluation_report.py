@@ -2,7 +2,7 @@
 
 A record holds the results of one unit of images as plain values: `images`, a list of
 [index, height, width]; `skipped`, a list of [index, reason]; and `models`. Each model has
-`figures`, a list of one value per image for each metric (None: undefined), and, as
+`metrics`, a list of one value per image for each metric (None: undefined), and, as
 `RunningMoments` values, `latents` (of posterior samples) and `means` (of posterior means).
 
 results.md contains a table of all models, results.json all values and their `DEFINITIONS`, and
@@ -114,7 +114,7 @@ class ModelRecord:
     def values(self) -> Record:
         """Return the record as plain values for JSON."""
         latents, means = self._latents.values(), self._means.values()
-        return {"figures": self._metrics, "latents": latents, "means": means}
+        return {"metrics": self._metrics, "latents": latents, "means": means}
 
 
 def image_metrics(record: Record, model: int) -> Iterator[dict[str, float | None]]:
@@ -122,7 +122,7 @@ def image_metrics(record: Record, model: int) -> Iterator[dict[str, float | None
 
     A value of None means that the metric is undefined. psnr is inf for an exact reconstruction.
     """
-    metrics = record["models"][model]["figures"]
+    metrics = record["models"][model]["metrics"]
     for i, (_, height, width) in enumerate(record["images"]):
         found = {key: values[i] for key, values in metrics.items()}
         nats = found["kl_nats"] = found.pop("kl")
@@ -227,7 +227,7 @@ def _evaluation(records: Iterable[Record], model: int, name: str) -> Evaluation:
         for metrics in image_metrics(record, model):
             for key, value in metrics.items():
                 columns.setdefault(key, []).append(value)
-        errors += model_record["figures"].get("mse", [])
+        errors += model_record["metrics"].get("mse", [])
         unit_latents, unit_means = (
             RunningMoments.from_values(model_record[key]) for key in ("latents", "means")
         )

@@ -87,7 +87,7 @@ with connect("cpu") as ranks:
             hook.remove()
         figures.append({key: value.tolist() for key, value in means.items()})
     content = {
-        "figures": figures,
+        "metrics": figures,
         "skips": dataclasses.asdict(state.skips),
         "scales": [network.scaler.get_scale() for network in state.networks],
         "model": model.state_dict(),

@@ -57,7 +57,7 @@ def assert_same_steps(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert any(key.startswith("loss.discriminator.") for key in one["model"])
     assert largest_difference(one["model"], other["model"]) < 1e-5
     assert largest_difference(one["ema"], other["ema"]) < 1e-5
-    for ours, theirs in zip(one["figures"], other["figures"], strict=True):
+    for ours, theirs in zip(one["metrics"], other["metrics"], strict=True):
         assert ours.keys() == theirs.keys()
         for key, value in ours.items():
             assert theirs[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
@@ -70,9 +70,9 @@ def test_two_ranks_learn_what_one_does() -> None:
     for rank in two:
         assert_same_steps(one, rank)
     assert largest_difference(two[0]["model"], two[1]["model"]) == 0.0
-    first, *later = one["figures"]
+    first, *later = one["metrics"]
     assert "train/d_weight" not in first and "train/logits_real" not in first
-    assert two[0]["figures"][1]["train/d_weight"] == pytest.approx(
+    assert two[0]["metrics"][1]["train/d_weight"] == pytest.approx(
         later[0]["train/d_weight"], rel=1e-5
     )
     assert all(figures["train/d_weight"] > 0 for figures in later)
@@ -99,6 +99,6 @@ def test_an_overflow_on_one_rank_is_skipped_on_both_and_leaves_no_nan() -> None:
         assert rank["scales"][0] < 2.0**16  # the scale is lowered
         for state in (rank["model"], rank["ema"]):
             assert all(x.isfinite().all() for x in state.values())
-        broken = rank["figures"][2]
+        broken = rank["metrics"][2]
         assert not torch.tensor(broken["train/total_loss"]).isfinite()  # shown as it was
-        assert torch.tensor(rank["figures"][-1]["train/total_loss"]).isfinite()
+        assert torch.tensor(rank["metrics"][-1]["train/total_loss"]).isfinite()

@@ -33,7 +33,7 @@ def record(mse: list[float], kl: list[float | None], first: int = 0) -> dict[str
     """Of one model and images of 8 x 4."""
     images = [[first + i, 8, 4] for i in range(len(mse))]
     means = {**SUMS, "squares": [0.041, 0.039]}  # variances about 0.01
-    models = [{"figures": {"mse": mse, "kl": kl}, "latents": SUMS, "means": means}]
+    models = [{"metrics": {"mse": mse, "kl": kl}, "latents": SUMS, "means": means}]
     return {"images": images, "skipped": [], "models": models}
 
 
