@@ -28,6 +28,7 @@ from kl_vae.checkpoints.run_files import (
     read_checkpoint,
 )
 from tests.end_to_end.killed_runs import RECORDED, Attempt, stages
+from tests.messages import is_about
 from tests.processes import assert_same, metrics, status, without_speed
 
 STEPS = 6
@@ -353,7 +354,7 @@ def test_a_damaged_checkpoint_is_never_taken_for_a_whole_one(
     assert killed.codes == [-9], killed.log(0)
     for step in damaged:
         path = checkpoint_path(Path(name), step)
-        assert f"skipping a checkpoint: {path}: does not match" in killed.log(0)
+        assert is_about(killed.log(0), "skipping", path)
     assert newest_step(run) == 4
     again = runs.start(name).wait()
     assert again.codes == [0], again.log(0)
