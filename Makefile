@@ -35,7 +35,7 @@ lint: $(VENV)/installed-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell -D- -D docs/development/words.txt README.md CONTRIBUTING.md docs scripts \
-	    benchmarks kl_vae --skip '*.js,*.css,*.html,docs/development/style.md,docs/development/words.txt'
+	    benchmarks kl_vae --skip '*.ipynb,*.js,*.css,*.html,docs/development/style.md,docs/development/words.txt'
 
 docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -73,7 +73,7 @@ function localTime(date) {
   return `${day} ${two(date.getHours())}:${two(date.getMinutes())}:${two(date.getSeconds())}`;
 }
 
-/** The last figures: a row a name, a column a split. */
+/** The last values: one row per name, one column per split. */
 function addLatest({ scalars, constants }) {
   const left = new Set(constants.map(([key]) => key));
   const rows = new Map();
@@ -88,7 +88,7 @@ function addLatest({ scalars, constants }) {
   const used = splits.filter((split) => [...rows.values()].some((row) => row[split]));
   if (!used.length) return;
   const table = byId("latest");
-  const head = element("tr", {}, element("th", {}, "last figures"));
+  const head = element("tr", {}, element("th", {}, "last values"));
   for (const split of used) head.append(element("th", {}, split));
   table.append(head);
   for (const [name, row] of [...rows].slice(0, 14)) {

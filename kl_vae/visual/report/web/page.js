@@ -9,7 +9,7 @@ function colorOf(i) {
 }
 
 /** A series as the plot draws it. */
-function curveOf(key, panel, figures, { scalars, axes }) {
+function curveOf(key, panel, names, { scalars, axes }) {
   let series = scalars[key];
   let times = (list) => list;
   if (series.of) {
@@ -20,9 +20,9 @@ function curveOf(key, panel, figures, { scalars, axes }) {
   const axis = axes[series.axis];
   const split = ["train", "val", "val_ema"].find((name) => key.startsWith(`${name}/`));
   const name = split ? key.slice(split.length + 1) : key;
-  if (!figures.includes(name)) figures.push(name);
+  if (!names.includes(name)) names.push(name);
   return {
-    ...{ key, name, kind: split || "train", second: figures.indexOf(name) > 0 },
+    ...{ key, name, kind: split || "train", second: names.indexOf(name) > 0 },
     ...{ steps: axis.steps, counts: axis.counts, broken: series.broken },
     ...{ mean: times(series.mean), low: times(series.low), high: times(series.high) },
     latest: scalars[key].latest,
@@ -32,14 +32,14 @@ function curveOf(key, panel, figures, { scalars, axes }) {
 
 function addPlots(view) {
   for (const panel of content.panels) {
-    const figures = [];
+    const names = [];
     const curves = runs.flatMap((run, i) =>
       panel.keys.filter((key) => key in run.scalars).map((key) => {
-        const curve = curveOf(key, panel, figures, run);
+        const curve = curveOf(key, panel, names, run);
         if (!content.runs) return curve;
         return { ...curve, key: `${run.name}: ${key}`, label: run.name, kind: colorOf(i) };
       }));
-    for (const curve of curves) curve.label ??= figures.length > 1 ? curve.name : curve.kind;
+    for (const curve of curves) curve.label ??= names.length > 1 ? curve.name : curve.kind;
     byId("plots").append(new Plot(panel, curves, view).root);
   }
   if (content.runs) return;

@@ -1,4 +1,4 @@
-// Curves of figures over steps, with a read-out of their values below.
+// Curves over steps, with their values at the pointer below.
 
 class Plot extends Frame {
   constructor(panel, curves, view) {
@@ -51,7 +51,7 @@ class Plot extends Frame {
     this.setScale();
     this.drawStepAxis();
     this.svg.append(this.inside, this.marks);
-    // later curves lie on top: figures of training first
+    // later curves lie on top: values of training first
     for (const curve of this.curves) this.drawCurve(curve);
     this.read(this.view.cursor);
   }

@@ -18,7 +18,7 @@ const byId = (id) => document.getElementById(id);
 
 class View {
   constructor(full) {
-    this.full = full; // [first step, last step] of all figures
+    this.full = full; // [first step, last step] of all values
     this.plots = [];
     this.cursor = null; // the step that is read
     this.waiting = false;

@@ -15,13 +15,13 @@ const metrics = Object.fromEntries(data.metrics.map((name) => [
 
 const indexByKey = new Map();
 const images = data.images.map((row, index) => {
-  const [name, original, reconstruction, thumbnail, width, height, ...figures] = row;
+  const [name, original, reconstruction, thumbnail, width, height, ...numbers] = row;
   let key = name;
   while (indexByKey.has(key)) key += "'";  // what links say; a name may be there twice
   indexByKey.set(key, index);
   const values = {size: width * height};
   data.metrics.forEach((metric, i) => {
-    values[metric] = figures[i] === null ? null : Number(figures[i]);  // Number: of "Infinity"
+    values[metric] = numbers[i] === null ? null : Number(numbers[i]);  // Number: of "Infinity"
   });
   return {name, key, original, reconstruction, thumbnail, width, height, values};
 });

@@ -1,4 +1,4 @@
-// The head of the page: what was done, the figures of what is listed, the order and the filter.
+// The head of the page: what was done, the values of what is listed, the order and the filter.
 
 function drawOnce() {
   for (const [name, value] of Object.entries(data.about)) {

@@ -49,7 +49,7 @@ function drawViewer() {
   byId("position").textContent = at < 0 ? "not listed" : `${counted(at + 1)} / ${counted(order.length)}`;
   byId("previous").disabled = at <= 0;
   byId("next").disabled = at < 0 || at === order.length - 1;
-  byId("figures").replaceChildren(
+  byId("values").replaceChildren(
     ...data.metrics.map((metric) => labelled(metrics[metric].label, shown(metric, values[metric]))),
     labelled("Size", `${width}\u00d7${height}`));
   markImage("small-plot", image);
