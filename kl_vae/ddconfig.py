@@ -114,7 +114,7 @@ class DDConfig:
             if getattr(self, key) < 1:
                 errors.append(f"{key}={getattr(self, key)}: must be at least 1")
         if not self.ch_mult or min(self.ch_mult) < 1:
-            errors.append(f"ch_mult={list(self.ch_mult)}: needs one multiple >= 1 for each level")
+            errors.append(f"ch_mult={list(self.ch_mult)}: needs one multiplier >= 1 per level")
         if not 0.0 <= self.dropout < 1.0:
             errors.append(f"dropout={self.dropout}: must be at least 0 and below 1")
         if self.context_channels < 0:

@@ -466,9 +466,9 @@ class AutoEncoderKL(nn.Module):
     def to_rgb(self, x: Tensor) -> Tensor:
         """Convert images with any number of channels to RGB images [B, 3, H, W] in [-1, 1].
 
-        One channel is repeated, and three are kept. More channels are projected by the `colorize`
-        buffer and each image is rescaled to the full range; without this buffer, the first three
-        channels are used.
+        One channel is repeated, and three are kept. Images with more than three
+        channels are projected by the `colorize` buffer and rescaled to the full range; without this
+        buffer, the first three channels are used.
         """
         channels = x.shape[1]
         if channels == 1:

@@ -106,7 +106,7 @@ def read_torch_file(path: Path, *, mmap: bool = False) -> Any:
         ) from None
     except Exception as error:  # torch raises many different types for damaged files
         raise ValueError(
-            f"{path}: cannot be read as a checkpoint ({one_line(error)}); it may be incomplete, "
+            f"{path}: cannot be read as a checkpoint ({one_line(error)}); it may be incomplete; "
             "copy or download it again"
         ) from None
 

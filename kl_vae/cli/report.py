@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(text: str) -> None:
-    """Print; a closed pipe (such as that of `head`) ends the command."""
+    """Print; exit if the output pipe is closed, for example by `head`."""
     try:
         print(text, flush=True)
     except BrokenPipeError:

@@ -69,7 +69,7 @@ def class_labels(source: Source) -> Labels:
             if text is None or not text.strip().isdecimal():
                 problem = "has no label" if text is None else f"its label is {text.strip()!r:.40}"
                 raise ValueError(
-                    f"{source.name(i)}: {problem}; label each image with an integer of at least 0, "
+                    f"{source.name(i)}: {problem}; label each image with a non-negative integer, "
                     "or omit --labels"
                 )
         return Labels(torch.tensor([int(text) for text in texts if text is not None]), None)

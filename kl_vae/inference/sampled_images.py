@@ -274,7 +274,7 @@ class PosteriorImages:
         self, canvas: Canvas, source: Source, number: int, seed: int, num_workers: int
     ) -> None:
         if number < 2:
-            raise ValueError(f"number={number}: too few samples for a deviation; give at least 2")
+            raise ValueError(f"number={number}: too few samples for a standard deviation; give at least 2")
         self._canvas = canvas
         self._source = source
         self._number = number

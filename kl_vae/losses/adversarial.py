@@ -381,8 +381,8 @@ def _perceptual_loss(config: AdversarialConfig) -> Callable[[Tensor, Tensor], Te
     except ValueError as error:
         key = "model.params.lossconfig.params.perceptual"
         raise ValueError(
-            f"lossconfig.params.perceptual={config.perceptual}: {error}; in a config these are "
-            f"{key}_features=FILE, {key}_heads=FILE and {key}_linear=false, or train without LPIPS "
+            f"lossconfig.params.perceptual={config.perceptual}: {error}; in a config, set "
+            f"{key}_features=FILE, {key}_heads=FILE and {key}_linear=false, or disable LPIPS "
             f"with {key}_weight=0.0"
         ) from None
 
