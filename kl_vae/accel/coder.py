@@ -19,7 +19,7 @@ from kl_vae.encoder import DownLevel, Encoder, Level
 
 
 class FastEncoder(Encoder):
-    """`Encoder` that frees feature maps early; `activation_checkpointing` is as in its blocks."""
+    """`Encoder` that frees feature maps early, with the `activation_checkpointing` of its blocks."""
 
     activation_checkpointing: str | None = None
 
@@ -35,7 +35,7 @@ class FastEncoder(Encoder):
 
 
 class FastDecoder(Decoder):
-    """`Decoder` that frees feature maps early; `activation_checkpointing` is as in its blocks."""
+    """`Decoder` that frees feature maps early, with the `activation_checkpointing` of its blocks."""
 
     activation_checkpointing: str | None = None
 

@@ -27,7 +27,7 @@ from kl_vae.blocks import Upsample
 
 
 class MergedUpsample(Upsample):
-    """`Upsample` as a transposed convolution: `always`, or where it was measured to be faster."""
+    """`Upsample` as a transposed convolution: `always`, or where `merging_pays`."""
 
     always: bool = False
 
@@ -71,7 +71,7 @@ def _spread(weight: Tensor, dim: int) -> Tensor:
 
 
 def merging_pays(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Return whether merging was measured to be faster, for forward and backward together.
+    """Return whether merging is faster in benchmarks of forward plus backward.
 
     It is not faster in half precision or for small feature maps. The choice does not depend on the
     batch size.

@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the page (default: report.html in the run; of several, in the current directory)",
     )
     parser.add_argument(
-        "--embed", action="store_true", help="put the images into the page, to send one file"
+        "--embed",
+        action="store_true",
+        help="embed the images in the page, so that it is a single file",
     )
     parser.add_argument(
         "--text", action="store_true", help="print the state of each run, and write no page"

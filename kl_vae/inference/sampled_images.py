@@ -202,7 +202,7 @@ def interpolated_images(
         ValueError: fewer than 2 steps or images, or an image that cannot be used.
     """
     if steps < 2:
-        raise ValueError(f"steps={steps}: give at least 2, the two images themselves")
+        raise ValueError(f"steps={steps}: give at least 2; both end images are counted")
     ends: list[Tensor] = []  # posterior means, [z, h, w]
     for source in sources:
         indices = range(min(2, len(source)))
@@ -274,7 +274,9 @@ class PosteriorImages:
         self, canvas: Canvas, source: Source, number: int, seed: int, num_workers: int
     ) -> None:
         if number < 2:
-            raise ValueError(f"number={number}: too few samples for a standard deviation; give at least 2")
+            raise ValueError(
+                f"number={number}: too few samples for a standard deviation; give at least 2"
+            )
         self._canvas = canvas
         self._source = source
         self._number = number

@@ -413,7 +413,7 @@ def gradient_at(total: Tensor, x: Tensor, values: int) -> Tensor:
     """Return the gradient of a mean over `values` values with respect to x, in the shape of x.
 
     Each value has a gradient of 1 / values, which half precision might round to 0. The mean is
-    therefore scaled by a power of two near `values`, and the gradient is divided by it.
+    therefore scaled by a power of two near the number of values, and the gradient is divided by it.
     """
     scale = 2.0 ** math.ceil(math.log2(max(values, 1)))
     (gradient,) = torch.autograd.grad(total * scale, x)

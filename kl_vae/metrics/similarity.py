@@ -19,7 +19,7 @@ MS_SSIM_SIDE = WINDOW * 2 ** (len(SCALE_WEIGHTS) - 1)  # one window at the coars
 
 
 def mse(x: Tensor, y: Tensor, data_range: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
-    """Compute the mean squared error of images scaled to [0, 1], [B], float64.
+    """Compute the mean squared error per image, scaled to [0, 1]: [B], float64.
 
     The mean is over all C * H * W values. See `psnr` for the arguments and errors.
     """
