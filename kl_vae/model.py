@@ -87,6 +87,8 @@ class AutoEncoderKL(nn.Module):
         self.config = ddconfig
         self.embed_dim = embed_dim
         self.monitor = monitor
+        # `data.range` of the images that it was trained on; checkpoints state it
+        self.pixel_range: Any = "auto"
         self.latents: LatentNormalization | None = None
         if latents is not None:
             self.latents = from_mapping(LatentNormalization, latents, "latents")
@@ -402,6 +404,7 @@ class AutoEncoderKL(nn.Module):
         fitting = match(own, weights.tensors, source=weights.source)
         tensors = {key: x.to(own[key].dtype) for key, x in fitting.items()}
         model.load_state_dict(tensors, strict=False, assign=True)
+        model.pixel_range = weights.pixel_range or "auto"
         return model.eval()
 
     @property

@@ -39,7 +39,7 @@ def write_bad_files(folder: Path, seed: int = 0) -> BadFiles:
     """
     folder.mkdir(parents=True, exist_ok=True)
     bad = {**no_images(), **bombs(), **bad_arrays()}
-    good = odd_images()
+    good = {**odd_images(), **large_metadata()}
     for name, content in {**bad, **good}.items():
         (folder / name).write_bytes(content)
     damaged = [
@@ -100,9 +100,8 @@ def bad_arrays() -> dict[str, bytes]:
     return {
         "flat.npy": npy(np.zeros(9, np.uint8)),
         "two_channels.npy": npy(pixels[..., :2]),
-        "integers.npy": npy(pixels.astype(np.int64)),
+        "booleans.npy": npy(pixels > 0),
         "nan.npy": npy(np.full((4, 4, 3), np.nan)),
-        "range.npy": npy(np.full((4, 4, 3), 255.0)),
         "huge.npy": npy(pixels, shape=(10**9, 10**9, 3)),
         "negative.npy": npy(pixels, shape=(-4, 4, 3)),
         "no_pixels.npy": npy(pixels[:0]),
@@ -114,12 +113,18 @@ def bad_arrays() -> dict[str, bytes]:
 # --- more memory than the file's size lets one expect
 
 
+def large_metadata() -> dict[str, bytes]:
+    """Small images with metadata of 1 GB, which is not needed to read them."""
+    return {
+        "text_of_1_GB.png": png(1, 1, zeros(2), b"zTXta\0\0" + zeros(2**30)),
+        "profile_of_1_GB.png": png(1, 1, zeros(2), b"iCCPa\0\0" + zeros(2**30)),
+    }
+
+
 def bombs() -> dict[str, bytes]:
     """Small files of many pixels, or with something else that takes memory."""
     return {
         "zeros.png": png(60_000, 60_000, zeros(60_000 * 7501), bits=1),
-        "text_of_1_GB.png": png(1, 1, zeros(2), b"zTXta\0\0" + zeros(2**30)),
-        "profile_of_1_GB.png": png(1, 1, zeros(2), b"iCCPa\0\0" + zeros(2**30)),
         "no_width.png": png(0, 4, zeros(4)),
         "pixels.jpg": _resized_jpeg(65_500, 65_500),
         "no_height.jpg": _resized_jpeg(9, 0),
@@ -389,7 +394,7 @@ def odd_images() -> dict[str, bytes]:
         "transparent_palette.png": _saved(picture("P"), "PNG", transparency=bytes(range(256))),
         "deep.png": _saved(picture("I;16"), "PNG"),
         "deep.tif": _saved(picture("I;16"), "TIFF"),
-        "floats.tif": _saved(picture("F"), "TIFF"),
+        "floats.tif": _saved(Image.fromarray(np.asarray(picture("F")) / np.float32(255)), "TIFF"),
         "lab.tif": _saved(picture("LAB"), "TIFF"),
         "rgba.png": _saved(picture("RGBA"), "PNG"),
         "grey_and_alpha.png": _saved(picture("LA"), "PNG"),

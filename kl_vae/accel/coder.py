@@ -19,7 +19,7 @@ from kl_vae.encoder import DownLevel, Encoder, Level
 
 
 class FastEncoder(Encoder):
-    """`Encoder` that frees feature maps early, with the `activation_checkpointing` of its blocks."""
+    """`Encoder` that frees feature maps early; its blocks share its `activation_checkpointing`."""
 
     activation_checkpointing: str | None = None
 
@@ -35,7 +35,7 @@ class FastEncoder(Encoder):
 
 
 class FastDecoder(Decoder):
-    """`Decoder` that frees feature maps early, with the `activation_checkpointing` of its blocks."""
+    """`Decoder` that frees feature maps early; its blocks share its `activation_checkpointing`."""
 
     activation_checkpointing: str | None = None
 

@@ -52,14 +52,18 @@ def export_checkpoint(
     for key in ("ddconfig", "latents"):
         params[key] = params[key] and dataclasses.asdict(params[key])
     tensors = {key: x for key, x in weights.tensors.items() if not key.startswith("loss.")}
-    write_export(out, tensors, params, weights.step)
+    write_export(out, tensors, params, weights.step, weights.pixel_range)
     kind = "averaged weights" if weights.averaged else "weights"
     step = "" if weights.step is None else f" of step {weights.step}"
     return f"{kind}{step} ({len(tensors)} tensors)"
 
 
 def write_export(
-    out: Path, tensors: Mapping[str, Tensor], params: Mapping[str, Any], step: int | None = None
+    out: Path,
+    tensors: Mapping[str, Tensor],
+    params: Mapping[str, Any],
+    step: int | None = None,
+    pixel_range: Any = None,
 ) -> None:
     """Write a kl_vae checkpoint that contains only an autoencoder.
 
@@ -68,13 +72,14 @@ def write_export(
         tensors: state dict in the CompVis layout, without a loss.
         params: `model.params` as plain values.
         step: training step; None: unknown.
+        pixel_range: `data.range` of the images that it was trained on; None: not stated.
 
     Raises:
         ValueError: `out` exists or cannot be written.
     """
     if out.exists():
         raise ValueError(f"{out}: already exists; give another path")
-    config = {"model": {"params": params}}
+    config = {"model": {"params": params}, "data": {"range": pixel_range}}
     try:
         write_checkpoint(out, {"model": dict(tensors), "config": config, "step": step})
     except OSError as error:

@@ -42,6 +42,7 @@ class Weights(NamedTuple):
     source: str  # the file or folder in messages
     step: int | None  # training step of a run
     averaged: bool  # whether the tensors are the moving average of a run
+    pixel_range: Any = None  # `data.range` of the images that it was trained on, if stated
 
 
 def read_weights(path: str | Path, ema: bool = True) -> Weights:
@@ -67,14 +68,16 @@ def read_weights(path: str | Path, ema: bool = True) -> Weights:
     check_within_file(tensors, size, str(source))
     tensors = with_quant_convolutions(tensors)
     tensors = from_diffusers(tensors) if is_diffusers(tensors) else with_kernels(tensors)
-    params, eps = _params(first.config), EPS
+    params, eps = _section(first.config, "model", "params"), EPS
+    params = params if isinstance(params, Mapping) else None
     if config is not None:
         params = params_of_config(config, str(source / CONFIG))
         eps = config.get("batch_norm_eps", EPS)
     tensors, latents = take_batch_norm(tensors, eps)
     name = str(source if config is not None else first.path)
     paths = tuple(content.path for content in contents)
-    return Weights(tensors, params, latents, paths, name, first.step, first.averaged)
+    pixel_range = _section(first.config, "data", "range")
+    return Weights(tensors, params, latents, paths, name, first.step, first.averaged, pixel_range)
 
 
 class _Content(NamedTuple):
@@ -122,11 +125,11 @@ def _read_safetensors(path: Path, ema: bool) -> _Content:
     return _Content(path, {key: content.tensors[name] for key, name in chosen.items()}, config)
 
 
-def _params(config: object) -> Mapping[str, Any] | None:
-    """Return `model.params` of a config, or None."""
-    for key in ("model", "params"):
+def _section(config: object, *keys: str) -> Any:
+    """Return a value of a nested config, or None."""
+    for key in keys:
         config = config.get(key) if isinstance(config, Mapping) else None
-    return config if isinstance(config, Mapping) else None
+    return config
 
 
 # --- select the files of a folder

@@ -108,16 +108,39 @@ def add_image_arguments(
         nargs="+",
         default=(),
         metavar="PATTERN",
-        help="patterns of files in folders to include (default: all)",
+        help="of folders, use only files that match these patterns (default: all)",
     )
     parser.add_argument(
-        "--exclude", nargs="+", default=(), metavar="PATTERN", help="patterns of files to exclude"
+        "--exclude",
+        nargs="+",
+        default=(),
+        metavar="PATTERN",
+        help="of folders, leave out files that match these patterns",
     )
     parser.add_argument(
         "--max-pixels",
         type=positive,
         metavar="N",
         help="skip images with more than N pixels, before decoding (default: 178956970)",
+    )
+    add_format_arguments(parser)
+
+
+def add_format_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments for what the numbers in image files mean."""
+    parser.add_argument(
+        "--range",
+        dest="value_range",
+        nargs=2,
+        type=float,
+        metavar=("BLACK", "WHITE"),
+        help="stored values of black and white (default: those that the checkpoint was trained "
+        "with, else the depth of the files)",
+    )
+    parser.add_argument(
+        "--pages",
+        choices=("first", "channels", "images"),
+        help="what the pages of a TIFF file are (default: a file with several is an error)",
     )
 
 

@@ -41,6 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="quality of webp (default: 95; 100: lossless) and jpg (default: 90), up to 100",
     )
     parser.add_argument(
+        "--bits",
+        type=int,
+        choices=(8, 16),
+        default=8,
+        help="bits per channel of png files (default: 8); metrics are those of 8 bits",
+    )
+    parser.add_argument(
         "--lpips",
         choices=("none", "vgg", "alex", "squeeze"),
         default="none",

@@ -10,6 +10,7 @@ import argparse
 import os
 
 from kl_vae.cli.arguments import (
+    add_format_arguments,
     add_model_arguments,
     add_output_arguments,
     add_tiling_arguments,
@@ -28,6 +29,8 @@ USES = {
     "include": OF_IMAGES,
     "exclude": OF_IMAGES,
     "max_pixels": OF_IMAGES,
+    "value_range": OF_IMAGES,
+    "pages": OF_IMAGES,
     "steps": ("interpolation",),
     "linear": ("interpolation",),
 }
@@ -70,10 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--include",
         nargs="+",
         metavar="PATTERN",
-        help="patterns of files in folders to include (default: all)",
+        help="of folders, use only files that match these patterns (default: all)",
     )
     parser.add_argument(
-        "--exclude", nargs="+", metavar="PATTERN", help="patterns of files to exclude"
+        "--exclude",
+        nargs="+",
+        metavar="PATTERN",
+        help="of folders, leave out files that match these patterns",
     )
     parser.add_argument(
         "--max-pixels",
@@ -81,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="refuse images with more than N pixels, before decoding (default: 178956970)",
     )
+    add_format_arguments(parser)
     parser.add_argument(
         "--steps",
         type=positive,

@@ -16,10 +16,17 @@ from kl_vae.data.latents import LatentDataset, LatentSample
 from kl_vae.data.loader import STOP_SIGNALS, Batch, batch_loader, collate
 from kl_vae.data.named import NAMED, NamedSource
 from kl_vae.data.paths import PathList, fingerprint
+from kl_vae.data.pixel_format import PixelFormat, ValueRange, decide_format
 from kl_vae.data.pixels import Wanted, normalized, pil_to_tensor, to_float, to_uint8
 from kl_vae.data.roots import is_shard, open_root, resolve_root
 from kl_vae.data.sampler import Key, StepSampler, permutation, validation_batches
-from kl_vae.data.sources import FolderSource, JoinedSource, Source, StoredSource
+from kl_vae.data.sources import (
+    FolderSource,
+    JoinedSource,
+    Source,
+    StoredSource,
+    with_format,
+)
 from kl_vae.data.tar_shards import TarSource
 from kl_vae.data.transforms import (
     center_crop,
@@ -47,6 +54,7 @@ __all__ = [
     "LatentSample",
     "NamedSource",
     "PathList",
+    "PixelFormat",
     "Sample",
     "Source",
     "SourceConfig",
@@ -54,10 +62,13 @@ __all__ = [
     "StoredSource",
     "TarSource",
     "ValidationConfig",
+    "ValueRange",
     "Wanted",
     "batch_loader",
     "build_datasets",
     "center_crop",
+    "decide_format",
+    "with_format",
     "channels_inside",
     "collate",
     "fingerprint",

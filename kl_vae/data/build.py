@@ -13,8 +13,9 @@ from kl_vae.data.dataset import ImageDataset
 from kl_vae.data.folder import matcher
 from kl_vae.data.named import NamedSource
 from kl_vae.data.paths import name_bytes
+from kl_vae.data.pixel_format import decide_format
 from kl_vae.data.roots import open_root, resolve_root
-from kl_vae.data.sources import Source, StoredSource
+from kl_vae.data.sources import Source, StoredSource, with_format
 from kl_vae.runtime.files import display_name
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ def build_datasets(
             check_crop_fits(config.resize, crop)
         except ValueError as error:
             raise ValueError(f"data.{error}") from None
+    training: Source
+    validation: Source | None
     if config.name == "folder":
         training, validation = _stored_sources(config, config.train.root, channels)
     else:
@@ -78,14 +81,27 @@ def _named_sources(
 
 def _stored_sources(
     config: DataConfig, train_root: str, channels: int
-) -> tuple[Source, Source | None]:
-    train, chosen, max_pixels = config.train, config.validation, config.max_pixels
+) -> tuple[StoredSource, StoredSource | None]:
+    train, max_pixels = config.train, config.max_pixels
     with _prefix_errors("data.train.root"):
         source = open_root(train_root, channels, train.include, train.exclude, max_pixels)
+    training, validation = _split(config, source)
+    with _prefix_errors("data.train.root"):
+        pixel_format = decide_format(training, config.range, config.pages)
+        training = with_format(training, pixel_format)
+    if validation is not None:
+        with _prefix_errors("data.validation.root"):
+            validation = with_format(validation, pixel_format)
+    return training, validation
+
+
+def _split(config: DataConfig, source: StoredSource) -> tuple[StoredSource, StoredSource | None]:
+    """Return the training and the validation images."""
+    chosen = config.validation
     if chosen.root is not None:
         with _prefix_errors("data.validation.root"):
             validation = open_root(
-                chosen.root, channels, chosen.include, chosen.exclude, max_pixels
+                chosen.root, source.channels, chosen.include, chosen.exclude, config.max_pixels
             )
         _check_disjoint(source, validation, chosen.root)
         return source, validation

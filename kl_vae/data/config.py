@@ -1,9 +1,10 @@
 """Configuration of the data."""
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from kl_vae.data.decoding import MAX_PIXELS
+from kl_vae.data.pixel_format import AUTO, check_pages, parse_ranges
 
 DatasetName = Literal["folder", "cifar10", "fashion-mnist"]
 
@@ -62,6 +63,12 @@ class DataConfig:
             fashion-mnist); these have their own validation images and take no patterns.
         train: the training images.
         validation: the validation images.
+        range: `auto`, or the values [low, high] of black and white. `auto`: integers have the depth
+            that their files state; 8, 10, 12 or 14 bits stored in 16, and floats in [0, 1] or
+            [-1, 1], are detected from a sample of all files. The run's config then states the
+            range per kind of numbers, such as `{uint16: [0, 4095]}`.
+        pages: what the pages of a TIFF file are: `first` (only the first page is used), `channels`,
+            or `images`; null: files of several pages are an error.
         resize: short side in pixels before cropping; null: no resizing.
         crop: side of the crop in pixels (random crops in training, center crops otherwise); null:
             the model's resolution.
@@ -79,6 +86,8 @@ class DataConfig:
     name: DatasetName = "folder"
     train: SourceConfig = field(default_factory=SourceConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    range: str | tuple[float, ...] | dict[str, Any] = AUTO
+    pages: str | None = None
     resize: int | None = None
     crop: int | None = None
     flip: bool = True
@@ -96,6 +105,8 @@ class DataConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"{key}={value}: must be at least 1")
+        parse_ranges(self.range)
+        check_pages(self.pages)
         if self.num_workers < 0:
             raise ValueError(f"num_workers={self.num_workers}: must be 0 or more")
         if not 0 <= self.max_bad_fraction <= 1:

@@ -1,7 +1,7 @@
 """Decoding of image files and `.npy` files: open, check the size, decode, convert to a tensor.
 
-`read_image_from` reads a stream, `read_image` a file. `kl_vae.data.pixels` converts the decoded
-pixels to tensors.
+`read_image_from` reads a stream, `read_image` a file, and `inspect_from` what a file states about
+its numbers. `kl_vae.data.pixels` converts the decoded pixels to tensors.
 
 Shapes: C channels, H height, W width.
 """
@@ -21,18 +21,34 @@ from numpy.typing import NDArray
 from PIL import ExifTags, GifImagePlugin, Image, ImageFile, JpegImagePlugin, TiffImagePlugin
 from torch import Tensor
 
-from kl_vae.data.pixels import WHOLE_IMAGE, Wanted, array_to_tensor, pil_to_tensor
+from kl_vae.data.pixel_format import (
+    HOW_TO_SET_PAGES,
+    Inspected,
+    Measured,
+    PixelFormat,
+    extremes,
+    kind_of,
+)
+from kl_vae.data.pixels import (
+    WHOLE_IMAGE,
+    Stored,
+    Wanted,
+    array_to_tensor,
+    pil_to_tensor,
+    stored_to_tensor,
+)
+from kl_vae.data.png import PngReader, read_16_bits, stated_bits
+from kl_vae.data.tiff import TiffReader, oriented, page_numbers, read_bands, tags_of
 from kl_vae.runtime.files import display_name
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 ARRAY_EXTENSIONS = (".npy",)
+BANDS_EXTENSIONS = (".tif", ".tiff")  # of image files with any number of bands
 # formats are detected by content, because wrong extensions are common. Pillow's other readers are
 # not used: the EPS reader, for example, runs Ghostscript
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 # same limit as Pillow's: 512 MiB as RGB
 MAX_PIXELS = 178_956_970
-# maximum number of tiles or strips of a TIFF; MAX_PIXELS in 32 x 32 tiles are fewer
-MAX_TILES = 2**18
 
 TRANSPOSE_BY_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -43,6 +59,9 @@ TRANSPOSE_BY_ORIENTATION = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+PIXEL_FORMAT = PixelFormat()  # no ranges but those that files state, and no file of several pages
 
 
 class ImageError(ValueError):
@@ -57,15 +76,20 @@ def read_image(
     channels: int,
     max_pixels: int = MAX_PIXELS,
     wanted: Wanted = WHOLE_IMAGE,
+    pixel_format: PixelFormat = PIXEL_FORMAT,
 ) -> Tensor:
     """Decode a file to [C,H,W].
 
-    An image file is decoded to uint8 with C = 1, 3 or 4. Its EXIF orientation is applied, only the
-    first frame is read, and transparency is composited on white unless C is 4. The memory layout
-    is channels-last.
+    An image file is decoded to uint8, rounded if it has more bits. Its EXIF orientation is
+    applied, its colours are converted to sRGB by its ICC profile, and transparency is composited on
+    white unless C is 4. TIFF files may have any number of bands, which is then C. Of an animation
+    the first frame is read. The memory layout is channels-last.
 
-    A `.npy` file contains [H,W,C], or [H,W] if C is 1. uint8 is returned as stored; uint16 and
-    floats in [0, 1] are converted to float32 in [0, 1].
+    A `.npy` file contains [H,W,C] or [C,H,W], or [H,W] if C is 1. uint8 is returned as stored;
+    other numbers are converted to float32 in [0, 1].
+
+    Black and white are the lowest and the highest value of the depth that the file states (0 and 1
+    for floats), unless `pixel_format` states others.
 
     Peak memory is at most 100 MB plus, for an image file, 24 bytes per pixel of `max_pixels` and
     50 bytes per byte of the file; for a `.npy` file, its size and 4 bytes per value.
@@ -75,12 +99,14 @@ def read_image(
         channels: C.
         max_pixels: maximum number of pixels, checked before decoding.
         wanted: the region to convert, and the minimum size to decode a JPEG at.
+        pixel_format: values of black and white, and what the pages of a TIFF file are.
 
     Raises:
-        ImageError: The file cannot be read, is damaged, or has more than `max_pixels` pixels.
+        ImageError: The file cannot be read, is damaged, has more than `max_pixels` pixels, bands
+            that are not `channels`, or values outside its range.
     """
     opened = partial(_open_file, Path(path))
-    return read_image_from(opened, display_name(path), channels, max_pixels, wanted)
+    return read_image_from(opened, display_name(path), channels, max_pixels, wanted, pixel_format)
 
 
 def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -98,6 +124,7 @@ def read_image_from(
     channels: int,
     max_pixels: int = MAX_PIXELS,
     wanted: Wanted = WHOLE_IMAGE,
+    pixel_format: PixelFormat = PIXEL_FORMAT,
 ) -> Tensor:
     """Decode a stream to [C,H,W], in the same way as `read_image` decodes a file.
 
@@ -107,6 +134,7 @@ def read_image_from(
         channels: C.
         max_pixels: maximum number of pixels, checked before decoding.
         wanted: as in `read_image`.
+        pixel_format: as in `read_image`.
 
     Raises:
         ImageError: as in `read_image`.
@@ -114,8 +142,73 @@ def read_image_from(
     with _image_errors(name), open_stream() as stream:
         _check_not_empty(stream)
         if _is_array(name):
-            return wanted.cut(array_to_tensor(_read_array(stream, max_pixels), channels))
-        return pil_to_tensor(_decode(stream, max_pixels, wanted.short_side), channels, wanted)
+            array = _read_array(stream, max_pixels)
+            return wanted.cut(array_to_tensor(array, channels, pixel_format))
+        image = _open_image(stream)
+        _check_size(image, max_pixels)
+        if wanted.short_side is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
+            _draft(image, wanted.short_side)
+        decoded = _decode(image, stream, channels, pixel_format)
+        if isinstance(decoded, Stored):
+            return stored_to_tensor(decoded, channels, wanted, pixel_format, name)
+        return pil_to_tensor(decoded, channels, wanted, pixel_format, name)
+
+
+def tiff_pages(path: str | os.PathLike[str]) -> list[int]:
+    """Return the numbers of the pages of a TIFF file that are images; [0] for other files."""
+    try:
+        with _image_errors(display_name(path)), _open_file(Path(path)) as stream:
+            image = _open_image(stream)
+            return page_numbers(image) if isinstance(image, TiffReader) else [0]
+    except ImageError:  # reported when the file is read
+        return [0]
+
+
+def inspect_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Inspected:
+    """Return what a file states about its numbers; see `inspect_from`."""
+    return inspect_from(partial(_open_file, Path(path)), display_name(path), max_pixels)
+
+
+def inspect_from(
+    open_stream: Callable[[], BinaryIO], name: str, max_pixels: int = MAX_PIXELS
+) -> Inspected:
+    """Return what a file states about its numbers; files of 8 bits are not decoded.
+
+    Raises:
+        ImageError: as in `read_image`.
+    """
+    with _image_errors(name), open_stream() as stream:
+        _check_not_empty(stream)
+        if _is_array(name):
+            array = _read_array(stream, max_pixels)
+            return Inspected(None if array.dtype == np.uint8 else _measured(array))
+        image = _open_image(stream)
+        _check_size(image, max_pixels)
+        if isinstance(image, TiffReader):
+            pages = len(page_numbers(image))
+            tags = tags_of(image)
+            measured = None
+            if tags.bits > 8 or tags.kind != "u":
+                stored = _read_page(image, stream, 0)
+                if isinstance(stored, Stored) and stored.bits is None:
+                    measured = _measured(stored.values)
+            return Inspected(measured, pages, tags.bands)
+        if isinstance(image, PngReader):
+            if image.chunks.depth != 16:
+                return Inspected(animated=image.chunks.animated)
+            stored = _read_16_bit_png(image)
+            return Inspected(
+                None if stored.bits else _measured(stored.values), animated=image.chunks.animated
+            )
+        animated = image.format in ("GIF", "WEBP") and getattr(image, "n_frames", 1) > 1
+        if not image.mode.startswith(("I", "F")):
+            return Inspected(animated=animated)
+        image.load()
+        return Inspected(_measured(Stored.of(image).values), animated=animated)
+
+
+def _measured(values: NDArray[Any]) -> Measured:
+    return Measured(kind_of(values.dtype), *extremes(values))
 
 
 def read_size_from(open_stream: Callable[[], BinaryIO], name: str) -> tuple[int, int]:
@@ -177,24 +270,6 @@ def _check_pixels(height: int, width: int, max_pixels: int, what: str = "") -> N
 # --- image files
 
 
-class _Tiff(TiffImagePlugin.TiffImageFile):
-    """TIFF reader with a limit on the number of tiles or strips.
-
-    Pillow allocates 300 bytes for each of them while it reads the header, and a damaged file may
-    list millions.
-    """
-
-    def _setup(self) -> None:
-        for tag in (TiffImagePlugin.STRIPOFFSETS, TiffImagePlugin.TILEOFFSETS):
-            number = len(self.tag_v2.get(tag, ()))
-            if number > MAX_TILES:
-                raise ValueError(
-                    f"{number} tiles or strips are more than {MAX_TILES}: save the image with "
-                    "larger ones"
-                )
-        super()._setup()
-
-
 class _Gif(GifImagePlugin.GifImageFile):
     """GIF reader for the first frame only, without a disposal method.
 
@@ -213,24 +288,87 @@ def _open_image(stream: BinaryIO) -> ImageFile.ImageFile:
         if accepts is None or accepts(prefix) is True:
             stream.seek(0)
             # no file name: Pillow would map the file, in which the image may have an offset
-            return {"TIFF": _Tiff, "GIF": _Gif}.get(name, reader)(stream, "")
+            own = {"TIFF": TiffReader, "GIF": _Gif, "PNG": PngReader}
+            return own.get(name, reader)(stream, "")
     raise ValueError(f"not an image: the bytes are none of {', '.join(FORMATS)}")
 
 
-def _decode(stream: BinaryIO, max_pixels: int, short_side: int | None) -> Image.Image:
-    """Read the pixels and apply the EXIF orientation; see `Wanted` for `short_side`."""
-    image = _open_image(stream)
+def _check_size(image: ImageFile.ImageFile, max_pixels: int) -> None:
     _check_pixels(image.height, image.width, max_pixels)
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
+    if isinstance(image, TiffReader):
         _check_tiles(image, max_pixels)
-    if short_side is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
-        _draft(image, short_side)
+
+
+def _decode(
+    image: ImageFile.ImageFile, stream: BinaryIO, channels: int, pixel_format: PixelFormat
+) -> Image.Image | Stored:
+    """Read the pixels of an open image, with the orientation applied."""
+    if isinstance(image, TiffReader):
+        return _read_tiff(image, stream, channels, pixel_format)
+    if isinstance(image, PngReader) and image.chunks.depth == 16:
+        return _read_16_bit_png(image)
     method = TRANSPOSE_BY_ORIENTATION.get(_orientation(image))
     image.load()
     return image if method is None else image.transpose(method)
 
 
-def _check_tiles(image: TiffImagePlugin.TiffImageFile, max_pixels: int) -> None:
+def _read_16_bit_png(image: PngReader) -> Stored:
+    values = read_16_bits(image.chunks)
+    return Stored(
+        oriented(values, _orientation(image)),
+        {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[values.shape[2]],
+        bits=stated_bits(values, image.chunks.significant),
+        profile=image.chunks.profile,
+        transparent=image.chunks.transparent,
+    )
+
+
+def _read_tiff(
+    image: TiffReader, stream: BinaryIO, channels: int, pixel_format: PixelFormat
+) -> Image.Image | Stored:
+    """Read the first page, or the pages as channels."""
+    if pixel_format.page is not None:
+        return _read_page(image, stream, pixel_format.page)
+    pages = [0] if pixel_format.pages == "first" else page_numbers(image)
+    if len(pages) == 1:
+        return _read_page(image, stream, 0)
+    found = Inspected(pages=len(pages), bands=tags_of(image).bands)
+    if pixel_format.pages != "channels" and not found.are_channels(channels):
+        raise ValueError(f"{len(pages)} pages: {HOW_TO_SET_PAGES}")
+    stored = []
+    for page in pages:
+        read = _read_page(image, stream, page)  # an image is valid until the next page is read
+        stored.append(read if isinstance(read, Stored) else Stored.of(read))
+    shapes = {page.values.shape[:2] for page in stored}
+    if len(shapes) > 1:
+        raise ValueError(f"pages of sizes {sorted(shapes)} are not the channels of one image")
+    values = np.concatenate([page.values for page in stored], axis=2)
+    return stored[0]._replace(values=values, mode=None)
+
+
+def _read_page(image: TiffReader, stream: BinaryIO, page: int) -> Image.Image | Stored:
+    """Read a page of a TIFF file: as an image, or its samples where they have more than 8 bits."""
+    image.seek(page)
+    tags = tags_of(image)
+    stated = tags.bits if tags.kind == "u" and tags.bits not in (8, 16, 32, 64) else None
+    if tags.needs_tifffile or image.unreadable:
+        mode = tags.mode
+        if mode is not None and tags.has_alpha:
+            mode += "a" if tags.extra[0] == 1 else "A"
+        return Stored(
+            read_bands(stream, page, tags, image.orientation),
+            mode,
+            bits=stated,
+            inverted=image.min_is_white,
+            profile=image.profile,
+        )
+    image.load()
+    if tags.bits <= 8:
+        return image
+    return Stored.of(image)._replace(bits=stated, inverted=image.min_is_white)
+
+
+def _check_tiles(image: TiffReader, max_pixels: int) -> None:
     """Check the tile size: a tile is allocated as a whole, even if the image is smaller."""
     tags = (TiffImagePlugin.TILELENGTH, TiffImagePlugin.TILEWIDTH)
     height, width = (image.tag_v2.get(tag, 1) for tag in tags)

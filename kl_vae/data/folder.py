@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kl_vae.data.decoding import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS
+from kl_vae.data.decoding import ARRAY_EXTENSIONS, BANDS_EXTENSIONS, IMAGE_EXTENSIONS
 from kl_vae.data.paths import PathList, file_size, name_bytes
 from kl_vae.data.pixels import MODE_BY_CHANNELS
 from kl_vae.runtime.files import display_name
@@ -34,7 +34,7 @@ def list_images(
     links and special files are listed; reading them raises an error.
 
     With 1, 3 or 4 channels, image files are listed, and `.npy` files only if a pattern of `include`
-    ends in `.npy`. With other numbers of channels, only `.npy` files are listed.
+    ends in `.npy`. With other numbers of channels, TIFF and `.npy` files are listed.
 
     Args:
         root: the folder.
@@ -132,8 +132,9 @@ def images_of(
 def image_extensions(channels: int, include: Sequence[str]) -> tuple[str, ...]:
     """Return the extensions of images with this number of channels; see `list_images`."""
     of_arrays = any(pattern.lower().endswith(ARRAY_EXTENSIONS) for pattern in include)
-    extensions: tuple[str, ...] = IMAGE_EXTENSIONS if channels in MODE_BY_CHANNELS else ()
-    return extensions + ARRAY_EXTENSIONS if of_arrays or not extensions else extensions
+    if channels not in MODE_BY_CHANNELS:
+        return BANDS_EXTENSIONS + ARRAY_EXTENSIONS
+    return IMAGE_EXTENSIONS + ARRAY_EXTENSIONS if of_arrays else IMAGE_EXTENSIONS
 
 
 def choose_images(

@@ -49,6 +49,8 @@ class LatentSettings:
         source: fingerprint of the source.
         weights: SHA-256 of the model's tensors.
         normalization: fields of the model's `LatentNormalization`; None: unknown.
+        range: values of black and white, see `kl_vae.data.DataConfig`.
+        pages: what the pages of TIFF files are.
     """
 
     what: Literal["moments", "sample", "mode"]
@@ -67,6 +69,8 @@ class LatentSettings:
     source: str
     weights: str
     normalization: dict[str, Any] | None
+    range: Any = "auto"
+    pages: str | None = None
 
     def __post_init__(self) -> None:
         for key in ("f", "channels", "crop", "resize", "images", "shard_size"):

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from kl_vae.data.pixel_format import PixelFormat
 from kl_vae.data.pixels import MODE_BY_CHANNELS, WHOLE_IMAGE, Wanted, pil_to_tensor
 from kl_vae.runtime.files import display_name
 
@@ -35,6 +36,7 @@ class NamedSource:
         if channels not in MODE_BY_CHANNELS:
             raise ValueError(f"{name} can be read with 1, 3 or 4 channels, not {channels}")
         self.channels = channels
+        self.pixel_format = PixelFormat()
         from torchvision import datasets  # slow to import
 
         self._title = f"{name} {'train' if training else 'test'}"

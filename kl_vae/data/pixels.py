@@ -6,13 +6,23 @@ Shapes: C channels, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+
+from kl_vae.data.color import to_srgb
+from kl_vae.data.pixel_format import (
+    ALL,
+    PixelFormat,
+    Range,
+    as_uint8,
+    as_unit_float,
+    black_and_white,
+)
 
 # white, composited behind transparent pixels
 BACKGROUND = 255
@@ -49,108 +59,198 @@ class Wanted(NamedTuple):
 WHOLE_IMAGE = Wanted()
 
 
+class Stored(NamedTuple):
+    """The samples of an image as its file stores them.
+
+    Attributes:
+        values: [H,W,C].
+        mode: Pillow's mode of the samples as 8 bits (`L`, `LA`, `La`, `RGB`, `RGBA`, `RGBa`,
+            `CMYK`; `a` is premultiplied alpha); None: bands that are no colours.
+        bits: depth that the file states, if it is not that of the dtype.
+        inverted: whether the lowest value is white.
+        profile: the ICC profile.
+        transparent: value, or values per colour, of transparent pixels.
+    """
+
+    values: NDArray[Any]
+    mode: str | None
+    bits: int | None = None
+    inverted: bool = False
+    profile: bytes | None = None
+    transparent: Any = None
+
+    @staticmethod
+    def of(image: Image.Image) -> Stored:
+        """Return the samples of a Pillow image of any mode."""
+        mode = image.mode
+        if mode.startswith(("I", "F")):
+            mode = "L"
+        elif mode not in ("L", "LA", "La", "RGB", "RGBA", "RGBa", "CMYK"):
+            mode = "RGBA" if image.has_transparency_data else "RGB"
+            image = image.convert(mode)
+        values = np.array(image)
+        if values.dtype == np.int32 and values.min() >= 0 and values.max() <= 65535:
+            values = values.astype(np.uint16)  # mode I, of 16 bits in the file
+        return Stored(
+            values if values.ndim == 3 else values[:, :, None],
+            mode,
+            profile=image.info.get("icc_profile"),
+            transparent=image.info.get("transparency"),
+        )
+
+    def as_image(self, rows: slice, columns: slice, black_white: Range) -> Image.Image:
+        """Return a tile as a Pillow image of 8 bits."""
+        values = self.values[rows, columns]
+        scaled = as_uint8(values, black_white, self.inverted)
+        assert self.mode is not None
+        size = (scaled.shape[1], scaled.shape[0])
+        image = Image.frombytes(self.mode, size, np.ascontiguousarray(scaled).tobytes())
+        if self.transparent is not None:
+            opaque = (values != np.array(self.transparent)).any(axis=2)
+            image.putalpha(Image.fromarray(np.where(opaque, 255, 0).astype(np.uint8)))
+        return image
+
+
 # --- Pillow images
 
 
-def pil_to_tensor(image: Image.Image, channels: int, wanted: Wanted = WHOLE_IMAGE) -> Tensor:
+def pil_to_tensor(
+    image: Image.Image,
+    channels: int,
+    wanted: Wanted = WHOLE_IMAGE,
+    pixel_format: PixelFormat = PixelFormat(),  # noqa: B008
+    name: str = "the image",
+) -> Tensor:
     """Convert a Pillow image of any mode to uint8 [C,H,W], channels-last in memory.
 
-    Colour is converted to grey by ITU-R 601 luminance. Transparency is composited on white, or kept
-    if `channels` is 4. 16-bit and float greys are scaled to 8 bits; the range of floats, 0..1 or
-    0..255, is determined over the whole image. Memory use is the image, the result and one tile.
+    Colours are converted to sRGB by the ICC profile of the image, and to grey by ITU-R 601
+    luminance. Transparency is composited on white, or kept if `channels` is 4. 16-bit and float
+    greys are scaled to 8 bits. Memory use is the image, the result and one tile.
 
     Args:
         image: an image of any mode.
         channels: 1 (greyscale), 3 (RGB) or 4 (RGBA).
         wanted: the region to convert.
+        pixel_format: values of black and white.
+        name: of the image in warnings.
 
     Raises:
-        ValueError: `channels` is not 1, 3 or 4, or the pixel values have an unsupported range.
+        ValueError: the image does not have this number of channels, or a value is outside the
+            range.
     """
-    if channels not in MODE_BY_CHANNELS:
+    rescaled = ALL in pixel_format.ranges or "uint8" in pixel_format.ranges
+    if rescaled or image.mode.startswith(("I", "F")) or channels not in MODE_BY_CHANNELS:
+        return stored_to_tensor(Stored.of(image), channels, wanted, pixel_format, name)
+    profile = image.info.get("icc_profile")
+
+    def tile(rows: slice, columns: slice) -> NDArray[np.uint8]:
+        box = (columns.start, rows.start, columns.stop, rows.stop)
+        part = image if box == (0, 0, *image.size) else image.crop(box)
+        return np.asarray(_convert_channels(channels, part, profile, name))
+
+    return _assemble(tile, channels, *wanted.bounds(image.height, image.width))
+
+
+def stored_to_tensor(
+    stored: Stored,
+    channels: int,
+    wanted: Wanted = WHOLE_IMAGE,
+    pixel_format: PixelFormat = PixelFormat(),  # noqa: B008
+    name: str = "the image",
+) -> Tensor:
+    """Convert the samples of a file to uint8 [C,H,W]; see `pil_to_tensor`.
+
+    Bands that are no colours, and any number of channels other than 1, 3 or 4, are kept as they
+    are stored; their number must be `channels`.
+
+    Raises:
+        ValueError: as `pil_to_tensor`.
+    """
+    height, width, bands = stored.values.shape
+    as_colors = stored.mode is not None and channels in MODE_BY_CHANNELS
+    if not as_colors and bands != channels:
         raise ValueError(
-            f"image files can be read with 1, 3 or 4 channels, not {channels}: "
-            f"save [height, width, {channels}] arrays as .npy"
+            f"the file has {bands} bands, and the model {channels} channels: set "
+            f"model.params.ddconfig.in_channels={bands} (and out_ch), or save the wanted bands as "
+            f".npy [height, width, {channels}]"
         )
-    white = _white(image) if image.mode.startswith(("I", "F")) else None
-    wanted_rows, wanted_columns = wanted.bounds(image.height, image.width)
-    top, left = wanted_rows.start, wanted_columns.start
-    height, width = wanted_rows.stop - top, wanted_columns.stop - left
-    converted = np.empty((height, width) if channels == 1 else (height, width, channels), np.uint8)
-    for rows, columns in _tiles(height, width):
-        box = (left + columns.start, top + rows.start, left + columns.stop, top + rows.stop)
-        tile = image if box == (0, 0, *image.size) else image.crop(box)
-        if white is not None:
-            tile = _scale_to_8_bits(tile, white)
-        converted[rows, columns] = np.asarray(_convert_channels(channels, tile))
-    result = torch.from_numpy(converted)  # [H,W] or [H,W,C]
-    return result[None] if channels == 1 else result.permute(2, 0, 1)
+    black_white = black_and_white(stored.values, stored.bits, pixel_format.ranges)
+
+    def tile(rows: slice, columns: slice) -> NDArray[np.uint8]:
+        if not as_colors:
+            return as_uint8(stored.values[rows, columns], black_white, stored.inverted)
+        part = stored.as_image(rows, columns, black_white)
+        return np.asarray(_convert_channels(channels, part, stored.profile, name))
+
+    return _assemble(tile, channels, *wanted.bounds(height, width))
 
 
-def _convert_channels(channels: int, image: Image.Image) -> Image.Image:
-    mode = MODE_BY_CHANNELS[channels]
-    if image.has_transparency_data:
+def _assemble(
+    tile: Callable[[slice, slice], NDArray[np.uint8]], channels: int, rows: slice, columns: slice
+) -> Tensor:
+    """Return the region of an image as [C,H,W], converted tile by tile."""
+    height, width = rows.stop - rows.start, columns.stop - columns.start
+    converted = np.empty((height, width, channels), np.uint8)
+    for down, right in _tiles(height, width):
+        part = tile(
+            slice(rows.start + down.start, rows.start + down.stop),
+            slice(columns.start + right.start, columns.start + right.stop),
+        )
+        converted[down, right] = part if part.ndim == 3 else part[:, :, None]
+    if channels == 1:
+        return torch.from_numpy(converted[:, :, 0])[None]
+    return torch.from_numpy(converted).permute(2, 0, 1)
+
+
+def _convert_channels(
+    channels: int, image: Image.Image, profile: bytes | None, name: str
+) -> Image.Image:
+    alpha = None
+    if image.mode in ("La", "RGBa"):
+        image = image.convert(image.mode[:-1] + "A")
+    if image.mode == "LA":
+        image, alpha = image.getchannel("L"), image.getchannel("A")
+    elif image.has_transparency_data:
         image = _convert_mode(image, "RGBA")
-        if channels != 4:
-            opaque = Image.new("RGB", image.size, (BACKGROUND,) * 3)
-            opaque.paste(image, mask=image.getchannel("A"))
-            image = opaque
-    elif image.mode not in ("1", "L", "RGB"):
+        image, alpha = image.convert("RGB"), image.getchannel("A")
+    elif image.mode not in ("1", "L", "RGB", "CMYK"):
         image = image.convert("RGB")  # the only mode that Pillow converts every mode to
-    return _convert_mode(image, mode)
+    image = to_srgb(image, profile, name)
+    if alpha is not None and channels == 4:
+        image = _convert_mode(image, "RGB")
+        image.putalpha(alpha)
+    elif alpha is not None:
+        opaque = Image.new("RGB", image.size, (BACKGROUND,) * 3)
+        opaque.paste(_convert_mode(image, "RGB"), mask=alpha)
+        image = opaque
+    if channels == 4 and image.mode in ("1", "L"):
+        image = image.convert("RGB")
+    return _convert_mode(image, MODE_BY_CHANNELS[channels])
 
 
 def _convert_mode(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)  # convert() always copies
 
 
-def _white(image: Image.Image) -> int:
-    """Return the value of white in modes I;16* and I (16 bits) and F (0..1 or 0..255)."""
-    ranges = []
-    for rows, columns in _tiles(image.height, image.width):
-        values = np.array(image.crop((columns.start, rows.start, columns.stop, rows.stop)))
-        ranges.append((values.min(), values.max()))
-    low, high = np.min(ranges), np.max(ranges)
-    if image.mode != "F":
-        if low < 0 or high > 65535:
-            raise ValueError(
-                f"integer pixels range from {low} to {high}: save them in the range 0..65535"
-            )
-        return 65535
-    if not (low >= 0 and high <= 255):  # NaN fails as well
-        raise ValueError(
-            f"float pixels range from {low:g} to {high:g}: save them in the range 0..1 or 0..255"
-        )
-    return 1 if high <= 1 else 255
-
-
-def _scale_to_8_bits(image: Image.Image, white: int) -> Image.Image:
-    """Scale grey values from 0..`white` to mode L, or to LA if the image has transparency."""
-    values = np.array(image)  # [H,W]
-    if white == 65535:
-        grey = (values.astype(np.int32) + 128) // 257  # 65535 = 255 * 257
-    else:
-        grey = np.rint(values * (255 / white))
-    grey_image = Image.fromarray(grey.astype(np.uint8))
-    transparent = image.info.get("transparency")  # the value of transparent pixels
-    if transparent is not None:
-        grey_image.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype("u1")))
-    return grey_image
-
-
 # --- arrays
 
 
-def array_to_tensor(stored: NDArray[np.generic], channels: int) -> Tensor:
-    """Convert an array [H,W] or [H,W,C] to a tensor [C,H,W].
+def array_to_tensor(
+    stored: NDArray[Any],
+    channels: int,
+    pixel_format: PixelFormat = PixelFormat(),  # noqa: B008
+) -> Tensor:
+    """Convert an array [H,W], [H,W,C] or [C,H,W] to a tensor [C,H,W].
 
-    uint8 is kept; uint16 and floats are converted to float32 in [0, 1].
+    uint8 is kept; other numbers are converted to float32 in [0, 1].
 
     Raises:
-        ValueError: The number of channels or the dtype is not supported, or floats are outside
-            [0, 1].
+        ValueError: the number of channels or the dtype is not supported, or a value is outside the
+            range.
     """
     array = stored[:, :, None] if stored.ndim == 2 else stored
+    if array.shape[2] != channels and array.shape[0] == channels:
+        array = array.transpose(1, 2, 0)
     height, width, stored_channels = array.shape
     if stored_channels != channels:
         raise ValueError(
@@ -158,30 +258,18 @@ def array_to_tensor(stored: NDArray[np.generic], channels: int) -> Tensor:
             f"[height, width, {channels}]{' or [height, width]' if channels == 1 else ''}"
         )
     dtype = array.dtype.newbyteorder("=")  # torch supports only the native byte order
-    floating = np.issubdtype(dtype, np.floating)
-    if not (floating or dtype in (np.uint8, np.uint16)):
-        raise ValueError(f"the array is {dtype}: save uint8, uint16, or floats in [0, 1]")
-    image = torch.empty(
-        channels, height, width, dtype=torch.uint8 if dtype == np.uint8 else torch.float32
-    )
-    ranges = []
+    black_white = black_and_white(array, None, pixel_format.ranges)
+    eight_bits = dtype == np.uint8
+    image = torch.empty(channels, height, width, dtype=torch.uint8 if eight_bits else torch.float32)
     for rows, columns in _tiles(height, width):
         values = array[rows, columns].astype(dtype)  # [h,w,C]
-        if floating:
-            ranges.append((values.min(), values.max()))
-        if dtype != np.uint8:
-            values = values.astype(np.float32)
-        image[:, rows, columns] = torch.from_numpy(values.transpose(2, 0, 1))
-    if floating:
-        low, high = np.min(ranges), np.max(ranges)
-        if not (np.isfinite(low) and np.isfinite(high)):  # min and max propagate NaN
-            raise ValueError("the array contains NaN or infinity: save floats in [0, 1]")
-        if low < 0 or high > 1:
-            raise ValueError(
-                f"the array's values range from {low:g} to {high:g}: scale them to [0, 1] and save "
-                "again"
-            )
-    return image.div_(65535) if dtype == np.uint16 else image
+        scaled: NDArray[Any]
+        if not eight_bits:
+            scaled = as_unit_float(values, black_white)
+        else:
+            scaled = values if black_white == (0, 255) else as_uint8(values, black_white)
+        image[:, rows, columns] = torch.from_numpy(scaled.transpose(2, 0, 1))
+    return image
 
 
 def _tiles(height: int, width: int) -> Iterator[tuple[slice, slice]]:

@@ -15,14 +15,21 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kl_vae.data.decoding import MAX_PIXELS, read_image, read_size
+from kl_vae.data.decoding import MAX_PIXELS, inspect_image, read_image, read_size, tiff_pages
 from kl_vae.data.paths import PathList, fingerprint, fingerprint_of
+from kl_vae.data.pixel_format import Inspected, PixelFormat
 from kl_vae.data.pixels import WHOLE_IMAGE, Wanted
 from kl_vae.runtime.files import display_name
 
 
 class Source(Protocol):
-    """A sequence of images before resizing and cropping."""
+    """A sequence of images before resizing and cropping.
+
+    Attributes:
+        pixel_format: how the files are read.
+    """
+
+    pixel_format: PixelFormat
 
     @property
     def channels(self) -> int:
@@ -72,6 +79,13 @@ class StoredSource(Source, Protocol):
     def places(self) -> Iterator[str]:
         """Yield the absolute location of each image, to find the same image in another source."""
 
+    def inspect(self, index: int) -> Inspected:
+        """Return what the file of an image states about its numbers.
+
+        Raises:
+            ImageError: The image cannot be read.
+        """
+
 
 class FolderSource:
     """Image files in a folder.
@@ -83,6 +97,9 @@ class FolderSource:
         max_pixels: maximum number of pixels, checked before decoding.
         sizes: int64 [N], size of each file in bytes, as in `Listing`, for `fingerprint`; None: read
             them when needed.
+        pages: int64 [N], the page of each file that is the image; None: files are not split into
+            pages.
+        pixel_format: how the files are read.
     """
 
     def __init__(
@@ -92,12 +109,16 @@ class FolderSource:
         channels: int,
         max_pixels: int = MAX_PIXELS,
         sizes: NDArray[np.int64] | None = None,
+        pages: NDArray[np.int64] | None = None,
+        pixel_format: PixelFormat = PixelFormat(),  # noqa: B008
     ) -> None:
         self.root = root
         self.paths = paths
         self.channels = channels
         self.max_pixels = max_pixels
         self.sizes = sizes
+        self.pages = pages
+        self.pixel_format = pixel_format
 
     @cached_property
     def fingerprint(self) -> str:
@@ -108,14 +129,29 @@ class FolderSource:
 
     @property
     def keys(self) -> Sequence[str]:
-        """Paths relative to the root."""
-        return self.paths
+        """Paths relative to the root; see `key`."""
+        return self.paths if self.pages is None else [self.key(i) for i in range(len(self))]
 
     def subset(self, indices: NDArray[np.int64]) -> FolderSource:
         """Return a source of the files at these indices, in this order."""
         paths = self.paths if isinstance(self.paths, PathList) else PathList.of(self.paths)
-        sizes = None if self.sizes is None else self.sizes[indices]
-        return FolderSource(self.root, paths.take(indices), self.channels, self.max_pixels, sizes)
+        return FolderSource(
+            self.root,
+            paths.take(indices),
+            self.channels,
+            self.max_pixels,
+            sizes=None if self.sizes is None else self.sizes[indices],
+            pages=None if self.pages is None else self.pages[indices],
+            pixel_format=self.pixel_format,
+        )
+
+    def split_into_pages(self) -> FolderSource:
+        """Return a source in which each page of a file is an image."""
+        pages = [tiff_pages(self.root / path) for path in self.paths]
+        counts = [len(numbers) for numbers in pages]
+        split = self.subset(np.repeat(np.arange(len(self)), counts))
+        split.pages = np.array([page for numbers in pages for page in numbers], np.int64)
+        return split
 
     def places(self) -> Iterator[str]:
         """Yield the absolute path of each file; links in the root are resolved."""
@@ -129,20 +165,30 @@ class FolderSource:
 
     def read(self, index: int, wanted: Wanted = WHOLE_IMAGE) -> Tensor:
         """Decode a file into [C,H,W], uint8 or float32 in [0, 1]; see `read_image`."""
+        pixel_format = self.pixel_format
+        if self.pages is not None:
+            pixel_format = pixel_format._replace(page=int(self.pages[index]))
         path = self.root / self.paths[index]
-        return read_image(path, self.channels, self.max_pixels, wanted)
+        return read_image(path, self.channels, self.max_pixels, wanted, pixel_format)
+
+    def inspect(self, index: int) -> Inspected:
+        """Return what a file states about its numbers."""
+        return inspect_image(self.root / self.paths[index], self.max_pixels)
 
     def size(self, index: int) -> tuple[int, int]:
         """Return (height, width) from the file's header; see `read_size`."""
         return read_size(self.root / self.paths[index])
 
     def name(self, index: int) -> str:
-        """Return the path of the file, printable."""
-        return display_name(self.root / self.paths[index])
+        """Return the path of the file, printable, and its page."""
+        return display_name(self.root / self.key(index))
 
     def key(self, index: int) -> str:
-        """Return the path of the file relative to the root."""
-        return self.paths[index]
+        """Return the path of the file relative to the root, and its page, such as `a.page2.tif`."""
+        if self.pages is None or not self.pages[index]:
+            return self.paths[index]
+        stem, extension = os.path.splitext(self.paths[index])
+        return f"{stem}.page{self.pages[index] + 1}{extension}"
 
     def label_text(self, index: int) -> str | None:
         """Return None: image files have no stored labels."""
@@ -157,9 +203,10 @@ class FolderSource:
 class JoinedSource:
     """Concatenation of sources with the same number of channels."""
 
-    def __init__(self, parts: Sequence[Source]) -> None:
+    def __init__(self, parts: Sequence[StoredSource]) -> None:
         self.parts = tuple(parts)
         self.channels = self.parts[0].channels
+        self.pixel_format = self.parts[0].pixel_format
         self._ends = list(accumulate(map(len, self.parts)))
 
     @cached_property
@@ -182,6 +229,11 @@ class JoinedSource:
         part, local_index = self._find(index)
         return part.read(local_index, wanted)
 
+    def inspect(self, index: int) -> Inspected:
+        """Return what the file of an image states about its numbers."""
+        part, local_index = self._find(index)
+        return part.inspect(local_index)
+
     def size(self, index: int) -> tuple[int, int]:
         """Return (height, width) of an image without decoding it."""
         part, local_index = self._find(index)
@@ -202,8 +254,22 @@ class JoinedSource:
         part, local_index = self._find(index)
         return part.label_text(local_index)
 
-    def _find(self, index: int) -> tuple[Source, int]:
+    def _find(self, index: int) -> tuple[StoredSource, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         number = bisect_right(self._ends, index)
         return self.parts[number], index - (self._ends[number - 1] if number else 0)
+
+
+def with_format(source: StoredSource, pixel_format: PixelFormat) -> StoredSource:
+    """Return a source that reads its files in this format; pages may become images.
+
+    Raises:
+        ValueError: pages of files in tar shards cannot become images.
+    """
+    source.pixel_format = pixel_format
+    if pixel_format.pages != "images":
+        return source
+    if not isinstance(source, FolderSource):
+        raise ValueError("pages=images: tar shards have no pages; unpack them, or choose another")
+    return source.split_into_pages()

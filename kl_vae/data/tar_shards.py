@@ -26,11 +26,13 @@ from kl_vae.data.decoding import (
     ARRAY_EXTENSIONS,
     IMAGE_EXTENSIONS,
     MAX_PIXELS,
+    inspect_from,
     read_image_from,
     read_size_from,
 )
 from kl_vae.data.folder import choose_images, image_extensions, is_hidden
 from kl_vae.data.paths import PathList, fingerprint_of
+from kl_vae.data.pixel_format import Inspected, PixelFormat
 from kl_vae.data.pixels import WHOLE_IMAGE, Wanted
 from kl_vae.runtime.files import display_name
 
@@ -73,6 +75,7 @@ class TarSource:
         self.keys = keys
         self.channels = channels
         self.max_pixels = max_pixels
+        self.pixel_format = PixelFormat()
         self._shards = tuple(shards)
         self._shard_indices = shard_indices
         self._spans = spans
@@ -85,7 +88,7 @@ class TarSource:
 
     def subset(self, indices: NDArray[np.int64]) -> TarSource:
         """Return a source of the images at these indices."""
-        return TarSource(
+        part = TarSource(
             self._shards,
             self.keys.take(indices),
             self._shard_indices[indices],
@@ -94,6 +97,8 @@ class TarSource:
             self.channels,
             self.max_pixels,
         )
+        part.pixel_format = self.pixel_format
+        return part
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -101,8 +106,18 @@ class TarSource:
 
     def read(self, index: int, wanted: Wanted = WHOLE_IMAGE) -> Tensor:
         """Decode a member into [C,H,W], uint8 or float32 in [0, 1]; see `read_image`."""
-        opened = partial(self._open, index)
-        return read_image_from(opened, self.name(index), self.channels, self.max_pixels, wanted)
+        return read_image_from(
+            partial(self._open, index),
+            self.name(index),
+            self.channels,
+            self.max_pixels,
+            wanted,
+            self.pixel_format,
+        )
+
+    def inspect(self, index: int) -> Inspected:
+        """Return what the file of an image states about its numbers."""
+        return inspect_from(partial(self._open, index), self.name(index), self.max_pixels)
 
     def size(self, index: int) -> tuple[int, int]:
         """Return (height, width) from the image's header; see `read_size`."""

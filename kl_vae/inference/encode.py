@@ -23,7 +23,7 @@ from torch.utils.data import Sampler
 
 from kl_vae.checkpoints.export import write_export
 from kl_vae.checkpoints.safetensors_file import safetensors_bytes
-from kl_vae.data import MAX_PIXELS, Batch, ImageDataset, Key, batch_loader, resolve_root
+from kl_vae.data import MAX_PIXELS, Batch, ImageDataset, Key, ValueRange, batch_loader, resolve_root
 from kl_vae.data.config import check_crop_fits
 from kl_vae.data.latent_format import DTYPES, LatentIndex, LatentSettings
 from kl_vae.distribution import DiagonalGaussianDistribution
@@ -37,7 +37,7 @@ from kl_vae.inference.latent_folder import (
 )
 from kl_vae.inference.load import checkpoint_name, connect_ranks, load_model_on
 from kl_vae.inference.progress import show_progress, units_of
-from kl_vae.inference.sources import as_roots, open_sources
+from kl_vae.inference.sources import as_roots, open_sources, range_of
 from kl_vae.inference.tiling import Tiling
 from kl_vae.latents import LatentNormalization
 from kl_vae.metrics.moments import RunningMoments, latent_moments, latent_normalization
@@ -123,6 +123,8 @@ def encode_dataset(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     max_pixels: int = MAX_PIXELS,
+    value_range: ValueRange | None = None,
+    pages: str | None = None,
     batch_size: int = 8,
     num_workers: int = 4,
     config: str | None = None,
@@ -159,6 +161,9 @@ def encode_dataset(
         include: glob patterns of files in folders to include; empty: all files.
         exclude: glob patterns of files in folders to exclude.
         max_pixels: larger images are skipped before decoding.
+        value_range: stored values of black and white, as `data.range` of a config; None: as stated
+            by the checkpoint, else auto.
+        pages: what the pages of TIFF files are, as `data.pages` of a config.
         batch_size: number of images that each process encodes at once.
         num_workers: number of image loading processes per rank.
         config: a config file or the name of a shipped config; None: taken from the checkpoint.
@@ -197,9 +202,18 @@ def encode_dataset(
         check_size(crop, model.downsampling_factor, "crop")
         check_crop_fits(resize, crop)
         # list the files once, so that all ranks divide the same images
+        value_range = range_of(model, value_range)
         channels = model.config.in_channels
         source, _ = ranks.on_rank_zero(
-            lambda: open_sources(as_roots(images), channels, include, exclude, max_pixels)
+            lambda: open_sources(
+                as_roots(images),
+                channels,
+                include,
+                exclude,
+                max_pixels,
+                range_of(model, value_range),
+                pages,
+            )
         )
         dataset = ImageDataset(source, crop, resize, flip=False, seed=0, training=False)
         if out is None:
@@ -240,7 +254,8 @@ def _export(model: AutoEncoderKL, path: Path, result: EncodingResult) -> Encodin
         return result
     tensors = {key: x.cpu() for key, x in model.without_loss().state_dict().items()}
     try:
-        write_export(path, tensors, {**model.params, "latents": dataclasses.asdict(result.latents)})
+        params = {**model.params, "latents": dataclasses.asdict(result.latents)}
+        write_export(path, tensors, params, pixel_range=model.pixel_range)
     except ValueError:
         logger.error("could not write the measured statistics: %s", result.latents)
         raise
@@ -345,6 +360,8 @@ def latent_settings(
         source=dataset.fingerprint,
         weights=weights_sha256(model),
         normalization=None if model.latents is None else dataclasses.asdict(model.latents),
+        range=dataset.source.pixel_format.value_range,
+        pages=dataset.source.pixel_format.pages,
     )
 
 

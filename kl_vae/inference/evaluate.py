@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kl_vae import __version__
-from kl_vae.data import MAX_PIXELS, JoinedSource, Source, resolve_root, to_float
+from kl_vae.data import MAX_PIXELS, JoinedSource, Source, ValueRange, resolve_root, to_float
 from kl_vae.data.config import check_crop_fits
 from kl_vae.distribution import DiagonalGaussianDistribution
 from kl_vae.inference.batches import Numbered, batches_of_a_size, latent_noise
@@ -47,7 +47,7 @@ from kl_vae.inference.load import (
 )
 from kl_vae.inference.progress import Progress, units_of
 from kl_vae.inference.reconstruct import MEASURED_ON_DEVICE, unit_size
-from kl_vae.inference.sources import as_roots, open_sources
+from kl_vae.inference.sources import as_roots, open_sources, range_of
 from kl_vae.inference.tiling import Tiling
 from kl_vae.metrics.fid import find_inception, load_inception
 from kl_vae.metrics.perceptual import load_lpips
@@ -123,6 +123,8 @@ def evaluate(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     max_pixels: int = MAX_PIXELS,
+    value_range: ValueRange | None = None,
+    pages: str | None = None,
     mode: Literal["mode", "sample"] = "mode",
     seed: int = 0,
     batch_size: int = 8,
@@ -159,6 +161,9 @@ def evaluate(
         include: glob patterns of files in folders to include; empty: all files.
         exclude: glob patterns of files in folders to exclude.
         max_pixels: larger images are skipped before decoding.
+        value_range: stored values of black and white, as `data.range` of a config; None: as stated
+            by the checkpoint, else auto.
+        pages: what the pages of TIFF files are, as `data.pages` of a config.
         mode: decode the mode of the posterior, or a sample from it.
         seed: random seed of samples; each sample also depends on the key of its image.
         batch_size: number of images that each process encodes at once.
@@ -208,10 +213,19 @@ def evaluate(
         chosen = tuple(metric for metric in METRICS if metric in metrics)
         settings = EvaluateConfig(resize, crop, mode, seed, precision, chosen)
         folder = None if out is None else resolve_root(str(out))
+        value_range = range_of(models[0], value_range)
 
         def open_images() -> JoinedSource:
             channels = models[0].config.in_channels
-            source, folders = open_sources(roots, channels, include, exclude, max_pixels)
+            source, folders = open_sources(
+                roots,
+                channels,
+                include,
+                exclude,
+                max_pixels,
+                range_of(models[0], value_range),
+                pages,
+            )
             if folder is not None:
                 check_output_folder(folder, folders)
                 check_outputs(folder, FILES, source.files, earlier=RESULTS)
@@ -235,6 +249,8 @@ def evaluate(
             ],
             "images": source.fingerprint,
             "max_pixels": max_pixels,
+            "range": source.pixel_format.value_range,
+            "pages": source.pixel_format.pages,
             **asdict(settings),
             **networks,
         }

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kl_vae.data import MAX_PIXELS, JoinedSource, Source, resolve_root, to_float
+from kl_vae.data import MAX_PIXELS, JoinedSource, Source, ValueRange, resolve_root, to_float
 from kl_vae.inference.batches import Numbered, batches_of_a_size, latent_noise
 from kl_vae.inference.coding import Reconstruction, reconstruct_batch
 from kl_vae.inference.images import LoadedImage, loaded_units
@@ -32,7 +32,7 @@ from kl_vae.inference.reconstruction_report import (
     begin_report,
     write_report,
 )
-from kl_vae.inference.sources import as_roots, open_sources
+from kl_vae.inference.sources import as_roots, open_sources, range_of
 from kl_vae.inference.tiling import Mode, Tiling, check_tiling
 from kl_vae.metrics.perceptual import load_lpips
 from kl_vae.metrics.similarity import psnr, ssim
@@ -46,6 +46,7 @@ from kl_vae.visual.image_files import (
     ImageFormat,
     as_saved,
     both_for_display,
+    in_unit_range,
     save_thumbnail,
     write_image,
 )
@@ -98,6 +99,8 @@ def reconstruct(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     max_pixels: int = MAX_PIXELS,
+    value_range: ValueRange | None = None,
+    pages: str | None = None,
     mode: Literal["mode", "sample"] = "mode",
     seed: int = 0,
     batch_size: int = 8,
@@ -113,6 +116,7 @@ def reconstruct(
     compile: bool = False,
     format: Literal["png", "webp", "jpg"] = "png",
     quality: int | None = None,
+    bits: Literal[8, 16] = 8,
     lpips: Literal["none", "vgg", "alex", "squeeze"] = "none",
     lpips_features: str | Path | None = None,
     lpips_heads: str | Path | None = None,
@@ -135,6 +139,9 @@ def reconstruct(
         include: patterns of the files of folders to take; none: all.
         exclude: patterns of the files of folders to leave out.
         max_pixels: larger images are skipped before they are decoded.
+        value_range: stored values of black and white, as `data.range` of a config; None: as stated
+            by the checkpoint, else auto.
+        pages: what the pages of TIFF files are, as `data.pages` of a config.
         mode: decode the posterior's mode, or a sample of it.
         seed: of the samples; each also depends on its image's key.
         batch_size: images of one size that a process reconstructs at once.
@@ -150,6 +157,7 @@ def reconstruct(
         compile: use `torch.compile`.
         format: of the reconstructions; they are measured before a lossy format.
         quality: of webp (None: 95; 100: lossless) and jpg (None: 90), up to 100.
+        bits: per channel of png files; metrics are those of 8 bits.
         lpips: the network of LPIPS; none: it is not measured.
         lpips_features: file of the network's weights; None: torchvision's, downloaded once.
         lpips_heads: file of the linear heads; None: the published ones, downloaded once.
@@ -172,7 +180,7 @@ def reconstruct(
         batch_size=batch_size,
         tiling=Tiling(tiling, tile, overlap),
     )
-    image_format = ImageFormat(format, quality)
+    image_format = ImageFormat(format, quality, bits)
     if lpips == "none" and (lpips_features or lpips_heads):
         raise ValueError("lpips_features, lpips_heads: say of which lpips they are")
     folder = resolve_root(str(out))
@@ -188,10 +196,13 @@ def reconstruct(
                     f"{model.config.in_channels}; leave it out"
                 )
             perceptual = load_lpips(lpips, lpips_features, lpips_heads, ranks.device)
+        value_range = range_of(model, value_range)
 
         def open_images() -> JoinedSource:
             channels = model.config.in_channels
-            source, folders = open_sources(roots, channels, include, exclude, max_pixels)
+            source, folders = open_sources(
+                roots, channels, include, exclude, max_pixels, range_of(model, value_range), pages
+            )
             check_output_folder(folder, folders)
             _ = source.fingerprint  # goes to the other ranks with it
             return source
@@ -202,9 +213,12 @@ def reconstruct(
         about = {
             "checkpoint": checkpoint_name(checkpoint),
             "images": [display_name(root) for root in roots],
+            "range": source.pixel_format.value_range,
+            "pages": source.pixel_format.pages,
             **asdict(settings),
             "format": image_format.name,
             "quality": image_format.quality,
+            "bits": image_format.bits,
             "fast": fast,
             "compile": compile,
             "lpips": lpips,
@@ -385,12 +399,16 @@ class Reconstructor:
             logger.warning("%s: NaN or infinity in %s; redone in fp32", name, precision)
         before, after = as_saved(image), as_saved(decoded)
         metrics = measure(index, before.to(after.device), after, self._perceptual, redone)
-        self._background.do(partial(self._write, index, before, after.cpu()))
+        fine = in_unit_range(decoded).cpu() if self._files.image_format.bits == 16 else None
+        self._background.do(partial(self._write, index, before, after.cpu(), fine))
         return metrics
 
-    def _write(self, index: int, image: Tensor, reconstruction: Tensor) -> None:
+    def _write(
+        self, index: int, image: Tensor, reconstruction: Tensor, fine: Tensor | None
+    ) -> None:
         files = self._files
-        write_image(files.out / files.outputs[index], reconstruction, files.image_format)
+        written = reconstruction if fine is None else fine
+        write_image(files.out / files.outputs[index], written, files.image_format)
         if not files.gallery:
             return
         original, shown = both_for_display(image, reconstruction, self._model.to_rgb)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from kl_vae.data import MAX_PIXELS, JoinedSource, resolve_root
+from kl_vae.data import MAX_PIXELS, JoinedSource, ValueRange, resolve_root
 from kl_vae.inference.encode import check_size
 from kl_vae.inference.latent_folder import nothing_usable
 from kl_vae.inference.load import connect_ranks, load_model_on, model_fingerprint
@@ -20,7 +20,7 @@ from kl_vae.inference.sampled_images import (
     interpolated_images,
     prior_images,
 )
-from kl_vae.inference.sources import as_roots, open_sources
+from kl_vae.inference.sources import as_roots, open_sources, range_of
 from kl_vae.inference.tiling import Tiling
 from kl_vae.model import AutoEncoderKL
 from kl_vae.runtime.distributed import Ranks
@@ -61,6 +61,8 @@ def sample(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     max_pixels: int = MAX_PIXELS,
+    value_range: ValueRange | None = None,
+    pages: str | None = None,
     steps: int = 9,
     linear: bool = False,
     seed: int = 0,
@@ -95,6 +97,9 @@ def sample(
         include: glob patterns of files in folders to include; empty: all files.
         exclude: glob patterns of files in folders to exclude.
         max_pixels: larger images are rejected before decoding.
+        value_range: stored values of black and white, as `data.range` of a config; None: as stated
+            by the checkpoint, else auto.
+        pages: what the pages of TIFF files are, as `data.pages` of a config.
         steps: for `interpolation`, number of images per pair, both ends included.
         linear: for `interpolation`, use linear (lerp) instead of spherical interpolation (slerp).
         seed: random seed; each image depends on the seed and its own number only.
@@ -129,12 +134,15 @@ def sample(
         model = load_model_on(ranks, checkpoint, config, ema, fast, compile)
         size = model.config.resolution if size is None else size
         check_size(size, model.downsampling_factor)
+        value_range = range_of(model, value_range)
 
         def open_images(roots: Sequence[str]) -> tuple[JoinedSource, list[Path]]:
             channels = model.config.in_channels
             # list the files once, on rank 0
             return ranks.on_rank_zero(
-                lambda: open_sources(roots, channels, include, exclude, max_pixels)
+                lambda: open_sources(
+                    roots, channels, include, exclude, max_pixels, value_range, pages
+                )
             )
 
         canvas = Canvas(model, folder, size, precision, tiling_config, batch_size)

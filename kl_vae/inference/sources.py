@@ -12,17 +12,25 @@ from kl_vae.data import (
     MAX_PIXELS,
     FolderSource,
     JoinedSource,
-    Source,
     StoredSource,
+    ValueRange,
+    decide_format,
     is_shard,
     open_root,
     resolve_root,
+    with_format,
 )
+from kl_vae.model import AutoEncoderKL
 
 
 def as_roots(images: str | Path | Sequence[str | Path]) -> list[str]:
     """Return one or several roots as the list of strings that `open_sources` expects."""
     return [str(root) for root in ([images] if isinstance(images, (str, Path)) else images)]
+
+
+def range_of(model: AutoEncoderKL, value_range: ValueRange | None) -> ValueRange:
+    """Return the given range, else the one of the images that the model was trained on."""
+    return model.pixel_range if value_range is None else value_range
 
 
 def open_sources(
@@ -31,6 +39,8 @@ def open_sources(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     max_pixels: int = MAX_PIXELS,
+    value_range: ValueRange = "auto",
+    pages: str | None = None,
 ) -> tuple[JoinedSource, list[Path]]:
     """Join the images of folders, tar shards and single files, in the given order.
 
@@ -41,15 +51,18 @@ def open_sources(
         include: glob patterns of images to include; empty: all images.
         exclude: glob patterns of images to exclude.
         max_pixels: larger images are rejected before decoding.
+        value_range: values of black and white, as `data.range` of a config.
+        pages: what the pages of TIFF files are, as `data.pages` of a config.
 
     Returns:
         The images without duplicates, and the folders among `roots`.
 
     Raises:
-        ValueError: a root does not exist, cannot be read, or contains no image.
+        ValueError: a root does not exist, cannot be read, or contains no image; see also
+            `kl_vae.data.decide_format`.
     """
     seen: set[str] = set()
-    parts: list[Source] = []
+    parts: list[StoredSource] = []
     folders = []
     for root in roots:
         path = resolve_root(root)
@@ -70,4 +83,5 @@ def open_sources(
             part = part.subset(np.array(new, np.int64)) if len(new) < len(part) else part
         if len(part):
             parts.append(part)
-    return JoinedSource(parts), folders
+    pixel_format = decide_format(JoinedSource(parts), value_range, pages)
+    return JoinedSource([with_format(part, pixel_format) for part in parts]), folders

@@ -97,7 +97,9 @@ class RunDirectory:
             if any(not path.name.startswith(".") for path in run.iterdir()):
                 raise ValueError(f"{run}: not empty and not a run; choose another --run-dir")
             return False
-        before = _flatten(parse_file(run / CONFIG))
+        written = parse_file(run / CONFIG)
+        written["data"] = {"range": "auto", **written.get("data", {})}  # not in version 0.1
+        before = _flatten(written)
         before.pop("data.listing_cache", None)  # of version 0.1, without effect on the data
         now = _flatten(parse_yaml(dump_config(config), "this config"))
         changed = {
@@ -114,6 +116,12 @@ class RunDirectory:
         for text in changed.values():
             logger.info("resuming: %s", text)
         return True
+
+    def pixel_range(self) -> Any:
+        """Return `data.range` of the run to resume; None: there is none."""
+        if not (self.path / CONFIG).is_file():
+            return None
+        return parse_file(self.path / CONFIG).get("data", {}).get("range")
 
     def lock(self) -> None:
         """Create the directory and lock it, if its file system can.

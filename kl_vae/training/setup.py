@@ -91,11 +91,14 @@ def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks) -> Setup:
     Raises:
         ValueError: a user's mistake; nothing has been written.
     """
-    training, plain = config.training, dataclasses.asdict(config)
-    ranks.on_rank_zero(lambda: run.check(plain))
+    training = config.training
+    config = with_range(config, ranks.on_rank_zero(run.pixel_range) or config.data.range)
+    ranks.on_rank_zero(lambda: run.check(dataclasses.asdict(config)))
     if training.compile:
         check_compiler(ranks.device)
     train_set, val_set = build_data(config, ranks)
+    config = with_range(config, train_set.source.pixel_format.value_range)
+    plain = dataclasses.asdict(config)
     steps_per_epoch = len(train_set) // training.global_batch_size
     total_steps = training.max_steps or (training.epochs or 0) * steps_per_epoch
 
@@ -164,6 +167,13 @@ def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks) -> Setup:
     if ranks.is_rank_zero:
         describe(setup, ranks, run, train_set)
     return setup
+
+
+def with_range(config: RunConfig, value_range: Any) -> RunConfig:
+    """Return the config with this `data.range`, if its own is `auto`."""
+    if config.data.range != "auto":
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, range=value_range))
 
 
 def build_data(config: RunConfig, ranks: Ranks) -> tuple[ImageDataset, ImageDataset | None]:

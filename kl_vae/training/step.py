@@ -78,8 +78,8 @@ class TrainingStep:
             stop: whether this rank was asked to stop; shared with the flags of the step.
 
         Returns:
-            Metrics under "train/" (losses, moments of the latents, PSNR in dB, gradient norms before
-            clipping, learning rates), and whether any rank has been asked to stop.
+            Metrics under "train/" (losses, moments of the latents, PSNR in dB, gradient norms
+            before clipping, learning rates), and whether any rank has been asked to stop.
 
         Raises:
             RunError: too many consecutive non-finite steps, or no image could replace a bad one.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kl_vae.data import MAX_PIXELS, pil_to_tensor, read_image, to_float, to_uint8
 from kl_vae.data.pixels import MODE_BY_CHANNELS
+from kl_vae.data.png import encode_16_bits
 from kl_vae.runtime.outputs import replace_file
 
 FORMATS = ("png", "webp", "jpg")
@@ -37,12 +38,16 @@ class ImageFormat:
         name: png, webp or jpg.
         quality: 1 to 100, of webp (None: 95; 100: lossless) and jpg (None: 90; with all its
             colours); png has none.
+        bits: per channel; 16 only for png.
     """
 
     name: str = "png"
     quality: int | None = None
+    bits: int = 8
 
     def __post_init__(self) -> None:
+        if self.bits not in (8, 16) or (self.bits == 16 and self.name != "png"):
+            raise ValueError(f"bits={self.bits}: give 8, or 16 with format=png")
         if self.name not in FORMATS:
             raise ValueError(f"format={self.name!r}: give one of {', '.join(FORMATS)}")
         if self.quality is None:
@@ -176,7 +181,7 @@ def save_image(image: Tensor, path: str | Path, *, quality: int | None = None) -
         )
     suffix = path.suffix.lower().removeprefix(".")
     if suffix == "npy":
-        write_image(path, (image.float().clamp(-1.0, 1.0) + 1.0) / 2.0)
+        write_image(path, in_unit_range(image))
         return
     name = "jpg" if suffix == "jpeg" else suffix
     if name not in FORMATS:
@@ -192,6 +197,11 @@ def as_saved(image: Tensor) -> Tensor:
     """[C, H, W] in [-1, 1] as files hold it: uint8 where C is 1, 3 or 4, else float32 in [0, 1]."""
     if image.shape[0] in MODE_BY_CHANNELS:
         return to_uint8(image)
+    return in_unit_range(image)
+
+
+def in_unit_range(image: Tensor) -> Tensor:
+    """Return floats in [-1, 1], clamped, as float32 in [0, 1]."""
     return (image.float().clamp(-1.0, 1.0) + 1.0) / 2.0
 
 
@@ -217,11 +227,16 @@ def image_suffix(channels: int) -> str:
 def write_image(path: Path, image: Tensor, image_format: ImageFormat = PNG) -> None:
     """Write what `as_saved` gives: an image, or a `.npy` of float32 [H, W, C] in [0, 1].
 
+    With 16 bits, `image` is floats in [0, 1].
+
     Raises:
         ValueError: the file cannot be written.
     """
     stream = BytesIO()
-    if image.dtype == torch.uint8:
+    if image_format.bits == 16 and image.shape[0] in MODE_BY_CHANNELS:
+        values = (image.permute(1, 2, 0) * 65535).round().cpu().numpy().astype(np.uint16)
+        stream.write(encode_16_bits(values))
+    elif image.dtype == torch.uint8:
         _pillow(image).save(stream, **image_format.options())
     else:
         np.save(stream, image.permute(1, 2, 0).contiguous().cpu().numpy())

@@ -330,7 +330,7 @@ def test_labels_of_folders_and_of_the_source(
     source.texts = ("3", "0", "7", "3", "3", "1", "3")
     with pytest.raises(ValueError, match=mentions("given", "labels")):
         encode(model, dataset, tmp_path / "given", resume=True, labels=True)
-    for text, parts in (("-1", ("label", "'-1'", 0)), (None, ("label", "integer"))):
+    for text, parts in (("-1", ("label", "'-1'", "non-negative")), (None, ("label", "integer"))):
         source.texts = ("3", text, "7", "3", "3", "1", "2")
         with pytest.raises(ValueError, match=mentions(source.name(1), *parts)):
             encode(model, dataset, tmp_path / "bad", labels=True)
