@@ -98,7 +98,8 @@ class RunDirectory:
                 raise ValueError(f"{run}: not empty and not a run; choose another --run-dir")
             return False
         written = parse_file(run / CONFIG)
-        written["data"] = {"range": "auto", **written.get("data", {})}  # not in version 0.1
+        if "data" in written:
+            written["data"].setdefault("range", "auto")  # not in version 0.1
         before = _flatten(written)
         before.pop("data.listing_cache", None)  # of version 0.1, without effect on the data
         now = _flatten(parse_yaml(dump_config(config), "this config"))
