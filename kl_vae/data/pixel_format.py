@@ -249,6 +249,8 @@ def black_and_white(values: NDArray[Any], bits: int | None, ranges: Mapping[str,
 
 def how_to_set(low: float, high: float) -> str:
     """Return the fix for values without a known range."""
+    if low == high:
+        return "set data.range=[BLACK, WHITE] (--range BLACK WHITE)"
     return (
         f"set data.range=[{low:.7g}, {high:.7g}] (--range {low:.7g} {high:.7g}), or the "
         "values that are black and white"

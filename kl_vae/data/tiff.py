@@ -112,7 +112,7 @@ class TiffTags(NamedTuple):
     def needs_tifffile(self) -> bool:
         """Whether Pillow cannot read the pixels, drops bands, or reduces them to 8 bits."""
         if self.bands == 1 and self.bits > 8:
-            return f"{self.kind}{self.bits}" not in ("u12", "u16", "i16", "i32", "f32")
+            return f"{self.kind}{self.bits}" not in ("u12", "u16", "f32")
         return self.bits > 8 or self.kind != "u" or (bool(self.extra) and not self.has_alpha)
 
     def __str__(self) -> str:
