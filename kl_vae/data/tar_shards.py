@@ -1,7 +1,8 @@
 """Random access to the images of tar shards in the WebDataset layout.
 
-The members of a sample have the same path up to the first dot of the file name, for example
-`00/0017.jpg`, `00/0017.cls` and `00/0017.json`.
+The members of a sample have the same path up to the last dot, for example `00/0017.jpg` and
+`00/0017.cls`, or up to the first dot of the file name, for example `00/0017.input.jpg` and
+`00/0017.cls`.
 
 Shapes: N images.
 """
@@ -12,10 +13,12 @@ import io
 import logging
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +29,7 @@ from kl_vae.data.decoding import (
     ARRAY_EXTENSIONS,
     IMAGE_EXTENSIONS,
     MAX_PIXELS,
+    ImageError,
     inspect_from,
     read_image_from,
     read_size_from,
@@ -60,6 +64,8 @@ class TarSource:
         labels: int64 [N,2], offset and size of each sample's `.cls` member; offset -1: no label.
         channels: C.
         max_pixels: maximum number of pixels, checked before decoding.
+        ambiguous: the names of the `.cls` members that may belong to an image, by index of the
+            shard and key of the image, for images with several.
     """
 
     def __init__(
@@ -71,6 +77,7 @@ class TarSource:
         labels: NDArray[np.int64],
         channels: int,
         max_pixels: int = MAX_PIXELS,
+        ambiguous: Mapping[tuple[int, str], Sequence[str]] = MappingProxyType({}),
     ) -> None:
         self.keys = keys
         self.channels = channels
@@ -80,6 +87,7 @@ class TarSource:
         self._shard_indices = shard_indices
         self._spans = spans
         self._labels = labels
+        self._ambiguous = ambiguous
 
     @cached_property
     def fingerprint(self) -> str:
@@ -96,6 +104,7 @@ class TarSource:
             self._labels[indices],
             self.channels,
             self.max_pixels,
+            self._ambiguous,
         )
         part.pixel_format = self.pixel_format
         return part
@@ -132,11 +141,22 @@ class TarSource:
         return self.keys[index]
 
     def label_text(self, index: int) -> str | None:
-        """Return the content of the sample's `.cls` member, such as `17`; None: no such member.
+        """Return the content of the image's `.cls` member, such as `17`; None: no such member.
+
+        The member's name differs from the image's in the last extension only. Without one, it is
+        the member with the same path up to the first dot of the file name.
 
         Raises:
-            ValueError: The label cannot be read, is too large, or is not UTF-8 text.
+            ImageError: The label cannot be read, is too large, or is not UTF-8 text.
+            ValueError: Several members may be the label.
         """
+        candidates = self._ambiguous.get((int(self._shard_indices[index]), self.keys[index]))
+        if candidates:
+            raise ValueError(
+                f"{self.name(index)}: its {LABEL} may be {display_name(candidates[0])} or "
+                f"{display_name(candidates[1])}; rename one to the image's name with {LABEL} as "
+                "its last extension"
+            )
         offset, size = self._labels[index].tolist()
         if offset < 0:
             return None
@@ -146,7 +166,7 @@ class TarSource:
             with _open_part(self._shards[self._shard_indices[index]], offset, size) as stream:
                 return stream.read().decode().strip()
         except (OSError, ValueError) as error:  # includes UnicodeDecodeError
-            raise ValueError(f"{self.name(index)}: cannot read its {LABEL}: {error}") from error
+            raise ImageError(f"{self.name(index)}: cannot read its {LABEL}: {error}") from error
 
     def places(self) -> Iterator[str]:
         """Yield the location of each image: the resolved path of the shard and the member name."""
@@ -212,6 +232,11 @@ def open_shards(
         np.concatenate([index.labels for index in indices]),
         channels,
         max_pixels,
+        {
+            (number, key): candidates
+            for number, index in enumerate(indices)
+            for key, candidates in index.ambiguous.items()
+        },
     )
     return source if len(chosen) == len(keys) else source.subset(chosen)
 
@@ -286,19 +311,21 @@ class _Index(NamedTuple):
         keys: the names of the members, without a leading `./` or `/`.
         spans: as in `TarSource`.
         labels: as in `TarSource`.
+        ambiguous: the names of the `.cls` members that may belong to an image, by its key.
     """
 
     shard: Shard
     keys: list[str]
     spans: NDArray[np.int64]
     labels: NDArray[np.int64]
+    ambiguous: dict[str, list[str]]
 
 
 def _index_shard(path: Path) -> _Index:
     """Read the headers of a shard; raises the errors of `open_shards`."""
     keys: list[str] = []
     spans: list[tuple[int, int]] = []
-    labels: dict[str, tuple[int, int]] = {}  # by sample name
+    labels: dict[str, tuple[int, int]] = {}  # by name
     headers: dict[str, int] = {}
     try:
         with _HeaderFile(path) as file:
@@ -327,19 +354,59 @@ def _index_shard(path: Path) -> _Index:
                     keys.append(key)
                     spans.append(span)
                 else:
-                    labels[_sample_name(key)] = span
+                    labels[key] = span
     except OSError as error:
         raise ValueError(
             f"{display_name(path)}: cannot be read ({error.strerror}); check the path and its "
             "permissions"
         ) from error
-    found = [labels.get(_sample_name(key), _NO_SPAN) for key in keys]
+    label_keys, ambiguous = _pair_labels(keys, list(labels))
+    found = [labels.get(key, _NO_SPAN) for key in label_keys]
     return _Index(
         Shard(path, status.st_size, status.st_mtime_ns),
         keys,
         np.array(spans, np.int64).reshape(-1, 2),
         np.array(found, np.int64).reshape(-1, 2),
+        ambiguous,
     )
+
+
+def _pair_labels(
+    keys: Sequence[str], labels: Sequence[str]
+) -> tuple[list[str], dict[str, list[str]]]:
+    """Return the name of each image's label, and the candidates of images that have several.
+
+    The label's name differs from the image's in the last extension only: `22.05.png` and
+    `22.05.cls`. For an image without one, it is the label of the sample in the sense of WebDataset,
+    unless that is the label of another image with dots in its name.
+
+    Args:
+        keys: names of the images.
+        labels: names of the `.cls` members.
+
+    Returns:
+        A name per image, empty without a label; and two or more names per ambiguous image.
+    """
+    by_stem: dict[str, list[str]] = defaultdict(list)
+    by_sample: dict[str, list[str]] = defaultdict(list)
+    for label in labels:
+        by_stem[_stem(label)].append(label)
+        by_sample[_sample_name(label)].append(label)
+    stems = set(map(_stem, keys))
+    found: list[str] = []
+    ambiguous: dict[str, list[str]] = {}
+    for key in keys:
+        sample = _sample_name(key)
+        candidates = by_stem.get(_stem(key), [])
+        if not candidates:
+            candidates = by_sample.get(sample, [])
+            owner = _stem(candidates[0]) if len(candidates) == 1 else sample
+            if owner != sample and owner in stems:
+                candidates = []
+        if len(candidates) > 1:
+            ambiguous[key] = candidates
+        found.append(candidates[0] if len(candidates) == 1 else "")
+    return found, ambiguous
 
 
 def _key(member: tarfile.TarInfo, shard: Path) -> str:
@@ -351,6 +418,10 @@ def _key(member: tarfile.TarInfo, shard: Path) -> str:
             "shard again with relative paths without .."
         )
     return "/".join(parts)
+
+
+def _stem(key: str) -> str:
+    return os.path.splitext(key)[0]
 
 
 def _sample_name(key: str) -> str:

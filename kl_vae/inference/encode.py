@@ -12,9 +12,10 @@ import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, get_args
 
 import torch
@@ -23,7 +24,16 @@ from torch.utils.data import Sampler
 
 from kl_vae.checkpoints.export import write_export
 from kl_vae.checkpoints.safetensors_file import safetensors_bytes
-from kl_vae.data import MAX_PIXELS, Batch, ImageDataset, Key, ValueRange, batch_loader, resolve_root
+from kl_vae.data import (
+    MAX_PIXELS,
+    BadImage,
+    Batch,
+    ImageDataset,
+    Key,
+    ValueRange,
+    batch_loader,
+    resolve_root,
+)
 from kl_vae.data.config import check_crop_fits
 from kl_vae.data.latent_format import DTYPES, LatentIndex, LatentSettings
 from kl_vae.distribution import DiagonalGaussianDistribution
@@ -328,7 +338,8 @@ def encode_folder(
     settings = ranks.on_rank_zero(lambda: latent_settings(model, dataset, config, labels))
     folder = LatentFolder(out, settings, dataset.source, labels, ranks, resume=resume)
     units = [folder.units[unit] for unit in folder.todo]
-    shards = encode_units(model, dataset, units, config, ranks)
+    unusable = {} if labels is None else labels.unusable
+    shards = encode_units(model, dataset, units, config, ranks, unusable)
     for unit, shard in zip(folder.todo, shards, strict=True):
         folder.write(unit, shard)
     index = folder.finish(checkpoint)
@@ -397,10 +408,12 @@ def encode_units(
     units: Sequence[range],
     config: EncodeConfig,
     ranks: Ranks,
+    unusable: Mapping[int, str] = MappingProxyType({}),
 ) -> Iterator[EncodedShard]:
     """Encode units of a data set in order, with a progress bar on rank 0.
 
-    Image files are decoded ahead, across units.
+    Image files are decoded ahead, across units. Images that are `unusable`, by their index, are
+    skipped for the reason given there.
 
     Raises:
         ValueError: see `encode_images` and `stored_latents`.
@@ -416,7 +429,7 @@ def encode_units(
         for unit in units:
             shard = EncodedShard(RunningMoments.empty(model.latent_channels))
             for _ in range(0, len(unit), config.batch_size):
-                batch: Batch = next(loaded)
+                batch: Batch = _without(next(loaded), unusable)
                 for image in batch.bad:
                     logger.warning("skipped %s: %s", image.name, image.reason)
                 shard.bad += batch.bad
@@ -425,6 +438,14 @@ def encode_units(
                     _encode_batch(shard, model, dataset, usable, config)
                 update(len(batch.names))
             yield shard
+
+
+def _without(batch: Batch, unusable: Mapping[int, str]) -> Batch:
+    """Return the batch in which the images at these positions are unusable."""
+    images = list(zip(batch.positions.tolist(), batch.names, strict=True))
+    bad = [BadImage(name, unusable[i]) for i, name in images if name and i in unusable]
+    names = tuple("" if i in unusable else name for i, name in images)
+    return batch._replace(names=names, bad=(*batch.bad, *bad))
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kl_vae.checkpoints.safetensors_file import safetensors_bytes
-from kl_vae.data import BadImage, Source
+from kl_vae.data import BadImage, ImageError, Source
 from kl_vae.data.latent_format import (
     DTYPES,
     INDEX,
@@ -38,13 +39,16 @@ from kl_vae.runtime.schema import from_mapping
 
 logger = logging.getLogger(__name__)
 
+_MAX_CLASS = torch.iinfo(torch.int64).max
+
 
 @dataclass(frozen=True)
 class Labels:
     """The class of each image of a source."""
 
-    values: Tensor  # [N], int64, at least 0
+    values: Tensor  # [N], int64, at least 0; -1: unusable
     classes: tuple[str, ...] | None  # names of the classes 0, 1, ...; None: no names
+    unusable: Mapping[int, str] = field(default_factory=dict)  # reason by index of the image
 
     @property
     def checksum(self) -> str:
@@ -57,22 +61,31 @@ class Labels:
 def class_labels(source: Source) -> Labels:
     """Return the class labels of a source: stored labels if there are any, otherwise folders.
 
+    Images whose stored label cannot be read, or does not fit into int64, are unusable.
+
     As in torchvision's ImageFolder, the class is the first folder of an image's relative path;
     classes are numbered in the byte order of their names.
 
     Raises:
-        ValueError: an image has no label, or its label is not a non-negative integer.
+        ValueError: an image has no label or several, or its label is not a non-negative integer.
     """
-    texts = [source.label_text(i) for i in range(len(source))]
+    unusable: dict[int, str] = {}
+    texts = [_label_text(source, i, unusable) for i in range(len(source))]
     if any(text is not None for text in texts):
+        values = []
         for i, text in enumerate(texts):
-            if text is None or not text.strip().isdecimal():
-                problem = "has no label" if text is None else f"its label is {text.strip()!r:.40}"
+            if text is None or not text.isdecimal():
+                problem = "has no label" if text is None else f"its label is {text!r:.40}"
                 raise ValueError(
                     f"{source.name(i)}: {problem}; label each image with a non-negative integer, "
                     "or omit --labels"
                 )
-        return Labels(torch.tensor([int(text) for text in texts if text is not None]), None)
+            digits = text.lstrip("0")
+            # the number of digits first, since Python converts a limited number of them
+            if len(digits) > len(str(_MAX_CLASS)) or int(digits or 0) > _MAX_CLASS:
+                unusable[i] = f"its label {text:.20} of {len(text)} digits is above {_MAX_CLASS}"
+            values.append(-1 if i in unusable else int(digits or 0))
+        return Labels(torch.tensor(values), None, unusable)
     folders = []
     for i in range(len(source)):
         folder, slash, _ = source.key(i).partition("/")
@@ -85,6 +98,16 @@ def class_labels(source: Source) -> Labels:
     classes = tuple(sorted(set(folders), key=name_bytes))
     numbers = {name: number for number, name in enumerate(classes)}
     return Labels(torch.tensor([numbers[folder] for folder in folders]), classes)
+
+
+def _label_text(source: Source, index: int, unusable: dict[int, str]) -> str | None:
+    """Return the stored label of an image; one that cannot be read is noted in `unusable`."""
+    try:
+        text = source.label_text(index)
+    except ImageError as error:
+        unusable[index] = str(error).removeprefix(f"{source.name(index)}: ")
+        return "0"
+    return None if text is None else text.strip()
 
 
 @dataclass

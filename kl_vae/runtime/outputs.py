@@ -20,11 +20,13 @@ def plan_outputs(
     The input's tree is kept and its suffix replaced: `a/b.jpg` becomes `a/b.png`. If that
     belongs to an earlier input, a folder or a reserved name, `a/b.jpg.png`, then `a/b.jpg.2.png` is
     used. Names that differ only in case or Unicode normalisation count as equal, as on some file
-    systems. Names that are too long are truncated.
+    systems. Names of files and folders that are too long, as members of tar files may be, are
+    truncated.
 
     Raises:
         ValueError: a folder has a reserved name.
     """
+    relative_paths = [_with_short_folders(path) for path in relative_paths]
     folders = {folder for path in relative_paths for folder in _folders(path)}
     taken = {_folded(name) for name in reserved}
     for folder in sorted(folders):
@@ -130,9 +132,18 @@ def _candidates(path: str, suffix: str) -> Iterator[str]:
     folder, name = os.path.split(path)
     first = [(os.path.splitext(name)[0], suffix), (name, suffix)]
     for stem, ending in chain(first, ((name, f".{n}{suffix}") for n in count(2))):
-        while len(os.fsencode(stem + ending)) > MAX_NAME_BYTES:
-            stem = stem[:-1]
-        yield os.path.join(folder, stem + ending)
+        yield os.path.join(folder, _truncated(stem, ending))
+
+
+def _with_short_folders(path: str) -> str:
+    *folders, name = path.split("/")
+    return "/".join([*map(_truncated, folders), name])
+
+
+def _truncated(stem: str, ending: str = "") -> str:
+    while len(os.fsencode(stem + ending)) > MAX_NAME_BYTES:
+        stem = stem[:-1]
+    return stem + ending
 
 
 def _folders(path: str) -> list[str]:

@@ -111,6 +111,44 @@ def test_samples_folders_and_hidden_members(tmp_path: Path) -> None:
     assert list(chosen.keys) == ["a/1.input.png"]
 
 
+def labels(tmp_path: Path, *names: str) -> list[str | None]:
+    """Return the labels of the images among the members; a label's content is its name."""
+    members = {name: name.encode() if name.lower().endswith(".cls") else IMAGE for name in names}
+    source = opened(write_shard(tmp_path / "a.tar", members))
+    return [source.label_text(i) for i in range(len(source))]
+
+
+def test_labels_of_names_with_dots(tmp_path: Path) -> None:
+    names = [f"{folder}22.{n:02}" for folder in ("", "v1.0/") for n in (5, 6, 7)]
+    members = [name + end for end in (".png", ".cls") for name in names]
+    assert labels(tmp_path, *members) == [f"{name}.cls" for name in names]
+    # a label of the same name up to the last dot comes first
+    assert labels(tmp_path, "1.cls", "1.a.cls", "1.a.png", "1.png") == ["1.a.cls", "1.cls"]
+    # WebDataset's: the same name up to the first dot
+    assert labels(tmp_path, "1.png", "1.mask.png", "1.cls") == ["1.cls", "1.cls"]
+    assert labels(tmp_path, "1.png", "1.class.cls") == ["1.class.cls"]
+    # never the label of another image
+    assert labels(tmp_path, "22.05.png", "22.05.cls", "22.06.png") == ["22.05.cls", None]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("1.png", "1.a.cls", "1.b.cls"),
+        ("1.c.png", "1.a.cls", "1.cls"),
+        ("1.png", "1.cls", "1.CLS"),
+        ("1.a.png", "1.a.cls", "1.b.png", "1.b.cls", "1.c.png"),
+    ],
+)
+def test_labels_of_two_candidates(tmp_path: Path, names: tuple[str, ...]) -> None:
+    members = {name: b"3" if name.lower().endswith(".cls") else IMAGE for name in names}
+    source = opened(write_shard(tmp_path / "a.tar", members))
+    candidates = [name for name in names if name.lower().endswith(".cls")]
+    index = len(source) - 1
+    source = source.subset(np.array([index]))
+    assert is_about(refusal(lambda: source.label_text(0)), source.name(0), *candidates)
+
+
 def test_arrays(tmp_path: Path) -> None:
     rows = np.arange(2 * 3 * 5, dtype=np.uint8).reshape(2, 3, 5)
     members = {

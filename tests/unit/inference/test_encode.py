@@ -29,6 +29,7 @@ from kl_vae.latents import LatentNormalization
 from kl_vae.runtime.distributed import Ranks
 from kl_vae.runtime.randomness import generator_for
 from tests.messages import is_about, mentions
+from tests.shards import picture, write_shard
 
 pytest.importorskip("safetensors")
 
@@ -334,6 +335,26 @@ def test_labels_of_folders_and_of_the_source(
         source.texts = ("3", text, "7", "3", "3", "1", "2")
         with pytest.raises(ValueError, match=mentions(source.name(1), *parts)):
             encode(model, dataset, tmp_path / "bad", labels=True)
+
+
+def test_a_label_that_cannot_be_read_affects_its_image_only(
+    model: AutoEncoderKL, tmp_path: Path
+) -> None:
+    size = model.config.resolution
+    texts = [b"1", b"1" * 5000, b"\xff", b"%d" % 2**63, b"%d" % (2**63 - 1), b"0" * 5000]
+    members = {f"{i}.png": picture(i, size, size) for i in range(len(texts))}
+    members |= {f"{i}.cls": text for i, text in enumerate(texts)}
+    images = write_shard(tmp_path / "a.tar", members)
+    result = encode_dataset(model, images, tmp_path / "out", labels=True, num_workers=0)
+    assert (result.images, result.skipped) == (3, 3)
+    latents = LatentDataset(tmp_path / "out")
+    assert {x.name: x.label for x in latents} == {"0.png": 1, "4.png": 2**63 - 1, "5.png": 0}
+    skipped = [image for shard in latents.index.shards for image in shard.skipped]
+    for image, number, parts in zip(
+        skipped, (1, 2, 3), ((5000, "label"), (".cls", "utf-8"), (2**63, 19)), strict=True
+    ):
+        assert image.name == f"{images}/{number}.png"
+        assert is_about(image.reason, *parts)
 
 
 def test_images_without_a_label(model: AutoEncoderKL, images: Path, tmp_path: Path) -> None:

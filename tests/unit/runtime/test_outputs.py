@@ -42,6 +42,14 @@ def test_names_that_are_not_utf8_are_kept():
     assert plan_outputs(names) == [os.fsdecode(b"\xff.png"), os.fsdecode(b"\xfe.png")]
 
 
+def test_folders_with_too_long_names_are_truncated():
+    long = "x" * 255
+    names = [f"{long}{number}/a.png" for number in range(2)]
+    assert plan_outputs([*names, f"é{long}/b.png"]) == [
+        f"{long}/a.png", f"{long}/a.png.png", f"é{long[:-2]}/b.png",
+    ]  # fmt: skip
+
+
 def test_the_output_folder_must_not_be_a_file(tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(ValueError, match=mentions(tmp_path / "out", "file")):
