@@ -3,14 +3,8 @@
 from kl_vae.data.build import build_datasets
 from kl_vae.data.config import DataConfig, SourceConfig, ValidationConfig
 from kl_vae.data.dataset import BadImage, ImageDataset, Sample
-from kl_vae.data.decoding import (
-    ARRAY_EXTENSIONS,
-    IMAGE_EXTENSIONS,
-    MAX_PIXELS,
-    ImageError,
-    read_image,
-    read_size,
-)
+from kl_vae.data.decoding import MAX_PIXELS, ImageError, read_image, read_size
+from kl_vae.data.file_types import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS
 from kl_vae.data.folder import list_images, select
 from kl_vae.data.latents import LatentDataset, LatentSample
 from kl_vae.data.loader import STOP_SIGNALS, Batch, batch_loader, collate

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, GifImagePlugin, Image, ImageFile, JpegImagePlugin, TiffImagePlugin
 from torch import Tensor
 
+from kl_vae.data.file_types import ARRAY_EXTENSIONS, FORMATS
 from kl_vae.data.pixel_format import (
     HOW_TO_SET_PAGES,
     Inspected,
@@ -41,12 +42,6 @@ from kl_vae.data.png import PngReader, read_16_bits, stated_bits
 from kl_vae.data.tiff import TiffReader, oriented, page_numbers, read_bands, tags_of
 from kl_vae.runtime.files import display_name
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-ARRAY_EXTENSIONS = (".npy",)
-BANDS_EXTENSIONS = (".tif", ".tiff")  # of image files with any number of bands
-# formats are detected by content, because wrong extensions are common. Pillow's other readers are
-# not used: the EPS reader, for example, runs Ghostscript
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 # same limit as Pillow's: 512 MiB as RGB
 MAX_PIXELS = 178_956_970
 

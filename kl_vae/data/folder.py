@@ -6,6 +6,7 @@ Shapes: N files.
 from __future__ import annotations
 
 import fnmatch
+import logging
 import os
 import re
 from collections import Counter, deque
@@ -16,13 +17,22 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kl_vae.data.decoding import ARRAY_EXTENSIONS, BANDS_EXTENSIONS, IMAGE_EXTENSIONS
+from kl_vae.data.file_types import (
+    ARRAY_EXTENSIONS,
+    BANDS_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    KNOWN_EXTENSIONS,
+    how_to_read,
+    skipped_message,
+)
 from kl_vae.data.paths import PathList, file_size, name_bytes
 from kl_vae.data.pixels import MODE_BY_CHANNELS
 from kl_vae.runtime.files import display_name
 
+logger = logging.getLogger(__name__)
+
 SHARD_EXTENSIONS = (".tar",)
-LISTED_EXTENSIONS = frozenset(IMAGE_EXTENSIONS + ARRAY_EXTENSIONS + SHARD_EXTENSIONS)
+LISTED_EXTENSIONS = KNOWN_EXTENSIONS.union(SHARD_EXTENSIONS)
 
 
 def list_images(
@@ -32,6 +42,8 @@ def list_images(
 
     Linked folders are followed, each folder once. Hidden files and folders are ignored. Broken
     links and special files are listed; reading them raises an error.
+
+    Files of other types of images, such as HEIC without its plugin, are reported in one warning.
 
     With 1, 3 or 4 channels, image files are listed, and `.npy` files only if a pattern of `include`
     ends in `.npy`. With other numbers of channels, TIFF and `.npy` files are listed.
@@ -49,7 +61,7 @@ def list_images(
 
 
 class Listing(NamedTuple):
-    """Image, array and shard files of a folder, or a selection of them.
+    """Image, array and shard files of a folder, readable or not, or a selection of them.
 
     Attributes:
         files: relative POSIX paths, sorted by their bytes.
@@ -120,8 +132,12 @@ def images_of(
     others = Counter(kinds).most_common(3)
     most = ", ".join(f"{count} {display_name(kind or 'no extension')}" for kind, count in others)
     holds = f"{sum(kinds.values())} other files ({most})" if kinds else "no files"
-    no_images = (
-        f"no images in {display_name(root)}: looked for {', '.join(extensions)}; found {holds}"
+    no_images = "; ".join(
+        [
+            f"no images in {display_name(root)}: looked for {', '.join(extensions)}",
+            f"found {holds}",
+            *how_to_read(set(kinds).difference(extensions)),
+        ]
     )
     chosen = choose_images(files, extensions, include, exclude, display_name(root), no_images)
     if len(chosen) == len(files):  # avoid a copy
@@ -147,6 +163,8 @@ def choose_images(
 ) -> NDArray[np.int64]:
     """Return the indices of the paths that have one of the extensions and match the patterns.
 
+    The other paths that match the patterns are reported in one warning.
+
     Args:
         paths: of files, or of members of shards.
         extensions: in lower case.
@@ -159,18 +177,35 @@ def choose_images(
         ValueError: No path is selected.
     """
     endings = tuple(extension.encode() for extension in extensions)
-    images = _true_indices(path.lower().endswith(endings) for path in paths.bytes_of_each())
+    readable = np.fromiter(
+        (path.lower().endswith(endings) for path in paths.bytes_of_each()), np.bool_, len(paths)
+    )
+    images = np.flatnonzero(readable)
     if not len(images):
         raise ValueError(no_images)
+    matches = matcher(include, exclude)
+    report_skipped(filter(matches, paths.take(np.flatnonzero(~readable))), where)
     if not (include or exclude):
         return images
-    chosen = images[_true_indices(map(matcher(include, exclude), paths.take(images)))]
+    chosen = images[_true_indices(map(matches, paths.take(images)))]
     if not len(chosen):
         raise ValueError(
             f"include={list(include)} and exclude={list(exclude)} match none of the "
             f"{len(images)} images in {where}: change the patterns"
         )
     return chosen
+
+
+def report_skipped(paths: Iterable[str], where: str) -> None:
+    """Log one warning about the files that are skipped, if any.
+
+    Args:
+        paths: of the files.
+        where: name of the folder or the shards.
+    """
+    skipped = Counter(os.path.splitext(path)[1].lower() for path in paths)
+    if skipped:
+        logger.warning("%s: %s", where, skipped_message(skipped))
 
 
 def select(paths: Iterable[str], include: Sequence[str], exclude: Sequence[str]) -> list[str]:

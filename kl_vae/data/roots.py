@@ -16,6 +16,7 @@ from kl_vae.data.folder import (
     image_extensions,
     images_of,
     list_folder,
+    report_skipped,
     select,
 )
 from kl_vae.data.paths import name_bytes
@@ -121,6 +122,8 @@ def _shards_of(
             f"images, such as {display_name(image)}: use separate folders, give the shards as a "
             "pattern ('FOLDER/*.tar'), or exclude them with exclude='*.tar'"
         )
+    others = [path for path in listing.files if not is_shard(path)]
+    report_skipped(select(others, include, exclude), display_name(root))
     return [root / shard for shard in shards]
 
 

@@ -26,14 +26,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kl_vae.data.decoding import (
-    ARRAY_EXTENSIONS,
-    IMAGE_EXTENSIONS,
     MAX_PIXELS,
     ImageError,
     inspect_from,
     read_image_from,
     read_size_from,
 )
+from kl_vae.data.file_types import KNOWN_EXTENSIONS, how_to_read
 from kl_vae.data.folder import choose_images, image_extensions, is_hidden
 from kl_vae.data.paths import PathList, fingerprint_of
 from kl_vae.data.pixel_format import Inspected, PixelFormat
@@ -48,7 +47,6 @@ _MAX_HEADER = 2**20  # bytes of an extended header
 _INDEX_THREADS = 8  # indexing mostly waits for the file system
 _BUFFER = 2**18  # bytes; most images fit into it
 _NO_SPAN = (-1, 0)
-_LISTED_EXTENSIONS = frozenset(IMAGE_EXTENSIONS + ARRAY_EXTENSIONS)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -220,8 +218,11 @@ def open_shards(
     where = display_name(paths[0])
     if len(paths) > 1:
         where += f" and {len(paths) - 1} more shards" if len(paths) > 2 else " and another shard"
-    others = f"; {len(keys)} images have other extensions" if len(keys) else ""
-    no_images = f"no images in {where}: looked for {', '.join(extensions)}{others}"
+    no_images = f"no images in {where}: looked for {', '.join(extensions)}"
+    if len(keys):
+        kinds = sorted({os.path.splitext(key)[1].lower() for key in keys})
+        found = f"{len(keys)} images have other extensions ({', '.join(kinds)})"
+        no_images = "; ".join([no_images, found, *how_to_read(kinds)])
     chosen = choose_images(keys, extensions, include, exclude, where, no_images)
     logger.info("%d images in %d shards", len(chosen), len(paths))
     source = TarSource(
@@ -338,7 +339,7 @@ def _index_shard(path: Path) -> _Index:
                     )
                 key = _key(member, path)
                 extension = os.path.splitext(key)[1].lower()
-                if member.isdir() or not (extension in _LISTED_EXTENSIONS or extension == LABEL):
+                if member.isdir() or not (extension in KNOWN_EXTENSIONS or extension == LABEL):
                     continue
                 if any(map(is_hidden, key.split("/"))):
                     continue
@@ -350,7 +351,7 @@ def _index_shard(path: Path) -> _Index:
                     )
                 headers[key] = member.offset
                 span = (member.offset_data, member.size) if member.isreg() else _NO_SPAN
-                if extension in _LISTED_EXTENSIONS:
+                if extension in KNOWN_EXTENSIONS:
                     keys.append(key)
                     spans.append(span)
                 else:
