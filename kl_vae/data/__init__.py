@@ -14,6 +14,7 @@ from kl_vae.data.pixel_format import PixelFormat, ValueRange, decide_format
 from kl_vae.data.pixels import Wanted, normalized, pil_to_tensor, to_float, to_uint8
 from kl_vae.data.roots import is_shard, open_root, resolve_root
 from kl_vae.data.sampler import Key, StepSampler, permutation, validation_batches
+from kl_vae.data.sizes import check_sizes, read_sizes
 from kl_vae.data.sources import (
     FolderSource,
     JoinedSource,
@@ -64,6 +65,7 @@ __all__ = [
     "decide_format",
     "with_format",
     "channels_inside",
+    "check_sizes",
     "collate",
     "fingerprint",
     "is_shard",
@@ -76,6 +78,7 @@ __all__ = [
     "random_recolor",
     "read_image",
     "read_size",
+    "read_sizes",
     "resize_short_side",
     "resolve_root",
     "select",

@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 from kl_vae.data.decoding import MAX_PIXELS
 from kl_vae.data.pixel_format import AUTO, check_pages, parse_ranges
+from kl_vae.data.transforms import Sides, as_written, height_and_width
 
 DatasetName = Literal["folder", "cifar10", "fashion-mnist"]
 
@@ -70,8 +71,10 @@ class DataConfig:
         pages: what the pages of a TIFF file are: `first` (only the first page is used), `channels`,
             or `images`; null: files of several pages are an error.
         resize: short side in pixels before cropping; null: no resizing.
-        crop: side of the crop in pixels (random crops in training, center crops otherwise); null:
-            the model's resolution.
+        crop: side of the crop in pixels, or [height, width], both multiples of f (random crops in
+            training, center crops otherwise); null: the model's resolution.
+        min_size: images with a shorter side, or smaller than [height, width], are skipped; null:
+            without `resize`, an image smaller than the crop is an error.
         flip: mirror training crops with probability 0.5.
         recolor: blend training crops with a permutation of their channels, with probability 0.5;
             for small datasets with few colours.
@@ -89,7 +92,8 @@ class DataConfig:
     range: str | tuple[float, ...] | dict[str, Any] = AUTO
     pages: str | None = None
     resize: int | None = None
-    crop: int | None = None
+    crop: int | tuple[int, ...] | None = None
+    min_size: int | tuple[int, ...] | None = None
     flip: bool = True
     recolor: bool = False
     draft: bool = True
@@ -101,12 +105,14 @@ class DataConfig:
         """Check the values and their combination."""
         if self.name not in get_args(DatasetName):
             raise ValueError(f"name={self.name}: choose one of {', '.join(get_args(DatasetName))}")
-        for key in ("resize", "crop", "max_pixels"):
+        for key in ("resize", "max_pixels"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"{key}={value}: must be at least 1")
         parse_ranges(self.range)
         check_pages(self.pages)
+        check_sides("crop", self.crop)
+        check_sides("min_size", self.min_size)
         if self.num_workers < 0:
             raise ValueError(f"num_workers={self.num_workers}: must be 0 or more")
         if not 0 <= self.max_bad_fraction <= 1:
@@ -118,6 +124,10 @@ class DataConfig:
                 f"name={self.name}: has its own validation images and takes no patterns; "
                 "remove validation.root, include and exclude"
             )
+        if self.name != "folder" and self.min_size is not None:
+            raise ValueError(
+                f"min_size={self.min_size}: all images of {self.name} have one size; remove it"
+            )
 
     def _has_folder_keys(self) -> bool:
         validation = self.validation
@@ -127,13 +137,30 @@ class DataConfig:
         )
 
 
-def check_crop_fits(resize: int, crop: int) -> None:
-    """Check that the crop fits into the resized image.
+def check_sides(key: str, sides: Sides | None) -> None:
+    """Check a side or [height, width] of the configuration.
 
     Raises:
-        ValueError: `resize` is less than `crop`.
+        ValueError: It is neither; the message begins with `key`.
     """
-    if resize < crop:
+    if sides is None:
+        return
+    shown = as_written(sides)
+    if not isinstance(sides, int) and len(sides) != 2:
+        raise ValueError(f"{key}={shown}: give one side in pixels, or [height, width]")
+    if min(height_and_width(sides)) < 1:
+        raise ValueError(f"{key}={shown}: must be at least 1")
+
+
+def check_crop_fits(resize: int, crop: Sides) -> None:
+    """Check that the crop fits into resized images, at least into some that are no squares.
+
+    Raises:
+        ValueError: `resize` is less than the short side of `crop`.
+    """
+    short = min(height_and_width(crop))
+    if resize < short:
         raise ValueError(
-            f"resize={resize}: smaller than the crop of {crop}; set resize to {crop} or more"
+            f"resize={resize}: smaller than the crop of {as_written(crop)}; set resize to {short} "
+            "or more"
         )

@@ -1,24 +1,27 @@
-"""Dataset of square image crops, indexed by (epoch, index, position) keys.
+"""Dataset of image crops, indexed by (epoch, index, position) keys.
 
-Shapes: C channels; an image is [C,crop,crop].
+Shapes: C channels; an image is [C,H,W], the size of the crop.
 """
 
 from collections.abc import Callable
 from functools import partial
 from inspect import signature
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kl_vae.data.decoding import ImageError
 from kl_vae.data.pixels import Wanted, to_float
 from kl_vae.data.sampler import Key
-from kl_vae.data.sources import Source
+from kl_vae.data.sources import Source, StoredSource
 from kl_vae.data.transforms import (
+    Sides,
     center_place,
     channels_inside,
+    height_and_width,
     random_flip,
     random_place,
     random_recolor,
@@ -32,8 +35,6 @@ MAX_REPLACEMENTS = 100
 # with full decoding, the PSNR of photo crops is 43 to 55 dB (median 48); a factor of 1 gives 35 dB
 # and more
 DRAFT_MARGIN = 2
-# maximum number of headers read by `check_sizes`: seconds; a million headers take minutes
-MAX_CHECKED = 10_000
 
 
 class BadImage(NamedTuple):
@@ -46,7 +47,7 @@ class BadImage(NamedTuple):
 class Sample(NamedTuple):
     """One image crop and the unusable files met while reading it."""
 
-    image: Tensor  # [C,crop,crop], uint8, or float32 in [-1, 1] for float sources; zeros if none
+    image: Tensor  # [C,H,W], uint8, or float32 in [-1, 1] for float sources; zeros if none
     position: int  # in the global batch (training) or in the validation set
     name: str  # of the image file; empty if no image could be read
     bad: tuple[BadImage, ...]
@@ -60,7 +61,7 @@ class ImageDataset(Dataset[Sample]):
 
     Args:
         source: the images.
-        crop: side of the crop in pixels.
+        crop: side of the crop in pixels, or its (height, width).
         resize: short side in pixels before cropping; None: no resizing.
         flip: mirror a training crop with probability 0.5.
         seed: of the random crops and augmentations.
@@ -74,7 +75,7 @@ class ImageDataset(Dataset[Sample]):
     def __init__(
         self,
         source: Source,
-        crop: int,
+        crop: Sides,
         resize: int | None,
         flip: bool,
         seed: int,
@@ -92,6 +93,11 @@ class ImageDataset(Dataset[Sample]):
         self.draft = draft
         # `read` of a custom source may have no such parameter
         self._takes_wanted = "wanted" in signature(source.read).parameters
+
+    @property
+    def crop_size(self) -> tuple[int, int]:
+        """Height and width of the crops in pixels."""
+        return height_and_width(self.crop)
 
     @property
     def fingerprint(self) -> str:
@@ -115,31 +121,13 @@ class ImageDataset(Dataset[Sample]):
                 return Sample(image, position, name, tuple(bad))
             except ValueError as error:  # ImageError, or an error of a transform without the name
                 bad.append(BadImage(name, str(error).removeprefix(f"{name}: ")))
-        blank = torch.zeros(self.source.channels, self.crop, self.crop, dtype=torch.uint8)
+        blank = torch.zeros(self.source.channels, *self.crop_size, dtype=torch.uint8)
         return Sample(blank, position, "", tuple(bad))
 
-    def check_sizes(self) -> None:
-        """Check that images are at least as large as the crop, if they are not resized.
-
-        At most MAX_CHECKED headers are read, evenly spaced over the dataset. Images without a
-        readable header are skipped. `__getitem__` reports the images that this check misses.
-
-        Raises:
-            ValueError: An image is smaller than the crop.
-        """
-        if self.resize is not None:
-            return
-        number = min(len(self), MAX_CHECKED)
-        for index in (i * len(self) // number for i in range(number)):
-            try:
-                height, width = self.source.size(index)
-            except ImageError:
-                continue
-            if min(height, width) < self.crop:
-                raise ValueError(
-                    f"{self.source.name(index)} is {width} x {height}, smaller than the crop of "
-                    f"{self.crop}: set data.resize, or lower data.crop"
-                )
+    def keep(self, indices: NDArray[np.int64]) -> None:
+        """Keep only the images at these indices; the source must have a `subset`."""
+        if len(indices) < len(self):
+            self.source = cast(StoredSource, self.source).subset(indices)
 
     def _replacement(self, epoch: int, index: int, attempt: int) -> int:
         generator = generator_for("replacement", self.seed, epoch, index, attempt)

@@ -3,11 +3,31 @@
 Shapes: images are [C,H,W], uint8, or float32 in [0, 1].
 """
 
+from typing import TypeVar
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from kl_vae.data.decoding import MAX_PIXELS
+
+Number = TypeVar("Number", int, NDArray[np.int64])
+Sides = int | tuple[int, ...]  # the side of a square, or (height, width), in pixels
+
+
+def height_and_width(sides: Sides) -> tuple[int, int]:
+    """Return the height and width in pixels."""
+    if isinstance(sides, int):
+        return sides, sides
+    height, width = sides
+    return height, width
+
+
+def as_written(sides: Sides) -> int | list[int]:
+    """Return the sides as in a configuration: a number or [height, width]."""
+    return sides if isinstance(sides, int) else list(sides)
 
 
 def resize_short_side(image: Tensor, size: int) -> Tensor:
@@ -23,8 +43,7 @@ def resize_short_side(image: Tensor, size: int) -> Tensor:
     short = min(height, width)
     if short == size:
         return image
-    # rounds half up, unlike round(); exact for the short side
-    new_height, new_width = ((2 * side * size + short) // (2 * short) for side in (height, width))
+    new_height, new_width = resized_sides(height, width, short, size)
     if new_height * new_width > MAX_PIXELS:
         raise ValueError(
             f"{width} x {height} pixels resized to a short side of {size} are too large "
@@ -38,33 +57,39 @@ def resize_short_side(image: Tensor, size: int) -> Tensor:
     return resized.clamp_(0, 1) if resized.is_floating_point() else resized
 
 
-def random_place(height: int, width: int, size: int, generator: Generator) -> tuple[slice, slice]:
-    """Return the rows and columns of a uniformly random square of side `size`.
+def resized_sides(height: Number, width: Number, short: Number, size: int) -> tuple[Number, Number]:
+    """Return the height and width of images whose short side is resized from `short` to `size`."""
+    # rounds half up, unlike round(); exact for the short side
+    return (2 * height * size + short) // (2 * short), (2 * width * size + short) // (2 * short)
+
+
+def random_place(height: int, width: int, size: Sides, generator: Generator) -> tuple[slice, slice]:
+    """Return the rows and columns of a uniformly random rectangle of this size.
 
     Raises:
         ValueError: The image is smaller than `size`.
     """
-    _check_fits(height, width, size)
-    top = int(torch.randint(height - size + 1, (), generator=generator))
-    left = int(torch.randint(width - size + 1, (), generator=generator))
-    return slice(top, top + size), slice(left, left + size)
+    rows, columns = _fitting(height, width, size)
+    top = int(torch.randint(height - rows + 1, (), generator=generator))
+    left = int(torch.randint(width - columns + 1, (), generator=generator))
+    return slice(top, top + rows), slice(left, left + columns)
 
 
-def center_place(height: int, width: int, size: int) -> tuple[slice, slice]:
-    """Return the rows and columns of the center square of side `size`.
+def center_place(height: int, width: int, size: Sides) -> tuple[slice, slice]:
+    """Return the rows and columns of the center rectangle of this size.
 
     If the margin is odd, its larger part is at the bottom and on the right.
 
     Raises:
         ValueError: The image is smaller than `size`.
     """
-    _check_fits(height, width, size)
-    top, left = (height - size) // 2, (width - size) // 2
-    return slice(top, top + size), slice(left, left + size)
+    rows, columns = _fitting(height, width, size)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return slice(top, top + rows), slice(left, left + columns)
 
 
-def center_crop(image: Tensor, size: int) -> Tensor:
-    """Return the center crop [C,size,size]; see `center_place`."""
+def center_crop(image: Tensor, size: Sides) -> Tensor:
+    """Return the center crop, [C,size,size] or [C,*size]; see `center_place`."""
     rows, columns = center_place(image.shape[-2], image.shape[-1], size)
     return image[:, rows, columns]
 
@@ -101,9 +126,12 @@ def channels_inside(image: Tensor) -> Tensor:
     return image.permute(1, 2, 0).clone(memory_format=torch.contiguous_format).permute(2, 0, 1)
 
 
-def _check_fits(height: int, width: int, size: int) -> None:
-    if min(height, width) < size:
+def _fitting(height: int, width: int, size: Sides) -> tuple[int, int]:
+    """Return the height and width of a crop of an image, checked to fit into it."""
+    rows, columns = height_and_width(size)
+    if height < rows or width < columns:
         raise ValueError(
-            f"{width} x {height} is smaller than the crop of {size}: "
+            f"{width} x {height} is smaller than the crop of {as_written(size)}: "
             "set data.resize, or lower data.crop"
         )
+    return rows, columns

@@ -361,8 +361,8 @@ def latent_settings(
         flipped=config.flip,
         f=model.downsampling_factor,
         channels=model.latent_channels,
-        crop=dataset.crop,
-        resize=dataset.resize or dataset.crop,
+        crop=dataset.crop_size[0],  # a square
+        resize=dataset.resize or dataset.crop_size[0],
         precision=config.precision,
         seed=config.seed if config.what == "sample" else None,
         images=len(dataset),

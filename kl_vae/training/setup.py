@@ -23,8 +23,10 @@ from kl_vae.data import (
     StepSampler,
     batch_loader,
     build_datasets,
+    check_sizes,
     validation_batches,
 )
+from kl_vae.data.transforms import as_written
 from kl_vae.losses.equivariance import Equivariance
 from kl_vae.model import AutoEncoderKL
 from kl_vae.runtime.distributed import Ranks
@@ -109,7 +111,7 @@ def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks) -> Setup:
     training = dataclasses.replace(training, accumulate_batches=accumulate)
     config = dataclasses.replace(config, training=training)
     model = build_model(config, ranks, resuming=found is not None)
-    metrics = dry_run(model, config, train_set.crop, val_set is not None, ranks)
+    metrics = dry_run(model, config, train_set.crop_size, val_set is not None, ranks)
     if model.monitor is not None and model.monitor not in metrics:
         model.monitor = f"val/{model.monitor}"
     val_fingerprint = "" if val_set is None else val_set.fingerprint
@@ -191,14 +193,10 @@ def build_data(config: RunConfig, ranks: Ranks) -> tuple[ImageDataset, ImageData
         ranks.on_rank_zero(lambda: build() and None)  # downloads, once
     train_set, val_set = build()
     f = ddconfig.downsampling_factor
-    if train_set.crop % f:
+    if any(side % f for side in train_set.crop_size):
         raise ValueError(
-            f"data.crop={train_set.crop}: the model downsamples by {f}; use a multiple of {f}"
-        )
-    if len(train_set) < training.global_batch_size:
-        raise ValueError(
-            f"training.global_batch_size={training.global_batch_size}: more than the "
-            f"{len(train_set)} training images; lower it, or add images"
+            f"data.crop={as_written(train_set.crop)}: the model downsamples by {f}; "
+            f"use a multiple of {f}"
         )
     fingerprint = train_set.fingerprint
     if ranks.on_rank_zero(lambda: fingerprint) != fingerprint:
@@ -206,13 +204,15 @@ def build_data(config: RunConfig, ranks: Ranks) -> tuple[ImageDataset, ImageData
             f"rank {ranks.rank} sees other images in data.train.root than rank 0; "
             "give all machines the same folder"
         )
-
-    def check_sizes() -> None:
-        for dataset in (train_set, val_set):
-            if dataset is not None:
-                dataset.check_sizes()
-
-    ranks.on_rank_zero(check_sizes)
+    for part, dataset in (("training", train_set), ("validation", val_set)):
+        if dataset is not None:
+            check = partial(check_sizes, dataset, config.data, part)
+            dataset.keep(ranks.on_rank_zero(check))  # one rank reads all headers
+    if len(train_set) < training.global_batch_size:
+        raise ValueError(
+            f"training.global_batch_size={training.global_batch_size}: more than the "
+            f"{len(train_set)} training images; lower it, or add images"
+        )
     return train_set, val_set
 
 
@@ -314,7 +314,7 @@ def freeze(model: AutoEncoderKL, patterns: Iterable[str]) -> None:
 
 @torch.no_grad()
 def dry_run(
-    model: AutoEncoderKL, config: RunConfig, crop: int, validates: bool, ranks: Ranks
+    model: AutoEncoderKL, config: RunConfig, crop: tuple[int, int], validates: bool, ranks: Ranks
 ) -> set[str]:
     """Pass a blank image through model and loss, to fail early.
 
@@ -330,7 +330,7 @@ def dry_run(
             f"model.params.monitor={model.monitor}: there is no validation set to measure it "
             "on; set data.validation.fraction, or monitor to null"
         )
-    blank = torch.zeros(1, model.config.in_channels, crop, crop, device=ranks.device)
+    blank = torch.zeros(1, model.config.in_channels, *crop, device=ranks.device)
     metrics = {"val/psnr", "val/ssim"}
     with evaluating(model):
         smallest = None
@@ -404,7 +404,7 @@ def describe(setup: Setup, ranks: Ranks, run: RunDirectory, train_set: ImageData
     """Log the size of the model, the data, the devices, the batch, the length and the directory."""
     model, config, training = setup.state.model, setup.config, setup.config.training
     images = training.global_batch_size // (ranks.world_size * training.accumulate_batches)
-    side, f = train_set.crop, model.downsampling_factor
+    (height, width), f = train_set.crop_size, model.downsampling_factor
     count = sum(p.numel() for p in model.without_loss().parameters())
     trained = sum(p.numel() for p in model.without_loss().parameters() if p.requires_grad)
     frozen = "" if trained == count else f"; {trained:,} trained"
@@ -414,10 +414,11 @@ def describe(setup: Setup, ranks: Ranks, run: RunDirectory, train_set: ImageData
     elif ranks.device.type == "cpu":
         device = f"cpu ({torch.get_num_threads()} threads)"
     precision = training.precision + (", compiled" if training.compile else "")
-    latents = f"{model.latent_channels} x {side // f} x {side // f}"
+    latents = f"{model.latent_channels} x {height // f} x {width // f}"
     sources = [config.data.train.root, config.data.validation.root if setup.val_set else None]
     for line in (
-        f"model      {count:,} parameters, f = {f}: {side} x {side} -> latents {latents}{frozen}",
+        f"model      {count:,} parameters, f = {f}: {height} x {width} -> "
+        f"latents {latents}{frozen}",
         f"data       {len(train_set)} training images and {len(setup.val_set or ())} for "
         f"validation, from {' and '.join(root for root in sources if root)}",
         f"devices    {ranks.world_size} x {device}, {precision}",

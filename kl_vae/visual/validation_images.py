@@ -47,10 +47,9 @@ def draw_validation_images(
             [to_rgb(image) for image in images], [to_rgb(image) for image in reconstructions]
         )
     }
-    side = val_set.crop // model.downsampling_factor
-    latents = (
-        normal_noise((model.latent_channels, side, side), "sample", 0, i) for i in range(number)
-    )
+    height, width = (side // model.downsampling_factor for side in val_set.crop_size)
+    shape = (model.latent_channels, height, width)
+    latents = (normal_noise(shape, "sample", 0, i) for i in range(number))
     prior = [model.decode(z[None].to(device))[0].float().cpu() for z in latents]
     if all(image.isfinite().all() for image in prior):
         grids["prior"] = image_grid([to_rgb(image.clamp(-1.0, 1.0)) for image in prior], COLUMNS)

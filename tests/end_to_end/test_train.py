@@ -67,6 +67,18 @@ def test_the_files_of_a_run(project: Path, caplog: Any) -> None:
     assert is_about(header, "parameters", "f = 2", "images", "cpu", "fp32", "run")
 
 
+def test_crops_that_are_no_squares_and_small_images(project: Path, caplog: Any) -> None:
+    caplog.set_level("INFO")
+    Image.new("RGB", (15, 40)).save(project / "images" / "small.png")
+    sizes = ["data.crop=[16, 12]", "data.min_size=16", "training.max_steps=2"]
+    assert train("--run-dir", "run", *sizes) == 0
+    assert is_about(caplog.text, "data.min_size=16", "1 of", "small.png", "15 x 40")
+    assert is_about(caplog.text, "16 x 12", "8 x 6")
+    assert not (project / "run" / "bad_images.txt").exists()
+    with Image.open(project / "run" / "samples" / "prior_00000002.png") as picture:
+        assert picture.height > 12
+
+
 @pytest.mark.slow
 def test_training_lowers_the_loss(project: Path) -> None:
     assert train("--run-dir", "run", "training.max_steps=40", "optimizer.learning_rate=0.002") == 0
@@ -212,6 +224,7 @@ MISTAKES: dict[str, tuple[list[str], tuple[object, ...]]] = {
         ("training.global_batch_size=8", 1, 3),
     ),
     "crop that f does not divide": (["data.crop=15"], ("data.crop=15", 2)),
+    "side that f does not divide": (["data.crop=[16, 15]"], ("data.crop=[16, 15]", 2)),
     "both lengths": (["training.epochs=2"], ("epochs=2", "max_steps")),
     "fraction of bad images": (
         ["data.max_bad_fraction=1.5"],

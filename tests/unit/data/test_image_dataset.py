@@ -10,7 +10,7 @@ from PIL import Image
 
 from kl_vae.data import FolderSource, ImageDataset, Wanted, list_images
 from kl_vae.data.dataset import MAX_REPLACEMENTS
-from tests.messages import is_about, mentions
+from tests.messages import is_about
 
 
 @pytest.fixture
@@ -141,32 +141,6 @@ def test_a_small_image_gives_the_reason(root: Path, training: bool) -> None:
 def test_max_pixels_reaches_the_reader(root: Path) -> None:
     sample = dataset(root, training=False, max_pixels=100)[0, 0, 0]
     assert is_about(sample.bad[0].reason, "max_pixels=100")
-
-
-def test_check_sizes(root: Path) -> None:
-    dataset(root, crop=16).check_sizes()
-    dataset(root, crop=32, resize=32).check_sizes()
-    parts = (f"{root}/1.png", "16 x 16", 18, "data.resize", "data.crop")
-    with pytest.raises(ValueError, match=mentions(*parts)):
-        dataset(root, crop=18).check_sizes()
-    (root / "0.png").write_bytes(b"damaged")
-    dataset(root).check_sizes()  # an error on read only
-
-
-def test_check_sizes_of_many_images_checks_a_part(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for number in range(3, 9):
-        Image.new("RGB", (16, 16)).save(root / f"{number}.png")
-    looked_at = []
-    data = dataset(root)
-    monkeypatch.setattr(data.source, "size", lambda index: looked_at.append(index) or (16, 16))
-    monkeypatch.setattr("kl_vae.data.dataset.MAX_CHECKED", 4)
-    data.check_sizes()
-    assert looked_at == [0, 2, 4, 6]
-    monkeypatch.setattr("kl_vae.data.dataset.MAX_CHECKED", 9)
-    data.check_sizes()
-    assert looked_at[4:] == list(range(9))
 
 
 def test_fingerprint(root: Path) -> None:

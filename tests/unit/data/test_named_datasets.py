@@ -10,7 +10,7 @@ import pytest
 import torch
 from torchvision.datasets import CIFAR10, FashionMNIST
 
-from kl_vae.data import ImageDataset, NamedSource
+from kl_vae.data import DataConfig, ImageDataset, NamedSource, check_sizes
 from tests.messages import is_about, mentions
 
 NOWHERE = "http://127.0.0.1:9/"  # the discard port: refused at once
@@ -82,12 +82,12 @@ def test_cifar10(cifar: Path) -> None:
 def test_samples_and_sizes(fashion: Path) -> None:
     source = NamedSource("fashion-mnist", fashion, training=True, channels=1)
     data = ImageDataset(source, crop=32, resize=32, flip=True, seed=0, training=True)
-    data.check_sizes()
+    assert len(check_sizes(data, DataConfig(), "training")) == len(data)
     assert data[0, 1, 0].image.shape == (1, 32, 32)
     small = ImageDataset(source, crop=32, resize=None, flip=True, seed=0, training=True)
     parts = ("fashion-mnist train 0", "28 x 28", 32, "data.resize", "data.crop")
     with pytest.raises(ValueError, match=mentions(*parts)):
-        small.check_sizes()
+        check_sizes(small, DataConfig(), "training")
 
 
 @pytest.mark.parametrize("name", ["cifar10", "fashion-mnist"])

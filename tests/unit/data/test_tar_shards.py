@@ -243,7 +243,6 @@ def test_worker_processes(tmp_path: Path) -> None:
     contents = make_shards(tmp_path, shards=4, images=3)
     source = opened(tmp_path)
     data = ImageDataset(source, 16, None, flip=False, seed=0, training=False)
-    data.check_sizes()
     batches = validation_batches(len(data), 4, 0, 1)
     names = []
     for number, batch in enumerate(batch_loader(data, batches, 2, False, 60)):
