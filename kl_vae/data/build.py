@@ -1,6 +1,7 @@
 """Construction of the training and validation datasets from the configuration."""
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -108,7 +109,7 @@ def _split(config: DataConfig, source: StoredSource) -> tuple[StoredSource, Stor
     if chosen.include:
         held_out = _match_validation(source.keys, chosen.include, chosen.exclude)
     else:
-        held_out = _hold_out(source.keys, chosen.fraction)
+        held_out = _hold_out(source.keys, chosen.fraction, chosen.group)
     if not held_out.any():
         return source, None
     return source.subset(np.flatnonzero(~held_out)), source.subset(np.flatnonzero(held_out))
@@ -152,16 +153,20 @@ def name_hash(key: str) -> float:
     return int.from_bytes(digest, "big") / 2**48
 
 
-def _hold_out(keys: Sequence[str], fraction: float) -> NDArray[np.bool_]:
-    """Return a mask of the images to hold out, chosen by a hash of their keys.
+def _hold_out(keys: Sequence[str], fraction: float, group: str | None) -> NDArray[np.bool_]:
+    """Return a mask of the images to hold out, chosen by a hash of their keys or groups.
 
-    At least one image is held out unless `fraction` is 0 or there is only one image. Adding or
-    removing other images does not move an image between the sets. Images with the same key, in
-    several shards, are in the same set.
+    At least one image or group is held out unless `fraction` is 0 or there is only one image.
+    Adding or removing other images does not move an image between the sets. Images with the same
+    key, in several shards, are in the same set.
+
+    Raises:
+        ValueError: No image is left for training, or there is only one group.
     """
     if not fraction:
         return np.zeros(len(keys), np.bool_)
-    hashes = np.fromiter(map(name_hash, keys), np.float64, len(keys))
+    names = keys if group is None else _groups(keys, group)
+    hashes = np.fromiter(map(name_hash, names), np.float64, len(keys))
     held_out: NDArray[np.bool_] = hashes < fraction
     if held_out.all():
         raise ValueError(
@@ -170,7 +175,44 @@ def _hold_out(keys: Sequence[str], fraction: float) -> NDArray[np.bool_]:
         )
     if not held_out.any():
         held_out = hashes == hashes.min()  # the image that a larger fraction selects first
+        if held_out.all() and group is not None:
+            raise ValueError(
+                f"data.validation.group={group!r}: puts all {len(keys)} images into one group, "
+                f"such as {display_name(names[0])}; give one that tells groups apart"
+            )
         if held_out.all():
             logger.warning("no validation: the only image is used for training")
             return np.zeros(len(keys), np.bool_)
+    if group is not None:
+        logger.info(
+            "data.validation.group: %d of %d groups are held out, %d of %d images",
+            len({name for name, chosen in zip(names, held_out, strict=True) if chosen}),
+            len(set(names)),
+            held_out.sum(),
+            len(keys),
+        )
     return held_out
+
+
+def _groups(keys: Sequence[str], group: str) -> list[str]:
+    """Return the name of each image's group: of an image that does not match, its key.
+
+    Raises:
+        ValueError: No image matches.
+    """
+    pattern = re.compile(group)
+    matches = [pattern.search(key) for key in keys]
+    names = [match and match[min(1, pattern.groups)] for match in matches]
+    unmatched = names.count(None)
+    if unmatched == len(names):
+        raise ValueError(
+            f"data.validation.group={group!r}: matches none of the {len(keys)} images of "
+            f"data.train.root, such as {display_name(keys[0])}; change it"
+        )
+    if unmatched:
+        logger.info(
+            "data.validation.group: %d of %d images do not match, and are a group each",
+            unmatched,
+            len(keys),
+        )
+    return [key if name is None else name for key, name in zip(keys, names, strict=True)]

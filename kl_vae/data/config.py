@@ -1,5 +1,6 @@
 """Configuration of the data."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -34,6 +35,10 @@ class ValidationConfig:
         root: a separate folder or shards; null: hold out a part of the training images.
         fraction: fraction of the training images to hold out, chosen by a hash of their paths; 0:
             no validation.
+        group: regular expression that is searched in each path relative to the root. The text of
+            its first group in parentheses, else the whole match, names the group of the image, such
+            as a patient or a scene; `fraction` then is of the groups, and no group is both trained
+            and validated on. Images without a match are a group each. null: no groups.
         include: patterns of the training images to hold out, instead of a fraction; with `root`,
             patterns of the images to include.
         exclude: patterns of images to exclude.
@@ -41,6 +46,7 @@ class ValidationConfig:
 
     root: str | None = None
     fraction: float = 0.05
+    group: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
@@ -48,10 +54,25 @@ class ValidationConfig:
         """Check the values and their combination."""
         if not 0 <= self.fraction < 1:
             raise ValueError(f"fraction={self.fraction}: must be at least 0 and less than 1")
+        if self.group is not None:
+            self._check_group(self.group)
         if self.exclude and not (self.include or self.root):
             raise ValueError(
                 f"exclude={list(self.exclude)}: has no effect without root or include; "
                 "set one of them, or train.exclude"
+            )
+
+    def _check_group(self, group: str) -> None:
+        try:
+            re.compile(group)
+        except re.error as error:
+            raise ValueError(
+                f"group={group!r}: not a regular expression ({error}); write one such as ^([^/]+)/"
+            ) from error
+        if self.root or self.include or not self.fraction:
+            raise ValueError(
+                f"group={group!r}: has no effect with root, include or a fraction of 0; "
+                "remove one of them"
             )
 
 
@@ -122,7 +143,7 @@ class DataConfig:
         if self.name != "folder" and self._has_folder_keys():
             raise ValueError(
                 f"name={self.name}: has its own validation images and takes no patterns; "
-                "remove validation.root, include and exclude"
+                "remove validation.root, validation.group, include and exclude"
             )
         if self.name != "folder" and self.min_size is not None:
             raise ValueError(
@@ -133,7 +154,7 @@ class DataConfig:
         validation = self.validation
         return any(
             (self.train.include, self.train.exclude)
-            + (validation.root, validation.include, validation.exclude)
+            + (validation.root, validation.include, validation.exclude, validation.group)
         )
 
 

@@ -120,6 +120,89 @@ def test_a_fraction_that_leaves_no_training(root: Path) -> None:
     assert is_about(error, "data.validation.fraction=0.999999999", 20, "data.validation.root")
 
 
+def groups(names: list[str]) -> set[str]:
+    return {name.partition("/")[2].partition("_")[0] for name in names}
+
+
+@pytest.fixture
+def patients(tmp_path: Path) -> Path:
+    """Four images of each of 20 patients, in two folders."""
+    make(tmp_path, *(f"{f}/p{p:02}_{n}.png" for f in "xy" for p in range(20) for n in range(2)))
+    return tmp_path
+
+
+@pytest.mark.parametrize("group", [r"(p\d+)_", r"p\d+", r"(?<=/)(?:p)(\d+)(_)", r"/(?P<id>p..)"])
+def test_no_group_is_on_both_sides(
+    patients: Path, group: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    training, validation = build(patients, ValidationConfig(fraction=0.3, group=group))
+    train, held_out = groups(paths(training)), groups(paths(validation))
+    assert not train & held_out and len(train | held_out) == 20
+    assert 2 <= len(held_out) <= 12
+    assert (len(training), len(validation or ())) == (4 * len(train), 4 * len(held_out))
+    counts = (f"{len(held_out)} of 20", f"{4 * len(held_out)} of 80")
+    assert is_about(caplog.text, "data.validation.group", *counts)
+    # more images of the same groups change nothing
+    make(patients, *(f"z/p{p:02}_9.png" for p in range(20)))
+    training, validation = build(patients, ValidationConfig(fraction=0.3, group=group))
+    assert (groups(paths(training)), groups(paths(validation))) == (train, held_out)
+
+
+def test_groups_of_shards(tmp_path: Path) -> None:
+    for shard in range(2):
+        members = {f"s{n}/{shard}.png": picture(n, 8, 8) for n in range(8)}
+        write_shard(tmp_path / f"{shard}.tar", members)
+    training, validation = build(tmp_path, ValidationConfig(fraction=0.4, group="^s."))
+    assert validation is not None and len(validation) % 2 == 0
+    sides = [{d.source.key(i)[:2] for i in range(len(d))} for d in (training, validation)]
+    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 8
+
+
+def test_images_without_a_group_are_one_each(
+    patients: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    make(patients, *(f"other/{n}.png" for n in range(60)))
+    _, validation = build(patients, ValidationConfig(fraction=0.5, group=r"(p\d+)_|other"))
+    others = [path for path in paths(validation) if path.startswith("other")]
+    assert 10 <= len(others) <= 50
+    assert is_about(caplog.text, "60 of 140", "80 groups")
+
+
+def test_at_least_one_group_is_held_out(patients: Path) -> None:
+    training, validation = build(patients, ValidationConfig(fraction=1e-9, group="p.._"))
+    assert (len(training), len(validation or ())) == (76, 4)
+
+
+@pytest.mark.parametrize(
+    ("group", "fraction", "parts"),
+    [
+        ("q", 0.1, ("data.validation.group='q'", 80, "x/p00_0.png")),
+        ("png", 1e-9, ("data.validation.group='png'", 80, "png")),
+        ("p.._", 1 - 1e-9, ("data.validation.fraction=0.999999999", 80)),
+    ],
+)
+def test_groups_that_leave_a_side_empty(
+    patients: Path, group: str, fraction: float, parts: tuple[object, ...]
+) -> None:
+    assert is_about(refusal(patients, ValidationConfig(fraction=fraction, group=group)), *parts)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"group": "("}, ("group='('", "regular expression")),
+        ({"group": "a", "root": "x"}, ("group='a'", "root")),
+        ({"group": "a", "include": ("b",)}, ("group='a'", "include")),
+        ({"group": "a", "fraction": 0.0}, ("group='a'", "fraction")),
+    ],
+)
+def test_invalid_groups(options: dict[str, object], parts: tuple[object, ...]) -> None:
+    with pytest.raises(ValueError, match=mentions(*parts)):
+        ValidationConfig(**options)
+
+
 def test_included_validation_files_are_not_trained_on(root: Path) -> None:
     training, validation = build(root, ValidationConfig(include=("b/*",), exclude=("b/[5-9].*",)))
     assert paths(validation) == [f"b/{number}.png" for number in range(5)]
@@ -192,6 +275,10 @@ def test_resize_smaller_than_the_resolution(root: Path) -> None:
         ({"max_pixels": 0}, ("max_pixels=0", 1)),
         ({"num_workers": -1}, ("num_workers=-1", 0)),
         ({"resize": 32, "crop": 64}, ("resize=32", "crop", 64)),
+        (
+            {"name": "cifar10", "validation": ValidationConfig(group="x")},
+            ("name=cifar10", "validation.group"),
+        ),
         ({"name": "mnist"}, ("name=mnist", "folder, cifar10, fashion-mnist")),
         (
             {"name": "cifar10", "train": SourceConfig(include=("a",))},
