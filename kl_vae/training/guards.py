@@ -97,7 +97,10 @@ def agree_on_step(
     if any_bad:
         bad_images.note(bad)
     if any_missing:
-        raise RunError("no image can be read in place of a bad one; check data.train.root")
+        example = "" if bad_images.latest is None else " ({}: {})".format(*bad_images.latest)
+        raise RunError(
+            f"no image can be read in place of a bad one{example}; check data.train.root"
+        )
     by_scale = [
         overflow and scaler.is_enabled() and scaler.get_scale() > 1.0
         for overflow, scaler in zip(overflows, scalers, strict=True)
@@ -152,6 +155,9 @@ class BadImages:
         ranks: all ranks of the run.
         number: of all training and validation images.
         max_fraction: maximum fraction of bad images.
+
+    Attributes:
+        latest: the image that was noted last; None: none yet.
     """
 
     def __init__(self, run: Path | None, ranks: Ranks, number: int, max_fraction: float) -> None:
@@ -160,12 +166,14 @@ class BadImages:
         self._number = number
         self._max_fraction = max_fraction
         self._names = set(ranks.on_rank_zero(self._read))
+        self.latest: BadImage | None = None
 
     def note(self, found: Sequence[BadImage]) -> None:
         """Add the bad images of this rank; a collective operation."""
         everything = [image for images in self._ranks.gather(list(found)) for image in images]
         new = {image.name: image for image in everything if image.name not in self._names}
         self._names |= new.keys()
+        self.latest = everything[-1] if everything else self.latest
         if self._ranks.is_rank_zero:
             self._write(list(new.values()))
 

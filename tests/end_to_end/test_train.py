@@ -324,6 +324,8 @@ def test_a_run_without_readable_images_fails(project: Path, capsys: Any) -> None
     assert train() == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert is_about(error, "data.train.root")
+    listed = (project / "runs" / "tiny" / "bad_images.txt").read_text().splitlines()
+    assert any(line.replace("\t", ": ") in error for line in listed)  # with its reason
     assert status("runs/tiny")["state"] == "failed"
     assert error.removeprefix("kl-vae train: error: ") in status("runs/tiny")["reason"]
     listed = (project / "runs" / "tiny" / "bad_images.txt").read_text().splitlines()

@@ -158,6 +158,10 @@ def test_a_bad_image_without_replacement_is_an_error(project: Path) -> None:
     blank = Batch(torch.zeros(2, 3, 16, 16), torch.arange(2), ("a.png", ""), ())
     with pytest.raises(RunError, match=mentions("image", "data.train.root")):
         build()(iter([blank]))
+    blank = blank._replace(bad=(BadImage("b.tif", "values from -1024 to 1776"),))
+    parts = ("b.tif: values from -1024 to 1776", "data.train.root")
+    with pytest.raises(RunError, match=mentions(*parts)):
+        build()(iter([blank]))
 
 
 def test_gradients_are_clipped_to_the_bound(project: Path) -> None:
