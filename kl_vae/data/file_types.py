@@ -114,6 +114,8 @@ def how_to_read(extensions: Iterable[str]) -> list[str]:
         extension for kind in _OPTIONAL if not kind.available for extension in kind.extensions
     }
     fixes = []
+    if found & set(IMAGE_EXTENSIONS):
+        fixes.append("only .tif and .npy have other numbers of channels than 1, 3 and 4")
     if found & missing:
         fixes.append(INSTALL)
     if found & set(ARRAY_EXTENSIONS):

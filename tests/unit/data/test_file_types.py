@@ -129,6 +129,12 @@ def test_a_folder_without_images_says_how_to_read_what_is_there(
         (tmp_path / name).unlink()
 
 
+def test_images_that_cannot_have_so_many_channels(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture(0))
+    with pytest.raises(ValueError, match=mentions(tmp_path, "1 .png", ".npy", "channels", 1, 3, 4)):
+        open_root(str(tmp_path), 5)
+
+
 @pytest.mark.parametrize(
     ("content", "title"),
     [
