@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import BinaryIO, NamedTuple
@@ -19,6 +20,9 @@ from kl_vae.runtime.files import display_name
 INSTALL = "pip install 'kl-vae[formats]'"
 ARRAY_EXTENSIONS = (".npy",)
 BANDS_EXTENSIONS = (".tif", ".tiff")  # of image files with any number of bands
+
+# as MAX_PIXELS of decoding
+_MAX_PIXELS = 178_956_970
 
 _Reader = Callable[[BinaryIO, str], ImageFile.ImageFile]
 
@@ -152,10 +156,58 @@ def _open_avif_or_heic(stream: BinaryIO, _name: str) -> ImageFile.ImageFile:
 
 
 def _open_jpeg_xl(stream: BinaryIO, _name: str) -> ImageFile.ImageFile:
+    """Open a JPEG XL file; the plugin then decodes all pixels, so their number is checked first."""
+    if _JPEG_XL.available:
+        height, width = _jpeg_xl_size(stream)
+        if height * width > _MAX_PIXELS:
+            raise ValueError(
+                f"{width} x {height} pixels are more than {_MAX_PIXELS}, the most of a JPEG XL "
+                "file: make the image smaller, save it as PNG, or exclude the file"
+            )
+        stream.seek(0)
     image = _open(_JPEG_XL, stream)
     if not image.jpeg:  # type: ignore[attr-defined]
         image.info.pop("exif", None)  # the decoder has applied the orientation
     return image
+
+
+def _jpeg_xl_size(stream: BinaryIO) -> tuple[int, int]:
+    """Return (height, width) from the size header of a JPEG XL file (ISO/IEC 18181-1, D.2).
+
+    Raises:
+        ValueError: The file has no such header.
+    """
+    start = stream.read(2)
+    stream.seek(0)
+    while start != b"\xff\x0a":  # in a box of the container
+        length, kind = int.from_bytes(stream.read(4), "big"), stream.read(4)
+        if length == 1:
+            length = int.from_bytes(stream.read(8), "big") - 8
+        if kind in (b"jxlc", b"jxlp"):
+            stream.seek(4 if kind == b"jxlp" else 0, os.SEEK_CUR)  # the index of the part
+            break
+        if length < 8:
+            raise ValueError("a JPEG XL file without an image: it is damaged")
+        stream.seek(length - 8, os.SEEK_CUR)
+    stream.seek(2, os.SEEK_CUR)
+    bits = int.from_bytes(stream.read(10), "little")
+
+    def take(count: int) -> int:
+        nonlocal bits
+        value = bits & ((1 << count) - 1)
+        bits >>= count
+        return value
+
+    small = take(1)
+
+    def side() -> int:
+        return 8 * (take(5) + 1) if small else take((9, 13, 18, 30)[take(2)]) + 1
+
+    height, ratio = side(), take(3)
+    if ratio == 0:
+        return height, side()
+    numerator, denominator = ((1, 1), (6, 5), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))[ratio - 1]
+    return height, height * numerator // denominator
 
 
 def _is_avif_or_heic(prefix: bytes) -> bool:

@@ -84,6 +84,38 @@ def test_jpeg_xl_of_a_jpeg(tmp_path: Path) -> None:
     assert torch.equal(read_image(tmp_path / "a.jxl", 3), read_image(tmp_path / "a.jpg", 3))
 
 
+@pytest.mark.parametrize(
+    "size", [(8, 8), (256, 256), (64, 96), (100, 37), (9, 16), (1, 1000), (700, 9001), (24, 40)]
+)
+@pytest.mark.parametrize("container", [False, True])
+def test_the_size_of_jpeg_xl(tmp_path: Path, size: tuple[int, int], container: bool) -> None:
+    pytest.importorskip("pillow_jxl")
+    path = tmp_path / "a.jxl"
+    Image.new("L", size[::-1]).save(path, effort=1, use_container=container)
+    with path.open("rb") as stream:
+        assert file_types._jpeg_xl_size(stream) == size
+
+
+@pytest.mark.parametrize(
+    ("header", "parts"),
+    [
+        (b"\xff\x0a" + ((2**30 - 1) << 3 | 3 << 1 | 1 << 33).to_bytes(10, "little"), (2**30,)),
+        (b"\0\0\0\x0cJXL \r\n\x87\n\0\0\0\0free", ("damaged",)),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", ("damaged",)),
+    ],
+)
+def test_jpeg_xl_that_is_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, header: bytes, parts: tuple[object, ...]
+) -> None:
+    available = file_types._JPEG_XL._replace(available=True)
+    monkeypatch.setattr(file_types, "_JPEG_XL", available)
+    monkeypatch.setitem(Image.OPEN, "JXL", (lambda *_: pytest.fail("decoded"), None))
+    path = tmp_path / "a.jxl"
+    path.write_bytes(header)
+    with pytest.raises(ImageError, match=mentions(path, "JPEG XL", *parts)):
+        read_image(path, 3)
+
+
 def test_files_that_are_not_read_are_reported_once(
     tmp_path: Path, plain: None, caplog: pytest.LogCaptureFixture
 ) -> None:
