@@ -195,7 +195,7 @@ def inspect_from(
             return Inspected(
                 None if stored.bits else _measured(stored.values), animated=image.chunks.animated
             )
-        animated = image.format in ("GIF", "WEBP") and getattr(image, "n_frames", 1) > 1
+        animated = image.format != "MPO" and getattr(image, "n_frames", 1) > 1
         if not image.mode.startswith(("I", "F")):
             return Inspected(animated=animated)
         image.load()
