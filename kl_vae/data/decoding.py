@@ -284,7 +284,10 @@ def _open_image(stream: BinaryIO) -> ImageFile.ImageFile:
             stream.seek(0)
             # no file name: Pillow would map the file, in which the image may have an offset
             own = {"TIFF": TiffReader, "GIF": _Gif, "PNG": PngReader}
-            return own.get(name, reader)(stream, "")
+            try:
+                return own.get(name, reader)(stream, "")
+            except (OSError, SyntaxError, ValueError, RuntimeError) as error:
+                raise ValueError(f"{name}: cannot be read ({error})") from error
     raise ValueError(f"not an image: the bytes are none of {', '.join(FORMATS)}")
 
 

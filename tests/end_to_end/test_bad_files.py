@@ -235,10 +235,11 @@ def test_training_ends_where_too_many_files_are_bad(
     folder_of_both: tuple[list[str], Path, BadFiles],
 ) -> None:
     command, folder, _ = folder_of_both
-    code, said, _ = run(command, 60)
+    # 2 or 3 % have too many pixels, which is found before the run
+    code, said, _ = run([*command, "data.max_bad_fraction=0.03"], 60)
     assert code == 1, said
     last = said.splitlines()[-1]
-    text = r"\d+ of \d+ images cannot be used, more than data.max_bad_fraction=0.01 \("
+    text = r"\d+ of \d+ images cannot be used, more than data.max_bad_fraction=0.03 \("
     assert re.match(rf"kl-vae train: error: {text}", last), last
     status = json.loads((folder / "run" / "status.json").read_text())
     assert status["state"] == "failed" and status["step"] >= 1
