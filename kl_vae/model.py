@@ -483,6 +483,9 @@ class AutoEncoderKL(nn.Module):
         return F.pad(x, (0, 0, 0, 0, 0, 1)) if channels == 2 else x[:, :3]
 
 
+AutoencoderKL = AutoEncoderKL  # the spelling of latent-diffusion and diffusers
+
+
 def padded_size(images: Tensor, factor: int) -> tuple[int, int]:
     """Round H and W of images [..., H, W] up to multiples of `factor` (f), at least 2 f."""
     # 2 f, since the group norm of a single latent position fails or is constant

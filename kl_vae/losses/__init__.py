@@ -53,6 +53,8 @@ _PUBLISHED_NAMES = {
         "lpips_with_discriminator"
     ),
 }
+# their optimisers do not hold logvar
+_PUBLISHED_DEFAULTS = {"learn_logvar": False}
 _NO_LOSS = "torch.nn.Identity"
 
 
@@ -62,7 +64,8 @@ def build_loss(lossconfig: Mapping[str, Any] | Loss | None) -> Loss | None:
     Args:
         lossconfig: `{target: NAME, params: {...}}` with a registered name, or the dotted path of a
             class or function. A dotted path is imported, so a lossconfig must come from the user
-            (Python, or a config file given on the command line), never from a checkpoint.
+            (Python, or a config file given on the command line), never from a checkpoint. The
+            names of LDM and sgm mean `lpips_with_discriminator`, without training logvar.
 
     Raises:
         ValueError: the target cannot be found, or does not accept the params.
@@ -82,6 +85,8 @@ def build_loss(lossconfig: Mapping[str, Any] | Loss | None) -> Loss | None:
         )
     if target == _NO_LOSS:  # used in published inference configs
         return None
+    if target in _PUBLISHED_NAMES:
+        params = {**_PUBLISHED_DEFAULTS, **params}
     name = _PUBLISHED_NAMES.get(target, target)
     constructor = LOSSES[name] if name in LOSSES else _import(target)
     signature = inspect.signature(constructor)
