@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -31,8 +32,9 @@ from kl_vae.latents import LatentNormalization
 from kl_vae.losses import Loss, LPIPSWithDiscriminator, build_loss, default_loss
 from kl_vae.losses.equivariance import Equivariance
 from kl_vae.optim.config import DiscriminatorOptimizerConfig, OptimizerConfig, build_optimizer
+from kl_vae.runtime.published_config import ConfigSource, model_params
 from kl_vae.runtime.randomness import generator_for
-from kl_vae.runtime.schema import from_mapping
+from kl_vae.runtime.schema import from_mapping, suggest
 
 
 class StepOutput(NamedTuple):
@@ -340,6 +342,29 @@ class AutoEncoderKL(nn.Module):
         return self.decoder.conv_out.weight
 
     @classmethod
+    def from_config(cls, config: ConfigSource) -> AutoEncoderKL:
+        """Build the autoencoder of a config, with its loss.
+
+        Args:
+            config: a YAML file, the name of a shipped config, or its keys (a mapping, an OmegaConf
+                object), also of latent-diffusion and generative-models: an autoencoder, or a
+                diffusion model with its `first_stage_config`.
+
+        Raises:
+            ValueError: the config is of another model, or a key or value is invalid.
+        """
+        from kl_vae.runtime.config_file import load_model_params
+
+        params = load_model_params(config)
+        known = [name for name in inspect.signature(cls).parameters if name != "self"]
+        for key in params.keys() - set(known):
+            raise ValueError(f"model.params.{key}: unknown key; {suggest(key, known)}")
+        for key in ("ddconfig", "embed_dim"):
+            if key not in params:
+                raise ValueError(f"model.params.{key}: required, but missing")
+        return cls(**params)
+
+    @classmethod
     def from_checkpoint(
         cls, path: str | Path, params: Mapping[str, Any] | None = None, *, ema: bool = True
     ) -> AutoEncoderKL:
@@ -353,13 +378,14 @@ class AutoEncoderKL(nn.Module):
                 a torch.save or safetensors file in the CompVis or diffusers layout (an autoencoder
                 or a whole pipeline), a diffusers folder, or
                 `hf://ORG/NAME[@REVISION][/SUBFOLDER or /FILE]`.
-            params: `model.params` of a config, which the tensors must match; None: read from the
-                checkpoint, or inferred from the names and shapes of its tensors.
+            params: a config, or its `model.params`, which the tensors must match; None: read from
+                the checkpoint, or inferred from the names and shapes of its tensors.
             ema: load the EMA weights if the checkpoint has them; False: the latest trained weights.
 
         Raises:
             ValueError: the path holds no autoencoder, or it does not match the params.
         """
+        params = None if params is None else model_params(params)
         weights = read_weights(path, ema)
         return cls._of_weights(weights, complete_params(weights, params))
 

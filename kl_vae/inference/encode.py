@@ -54,6 +54,7 @@ from kl_vae.metrics.moments import RunningMoments, latent_moments, latent_normal
 from kl_vae.model import AutoEncoderKL
 from kl_vae.runtime.device import PRECISIONS
 from kl_vae.runtime.distributed import Ranks
+from kl_vae.runtime.published_config import ConfigSource
 from kl_vae.runtime.randomness import normal_noise
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ def encode_dataset(
     pages: str | None = None,
     batch_size: int = 8,
     num_workers: int = 4,
-    config: str | None = None,
+    config: ConfigSource | None = None,
     ema: bool = True,
     device: str = "auto",
     precision: str = "fp32",
@@ -176,7 +177,7 @@ def encode_dataset(
         pages: what the pages of TIFF files are, as `data.pages` of a config.
         batch_size: number of images that each process encodes at once.
         num_workers: number of image loading processes per rank.
-        config: a config file or the name of a shipped config; None: taken from the checkpoint.
+        config: a config (a file, a shipped name, or keys); None: taken from the checkpoint.
         ema: load the EMA weights if the checkpoint has them.
         device: auto, cuda, cuda:N, mps or cpu.
         precision: precision of the encoder: fp32, bf16 or fp16.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,6 +56,7 @@ from kl_vae.model import AutoEncoderKL, pad
 from kl_vae.runtime.distributed import Ranks
 from kl_vae.runtime.files import display_name
 from kl_vae.runtime.outputs import check_output_folder, check_outputs
+from kl_vae.runtime.published_config import ConfigSource
 from kl_vae.runtime.randomness import generator_for
 from kl_vae.visual.image_files import as_saved
 
@@ -129,7 +130,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 8,
     num_workers: int = 4,
-    configs: str | None | Sequence[str | None] = None,
+    configs: ConfigSource | None | Sequence[ConfigSource | None] = None,
     ema: bool = True,
     device: str = "auto",
     precision: str = "fp32",
@@ -168,8 +169,8 @@ def evaluate(
         seed: random seed of samples; each sample also depends on the key of its image.
         batch_size: number of images that each process encodes at once.
         num_workers: number of image loading processes per rank.
-        configs: a config file or the name of a shipped config, either one for all checkpoints or
-            one per checkpoint; None: taken from the checkpoint.
+        configs: a config (a file, a shipped name, or keys), either one for all checkpoints or one
+            per checkpoint; None: taken from the checkpoint.
         ema: load the EMA weights if a checkpoint has them.
         device: auto, cuda, cuda:N, mps or cpu.
         precision: fp32, bf16 or fp16; non-finite results are recomputed in fp32.
@@ -328,8 +329,12 @@ def _temporary_folder(ranks: Ranks, stack: ExitStack) -> Path:
     )
 
 
-def _broadcast_configs(configs: str | None | Sequence[str | None], number: int) -> list[str | None]:
-    configs = [configs] if configs is None or isinstance(configs, str) else list(configs)
+def _broadcast_configs(
+    configs: ConfigSource | None | Sequence[ConfigSource | None], number: int
+) -> list[ConfigSource | None]:
+    if configs is None or isinstance(configs, (str, Path, Mapping)):
+        configs = [configs]
+    configs = list(configs)
     if len(configs) not in (1, number):
         raise ValueError(
             f"configs: {len(configs)} for {number} checkpoints; give one for all checkpoints, or "

@@ -41,6 +41,7 @@ from kl_vae.runtime.device import PRECISIONS
 from kl_vae.runtime.files import display_name
 from kl_vae.runtime.memory import is_out_of_memory
 from kl_vae.runtime.outputs import check_output_folder
+from kl_vae.runtime.published_config import ConfigSource
 from kl_vae.runtime.randomness import generator_for
 from kl_vae.visual.image_files import (
     ImageFormat,
@@ -105,7 +106,7 @@ def reconstruct(
     seed: int = 0,
     batch_size: int = 8,
     num_workers: int = 4,
-    config: str | None = None,
+    config: ConfigSource | None = None,
     ema: bool = True,
     device: str = "auto",
     precision: str = "fp32",
@@ -146,7 +147,7 @@ def reconstruct(
         seed: of the samples; each also depends on its image's key.
         batch_size: images of one size that a process reconstructs at once.
         num_workers: processes that decode images, for each process that reconstructs.
-        config: a config file or the name of a shipped config; None: as the checkpoint says.
+        config: a config (a file, a shipped name, or keys); None: as the checkpoint says.
         ema: load the moving average of the weights, where the checkpoint has one.
         device: auto, cuda, cuda:N, mps or cpu.
         precision: fp32, bf16 or fp16; what is not finite is computed again in fp32.
