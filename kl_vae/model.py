@@ -24,6 +24,7 @@ from kl_vae.checkpoints.export import write_compvis, write_diffusers
 from kl_vae.checkpoints.presets import find_preset
 from kl_vae.checkpoints.pretrained import complete_params, has_published_parts, match
 from kl_vae.checkpoints.reading import Weights, read_weights
+from kl_vae.checkpoints.run_files import trained_discriminator
 from kl_vae.ddconfig import DDConfig, check_autoencoder, check_context, check_images, check_latents
 from kl_vae.decoder import Decoder
 from kl_vae.distribution import DiagonalGaussianDistribution
@@ -475,7 +476,8 @@ class AutoEncoderKL(nn.Module):
     def init_from_ckpt(self, path: str | Path, ignore_keys: Iterable[str] = ()) -> None:
         """Load weights from a path accepted by `from_checkpoint`.
 
-        EMA weights are preferred. Keys with a prefix in `ignore_keys` are skipped, and so are
+        EMA weights are preferred. If the discriminator of a run's best checkpoint is not trained,
+        that of its newest is used. Keys with a prefix in `ignore_keys` are skipped, and so are
         tensors of a loss that this model does not have. A log line lists the loaded, ignored,
         missing and unexpected tensors.
 
@@ -484,7 +486,11 @@ class AutoEncoderKL(nn.Module):
                 not cover them. The model is not modified in this case.
         """
         weights = read_weights(path)
-        self.load_weights(weights.tensors, ignore_keys, source=weights.source)
+        tensors, source = weights.tensors, weights.source
+        if self.adversary is not None:
+            discriminator, words = trained_discriminator(Path(path), weights.files[0])
+            tensors, source = tensors | discriminator, source + words
+        self.load_weights(tensors, ignore_keys, source=source)
 
     def load_weights(
         self, tensors: Mapping[str, Tensor], ignore_keys: Iterable[str] = (), source: str = ""
