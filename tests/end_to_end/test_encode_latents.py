@@ -120,6 +120,7 @@ def test_a_missing_shard_is_encoded_again(project: Path) -> None:
             [*COMMAND, "--statistics", "s.pt", "--seed", "0"],
             ("--seed", "--out FOLDER"),
         ),
+        ([*OUT, "--verify"], ("--verify", "--resume")),
         (
             [*OUT, "--per-channel"],
             ("--per-channel", "--statistics FILE"),
