@@ -380,7 +380,13 @@ def read_features(paths: Iterable[Path], position: int) -> Iterator[Tensor]:
     """
     for path in paths:
         if path.exists():  # a unit without a usable image has none
-            features = np.load(path, mmap_mode="r", allow_pickle=False)
+            try:
+                features = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError, EOFError) as error:  # also a file shorter than it says
+                raise ValueError(
+                    f"{display_name(path)}: cannot be read ({error}); remove it with the JSON file "
+                    "beside it, and continue with --resume"
+                ) from None
             yield torch.from_numpy(features[position].copy())
 
 
