@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from kl_vae.inference.reconstruction_report import ReconstructionResult
     from kl_vae.inference.sample import SamplingResult, sample
     from kl_vae.losses import register_loss
-    from kl_vae.model import AutoEncoderKL
+    from kl_vae.model import AutoEncoderKL, AutoencoderKL
     from kl_vae.training.loop import TrainingResult, train
     from kl_vae.visual.image_files import load_image, save_image
     from kl_vae.visual.report import report
 
 __all__ = [
     "AutoEncoderKL",
+    "AutoencoderKL",
     "ConversionResult",
     "DDConfig",
     "Decoder",
@@ -62,6 +63,7 @@ __all__ = [
 # imported on first use, so that `kl-vae --help` does not import torch
 _MODULES = {
     "AutoEncoderKL": "model",
+    "AutoencoderKL": "model",
     "ConversionResult": "inference.convert",
     "DDConfig": "ddconfig",
     "Decoder": "decoder",

@@ -6,6 +6,7 @@ Shapes: B batch, z latent channels, h and w latent height and width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -49,20 +50,43 @@ class DiagonalGaussianDistribution:
         return torch.zeros_like(self.mean) if self.deterministic else self.logvar.exp()
 
     def sample(
-        self, generator: torch.Generator | None = None, *, noise: Tensor | None = None
+        self,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        *,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """Draw one sample per image, [B, z, h, w], by reparametrisation: mean + std * noise.
 
         Args:
-            generator: random generator; None: PyTorch's global generator.
+            generator: random generator, or a list with one per image, so that a sample does not
+                depend on the other images of its batch; None: PyTorch's global generator.
             noise: standard normal noise [B, z, h, w], instead of a generator.
+
+        Raises:
+            ValueError: the number of generators is not B.
         """
         if noise is None:
-            device = generator.device if generator is not None else self.mean.device
-            noise = torch.randn(
+            noise = self._noise(generator)
+        return self.mean + self.std * noise.to(self.mean)
+
+    def _noise(self, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+        """Draw standard normal noise [B, z, h, w] on the device of the generator."""
+        if generator is None or isinstance(generator, torch.Generator):
+            device = self.mean.device if generator is None else generator.device
+            return torch.randn(
                 self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype
             )
-        return self.mean + self.std * noise.to(self.mean)
+        images = torch.split(self.mean, 1)
+        if len(generator) != len(images):
+            raise ValueError(
+                f"generator: {len(generator)} generators for a batch of {len(images)} images; give "
+                "one generator, or one per image"
+            )
+        noise = [
+            torch.randn(image.shape, generator=each, device=each.device, dtype=image.dtype)
+            for image, each in zip(images, generator, strict=True)
+        ]
+        return torch.cat([x.to(self.mean.device) for x in noise])
 
     def mode(self) -> Tensor:
         """Return the mode of the posterior, which is the mean, [B, z, h, w]."""

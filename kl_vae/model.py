@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from kl_vae.checkpoints.export import write_compvis, write_diffusers
 from kl_vae.checkpoints.presets import find_preset
 from kl_vae.checkpoints.pretrained import complete_params, has_published_parts, match
 from kl_vae.checkpoints.reading import Weights, read_weights
+from kl_vae.checkpoints.run_files import trained_discriminator
 from kl_vae.ddconfig import DDConfig, check_autoencoder, check_context, check_images, check_latents
 from kl_vae.decoder import Decoder
 from kl_vae.distribution import DiagonalGaussianDistribution
@@ -31,8 +33,9 @@ from kl_vae.latents import LatentNormalization
 from kl_vae.losses import Loss, LPIPSWithDiscriminator, build_loss, default_loss
 from kl_vae.losses.equivariance import Equivariance
 from kl_vae.optim.config import DiscriminatorOptimizerConfig, OptimizerConfig, build_optimizer
+from kl_vae.runtime.published_config import ConfigSource, model_params
 from kl_vae.runtime.randomness import generator_for
-from kl_vae.runtime.schema import from_mapping
+from kl_vae.runtime.schema import from_mapping, suggest
 
 
 class StepOutput(NamedTuple):
@@ -340,6 +343,29 @@ class AutoEncoderKL(nn.Module):
         return self.decoder.conv_out.weight
 
     @classmethod
+    def from_config(cls, config: ConfigSource) -> AutoEncoderKL:
+        """Build the autoencoder of a config, with its loss.
+
+        Args:
+            config: a YAML file, the name of a shipped config, or its keys (a mapping, an OmegaConf
+                object), also of latent-diffusion and generative-models: an autoencoder, or a
+                diffusion model with its `first_stage_config`.
+
+        Raises:
+            ValueError: the config is of another model, or a key or value is invalid.
+        """
+        from kl_vae.runtime.config_file import load_model_params
+
+        params = load_model_params(config)
+        known = [name for name in inspect.signature(cls).parameters if name != "self"]
+        for key in params.keys() - set(known):
+            raise ValueError(f"model.params.{key}: unknown key; {suggest(key, known)}")
+        for key in ("ddconfig", "embed_dim"):
+            if key not in params:
+                raise ValueError(f"model.params.{key}: required, but missing")
+        return cls(**params)
+
+    @classmethod
     def from_checkpoint(
         cls, path: str | Path, params: Mapping[str, Any] | None = None, *, ema: bool = True
     ) -> AutoEncoderKL:
@@ -353,13 +379,14 @@ class AutoEncoderKL(nn.Module):
                 a torch.save or safetensors file in the CompVis or diffusers layout (an autoencoder
                 or a whole pipeline), a diffusers folder, or
                 `hf://ORG/NAME[@REVISION][/SUBFOLDER or /FILE]`.
-            params: `model.params` of a config, which the tensors must match; None: read from the
-                checkpoint, or inferred from the names and shapes of its tensors.
+            params: a config, or its `model.params`, which the tensors must match; None: read from
+                the checkpoint, or inferred from the names and shapes of its tensors.
             ema: load the EMA weights if the checkpoint has them; False: the latest trained weights.
 
         Raises:
             ValueError: the path holds no autoencoder, or it does not match the params.
         """
+        params = None if params is None else model_params(params)
         weights = read_weights(path, ema)
         return cls._of_weights(weights, complete_params(weights, params))
 
@@ -449,7 +476,8 @@ class AutoEncoderKL(nn.Module):
     def init_from_ckpt(self, path: str | Path, ignore_keys: Iterable[str] = ()) -> None:
         """Load weights from a path accepted by `from_checkpoint`.
 
-        EMA weights are preferred. Keys with a prefix in `ignore_keys` are skipped, and so are
+        EMA weights are preferred. If the discriminator of a run's best checkpoint is not trained,
+        that of its newest is used. Keys with a prefix in `ignore_keys` are skipped, and so are
         tensors of a loss that this model does not have. A log line lists the loaded, ignored,
         missing and unexpected tensors.
 
@@ -458,7 +486,11 @@ class AutoEncoderKL(nn.Module):
                 not cover them. The model is not modified in this case.
         """
         weights = read_weights(path)
-        self.load_weights(weights.tensors, ignore_keys, source=weights.source)
+        tensors, source = weights.tensors, weights.source
+        if self.adversary is not None:
+            discriminator, words = trained_discriminator(Path(path), weights.files[0])
+            tensors, source = tensors | discriminator, source + words
+        self.load_weights(tensors, ignore_keys, source=source)
 
     def load_weights(
         self, tensors: Mapping[str, Tensor], ignore_keys: Iterable[str] = (), source: str = ""
@@ -481,6 +513,9 @@ class AutoEncoderKL(nn.Module):
             low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
             return 2.0 * (x - low) / (high - low).clamp_min(1e-12) - 1.0
         return F.pad(x, (0, 0, 0, 0, 0, 1)) if channels == 2 else x[:, :3]
+
+
+AutoencoderKL = AutoEncoderKL  # the spelling of latent-diffusion and diffusers
 
 
 def padded_size(images: Tensor, factor: int) -> tuple[int, int]:

@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 # prefix of the tensors of a loss; a model may be loaded with another loss or without one
 _LOSS = "loss."
 
+# of a discriminator: loaded whole, or not at all
+_ADVERSARY = ("loss.discriminator", "loss.logits_average")
+
 
 def complete_params(weights: Weights, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the complete `model.params` of an autoencoder's weights, without a loss.
@@ -112,18 +115,28 @@ def match(
 
     Raises:
         ValueError: Tensors are missing, unexpected or of another shape and not in `ignore_keys`.
-            Tensors of a loss may be missing or unexpected.
+            Tensors of a loss may be missing or unexpected, except those of a discriminator if both
+            have one.
     """
     prefixes = tuple(ignore_keys)
+    both = all(any(key.startswith(_ADVERSARY[0]) for key in keys) for keys in (own, tensors))
+
+    def is_optional(key: str) -> bool:
+        return key.startswith(_LOSS) and not (both and key.startswith(_ADVERSARY))
+
     given = {
         key: x
         for key, x in tensors.items()
-        if not key.startswith(prefixes) and (key in own or not key.startswith(_LOSS))
+        if not key.startswith(prefixes) and (key in own or not is_optional(key))
     }
     fitting = {key: x for key, x in given.items() if key in own and x.shape == own[key].shape}
     misshapen = [key for key in given if key in own and key not in fitting]
     unexpected = [key for key in given if key not in own]
-    missing = [key for key in own if key not in given and not key.startswith((*prefixes, _LOSS))]
+    missing = [
+        key
+        for key in own
+        if key not in given and not key.startswith(prefixes) and not is_optional(key)
+    ]
     if misshapen or unexpected or missing:
         raise ValueError(f"{source}: {_mismatch(own, given, misshapen, unexpected, missing)}")
     not_used = [key for key in tensors if key not in given]
@@ -177,4 +190,12 @@ def _mismatch(
         parts.append(f"{len(missing)} missing (such as {missing[0]})")
     if unexpected:
         parts.append(f"{len(unexpected)} unexpected (such as {ascii(unexpected[0])[1:-1]})")
-    return ", ".join(parts) + "; use the config it was trained with, or add them to ignore_keys"
+    problems = [*misshapen, *missing, *unexpected]
+    fix = "use the config it was trained with, or add them to ignore_keys"
+    if all(key.startswith(_ADVERSARY) for key in problems):
+        prefixes = [p for p in _ADVERSARY if any(key.startswith(p) for key in problems)]
+        fix = (
+            "use the lossconfig it was trained with (disc_norm, lecam_weight and others), or set "
+            f"ignore_keys=[{', '.join(prefixes)}] to start without them"
+        )
+    return f"{', '.join(parts)}; {fix}"

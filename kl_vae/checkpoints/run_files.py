@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
+from torch import Tensor
 
 from kl_vae.checkpoints.torch_file import read_torch_file
 from kl_vae.runtime.files import sha256_of, write_atomically, write_text_atomically
@@ -253,6 +254,42 @@ def read_chosen(path: Path, *, mmap: bool = False) -> tuple[Path, Any]:
     if not paths:
         raise ValueError(f"{path}: contains no checkpoint; give a run directory or a file")
     return _first_readable(paths, path, mmap=mmap)
+
+
+_ADVERSARY = ("loss.discriminator.", "loss.logits_average")
+
+
+def trained_discriminator(path: Path, chosen: Path) -> tuple[dict[str, Tensor], str]:
+    """Return the tensors of a newer discriminator if that of a chosen checkpoint is not trained.
+
+    The best checkpoint of a run may be older than the first step of its discriminator. The newest
+    checkpoint then has the better one.
+
+    Args:
+        path: the run directory, or a file.
+        chosen: the checkpoint whose other weights are used, in the run directory.
+
+    Returns:
+        Tensors of the loss by their keys, none if those of `chosen` are used; and words for the log
+        if the discriminator of `chosen` is not trained.
+    """
+    content = read_torch_file(chosen, mmap=True)
+    if not is_checkpoint(content) or _is_discriminator_trained(content) is not False:
+        return {}, ""
+    words, newest = f"step {content['step']}, discriminator not trained", None
+    if is_run(path):
+        _, newest = _first_readable(list_checkpoints(path), path, mmap=True)
+    if newest is None or not _is_discriminator_trained(newest):
+        return {}, f" ({words})"
+    tensors: dict[str, Tensor] = newest["model"]
+    tensors = {key: x for key, x in tensors.items() if key.startswith(_ADVERSARY)}
+    return tensors, f" ({words}: that of step {newest['step']} is used)"
+
+
+def _is_discriminator_trained(content: Mapping[str, Any]) -> bool | None:
+    """Return whether the optimiser of a discriminator has taken a step; None: there is none."""
+    _, *discriminators = content.get("updaters") or [None]
+    return bool(discriminators[0]["optimizer"]["state"]) if discriminators else None
 
 
 def _first_readable(

@@ -173,6 +173,17 @@ def add_mode_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_ssim_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that selects the variant of SSIM."""
+    parser.add_argument(
+        "--ssim",
+        choices=("wang", "skimage"),
+        default="wang",
+        help="wang (default): Gaussian window, sigma 1.5, population variances; skimage: the "
+        "defaults of scikit-image, uniform window 7 x 7, sample variances",
+    )
+
+
 def add_lpips_files(parser: argparse.ArgumentParser) -> None:
     """Add the arguments for local weight files of LPIPS."""
     for name, what in (("features", "network's weights"), ("heads", "linear heads")):

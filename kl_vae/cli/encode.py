@@ -29,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_image_arguments(parser, resize="the crop", crop="the resolution of the model's config")
     add_work_arguments(parser, "encodes")
     parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="with --resume: compare the content of all images with what was encoded (default: "
+        "their sizes and modification times)",
+    )
+    parser.add_argument(
         "--statistics",
         metavar="FILE",
         help="write the weights together with the statistics of the latents to this .pt file",
@@ -97,11 +103,13 @@ def _check_together(args: argparse.Namespace) -> None:
     if args.out is None and args.statistics is None:
         raise ValueError("nothing to write: give --out FOLDER, --statistics FILE, or both")
     if args.out is None:
-        for key in (*OF_FOLDER, "resume"):
+        for key in (*OF_FOLDER, "resume", "verify"):
             given = getattr(args, key)
             if given is not None and given is not False:  # a seed of 0 is given
                 option = f"--{key.replace('_', '-')}"
                 raise ValueError(f"{option}: needs --out FOLDER")
+    elif args.verify and not args.resume:
+        raise ValueError("--verify: compares existing latents with their images; give --resume")
     elif args.per_channel and args.statistics is None:
         raise ValueError("--per-channel: applies to --statistics; give --statistics FILE")
 

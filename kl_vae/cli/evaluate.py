@@ -12,6 +12,7 @@ from kl_vae.cli.arguments import (
     add_lpips_files,
     add_mode_argument,
     add_no_ema_argument,
+    add_ssim_argument,
     add_work_arguments,
     keywords,
 )
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=("psnr", "ssim", "ms_ssim"),
         help="metrics besides KL and latent statistics (default: psnr ssim ms_ssim)",
     )
+    add_ssim_argument(parser)
     parser.add_argument(
         "--lpips-net", choices=("vgg", "alex", "squeeze"), default="vgg", help="default: vgg"
     )
@@ -102,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     print(result.table())
     print(
         f"evaluated {_counted(len(result.models), 'checkpoint')} on "
-        f"{_counted(result.count, 'image')}: {display_name(result.folder / TABLE)}",
+        f"{_counted(result.count, 'image')}, {result.size}: {display_name(result.folder / TABLE)}",
         flush=True,
     )
     return 1 if result.skipped else 0

@@ -11,6 +11,7 @@ from kl_vae.cli.arguments import (
     add_mode_argument,
     add_model_arguments,
     add_output_arguments,
+    add_ssim_argument,
     add_tiling_arguments,
     add_work_arguments,
     keywords,
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="quality of webp (default: 95; 100: lossless) and jpg (default: 90), up to 100",
     )
+    add_ssim_argument(parser)
     parser.add_argument(
         "--bits",
         type=int,
@@ -84,11 +86,12 @@ def run(args: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") != "0":
         return 0  # torchrun would end rank 0 while it prints
     lpips = "" if args.lpips == "none" else f", LPIPS {rounded(result.mean('lpips'), 4)}"
+    ssim = "" if args.ssim == "wang" else f" ({args.ssim})"
     shown = f" ({COMPARISON} shows {result.shown} of them)" if result.shown else ""
     page = "" if result.page is None else f", gallery in {display_name(result.page)}"
     print(
-        f"{result.count} images: PSNR {rounded(result.mean('psnr'), 2)} dB, "
-        f"SSIM {rounded(result.mean('ssim'), 3)}{lpips}; "
+        f"{result.count} images, {result.size}: PSNR {rounded(result.mean('psnr'), 2)} dB, "
+        f"SSIM{ssim} {rounded(result.mean('ssim'), 3)}{lpips}; "
         f"images in {display_name(result.folder)}{shown}{page}",
         flush=True,
     )

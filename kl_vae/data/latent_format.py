@@ -21,6 +21,10 @@ INDEX = "index.json"
 FORMAT = "kl-vae latents"
 VERSION = 1
 
+# one line per shard: size (bytes), modification time (ns) and hash of the file of each image of the
+# source at encoding; for members of a tar file, size and time of the tar file, hash of the member
+SOURCES = "sources.jsonl"
+
 KEYS = "keys"  # metadata key of a shard; its value is a JSON list of the images' relative paths
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -46,7 +50,7 @@ class LatentSettings:
         images: number of images of the source, including unusable ones.
         shard_size: number of images of the source per shard; the last shard may have fewer.
         labels: checksum of the class labels of the images; None: no labels.
-        source: fingerprint of the source.
+        source: checksum of the images' relative paths, in their order.
         weights: SHA-256 of the model's tensors.
         normalization: fields of the model's `LatentNormalization`; None: unknown.
         range: values of black and white, see `kl_vae.data.DataConfig`.

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from kl_vae.data.latent_format import DTYPES, KEYS, REPAIR, LatentSettings, ShardEntry, read_index
 from kl_vae.data.paths import PathList
+from kl_vae.latents import LatentNormalization
 from kl_vae.runtime.files import display_name
 
 View = Literal["latents", "flipped", "both"]
@@ -42,14 +43,18 @@ class LatentDataset(Dataset[LatentSample]):
         folder: the folder of latents.
         view: `latents` of the images, latents of the `flipped` images, or `both`: first all
             images, then all flipped images.
+        normalize: return float32 latents with about zero mean and unit variance per channel, by
+            the statistics that were measured while encoding; `normalization` converts them back.
 
     Raises:
         ValueError: The index is missing or cannot be read, a shard is missing or has the wrong
-            size, `view` needs flipped latents that were not stored, or safetensors is not
-            installed.
+            size, `view` needs flipped latents that were not stored, `normalize` is given for
+            latents that were stored normalised, or safetensors is not installed.
     """
 
-    def __init__(self, folder: str | Path, view: View = "latents") -> None:
+    def __init__(
+        self, folder: str | Path, view: View = "latents", *, normalize: bool = False
+    ) -> None:
         self.folder = Path(folder)
         self.index = read_index(self.folder)
         self.view = view
@@ -61,6 +66,12 @@ class LatentDataset(Dataset[LatentSample]):
                 f"view={view!r}: {name} has no flipped latents; give view='latents', or encode "
                 "the images again with --flip"
             )
+        if normalize and self.index.settings.normalized:
+            raise ValueError(
+                f"normalize=True: {name} has latents that are already normalised; give "
+                "normalize=False"
+            )
+        self.normalize = normalize
         for shard in self.index.shards:
             shard.check_size(self.folder)
         try:
@@ -79,13 +90,18 @@ class LatentDataset(Dataset[LatentSample]):
             f"view={self.view!r}",
             f"length={len(self)}",
             f"{settings.what} {list(settings.shape)} {settings.dtype}",
-            "normalized" if settings.normalized else "raw",
+            "normalized" if settings.normalized or self.normalize else "raw",
             f"f={settings.f}",
             f"scale_factor={self.index.statistics.scale_factor:.4g}",
         ]
         if settings.labels is not None:
             parts.append("labels" if classes is None else f"labels of {len(classes)} classes")
         return f"{type(self).__name__}({display_name(self.folder)!r}, {', '.join(parts)})"
+
+    @property
+    def normalization(self) -> LatentNormalization:
+        """Normalisation per channel by the statistics of the raw latents."""
+        return LatentNormalization(**vars(self.index.statistics), per_channel=True)
 
     def __getstate__(self) -> dict[str, Any]:
         """Drop the mapped files: each process opens its own."""
@@ -96,7 +112,9 @@ class LatentDataset(Dataset[LatentSample]):
         return self.index.number * (2 if self.view == "both" else 1)
 
     def __getitem__(self, i: int) -> LatentSample:
-        """Return the latents (in the stored dtype), the label and the name of an image.
+        """Return the latents, the label and the name of an image.
+
+        Latents have the stored dtype, or float32 if they are normalised.
 
         Raises:
             IndexError: The index is out of range.
@@ -106,15 +124,27 @@ class LatentDataset(Dataset[LatentSample]):
             raise IndexError(f"image {i} of {len(self)}")
         mirrored, i = divmod(i % len(self), self.index.number)
         number = bisect_right(self._ends, i)
+        entry = self.index.shards[number]
+        entry.check_size(self.folder)  # reading a mapped file beyond its end kills the process
         if number not in self._shards:
-            entry = self.index.shards[number]
             self._shards[number] = _open_shard(self.folder, entry, self.index.settings)
         shard = self._shards[number]
         row = i - (self._ends[number - 1] if number else 0)
         key = "flipped" if mirrored or self.view == "flipped" else "latents"
         label = int(shard.tensors["labels"][row]) if "labels" in shard.tensors else -1
+        latents = shard.tensors[key][row]
         # a copy, because the mapped file is read-only
-        return LatentSample(shard.tensors[key][row].clone(), label, shard.keys[row])
+        latents = self._normalized(latents) if self.normalize else latents.clone()
+        return LatentSample(latents, label, shard.keys[row])
+
+    def _normalized(self, latents: Tensor) -> Tensor:
+        """Normalise stored latents [z, h, w], or moments [2z, h, w]; float32."""
+        batch = latents[None].float()
+        if self.index.settings.what != "moments":
+            return self.normalization.normalize(batch)[0]
+        mean, logvar = batch.chunk(2, dim=1)
+        std = torch.tensor(self.index.statistics.std)[:, None, None]
+        return torch.cat([self.normalization.normalize(mean), logvar - 2.0 * std.log()], dim=1)[0]
 
     def verify(self) -> None:
         """Read all shards and compare their SHA-256 checksums with the index.
@@ -145,7 +175,6 @@ def _open_shard(folder: Path, entry: ShardEntry, settings: LatentSettings) -> _S
     from safetensors import safe_open
 
     name = display_name(folder / entry.file)
-    entry.check_size(folder)  # reading a mapped file beyond its end kills the process
     try:
         with safe_open(folder / entry.file, framework="pt", device="cpu") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}

@@ -78,6 +78,14 @@ class NamedSource:
         """Return None: the labels are not read."""
         return None
 
+    def state(self, index: int) -> tuple[int, int]:
+        """Return the size of the image in bytes, and 0: it is in memory."""
+        return self._images[index].nbytes, 0
+
+    def digest(self, index: int) -> str:
+        """Return a hash of the image."""
+        return blake2b(self._images[index].tobytes(), digest_size=16).hexdigest()
+
     @property
     def files(self) -> list[Path]:
         """Files that contain the images; empty, because the images are in memory."""

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import overload
+from typing import BinaryIO, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,13 +94,31 @@ def fingerprint_of(paths: Sequence[str], sizes: Iterable[int]) -> str:
     return digest.hexdigest()
 
 
+def file_state(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Return the size of a file as in `fingerprint`, and its modification time in ns."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, 0
+    return file_size(status), status.st_mtime_ns
+
+
+def hash_of(file: BinaryIO) -> str:
+    """Return a hash of the content of an open file, from its position on: 32 hex digits.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    digest = blake2b(digest_size=16)
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
 def file_size(status: os.stat_result) -> int:
     """Return the file size in bytes that `fingerprint` uses; -1 if not a regular file."""
     return status.st_size if stat.S_ISREG(status.st_mode) else -1
 
 
 def _size(path: str) -> int:
-    try:
-        return file_size(os.stat(path))
-    except OSError:
-        return -1
+    return file_state(path)[0]

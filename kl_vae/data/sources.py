@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kl_vae.data.decoding import MAX_PIXELS, inspect_image, read_image, read_size, tiff_pages
-from kl_vae.data.paths import PathList, fingerprint, fingerprint_of
+from kl_vae.data.paths import PathList, file_state, fingerprint, fingerprint_of, hash_of
 from kl_vae.data.pixel_format import Inspected, PixelFormat
 from kl_vae.data.pixels import WHOLE_IMAGE, Wanted
 from kl_vae.runtime.files import display_name
@@ -60,6 +60,12 @@ class Source(Protocol):
 
     def label_text(self, index: int) -> str | None:
         """Return the label stored with the image, unparsed; None: no label."""
+
+    def state(self, index: int) -> tuple[int, int]:
+        """Return size (bytes; -1: no file) and modification time (ns) of the image's file."""
+
+    def digest(self, index: int) -> str:
+        """Return a hash of the stored image: 32 hex digits; empty: it cannot be read."""
 
     @property
     def files(self) -> list[Path]:
@@ -194,6 +200,18 @@ class FolderSource:
         """Return None: image files have no stored labels."""
         return None
 
+    def state(self, index: int) -> tuple[int, int]:
+        """Return size (bytes; -1: no file) and modification time (ns) of the file."""
+        return file_state(self.root / self.paths[index])
+
+    def digest(self, index: int) -> str:
+        """Return a hash of the file; empty: it cannot be read."""
+        try:
+            with open(self.root / self.paths[index], "rb") as file:
+                return hash_of(file)
+        except OSError:
+            return ""
+
     @property
     def files(self) -> list[Path]:
         """Paths of the files."""
@@ -253,6 +271,16 @@ class JoinedSource:
         """Return the label stored with the image, unparsed; None: no label."""
         part, local_index = self._find(index)
         return part.label_text(local_index)
+
+    def state(self, index: int) -> tuple[int, int]:
+        """Return size and modification time of an image's file."""
+        part, local_index = self._find(index)
+        return part.state(local_index)
+
+    def digest(self, index: int) -> str:
+        """Return a hash of the stored image."""
+        part, local_index = self._find(index)
+        return part.digest(local_index)
 
     def _find(self, index: int) -> tuple[StoredSource, int]:
         if not 0 <= index < len(self):

@@ -34,7 +34,7 @@ from kl_vae.data.decoding import (
 )
 from kl_vae.data.file_types import KNOWN_EXTENSIONS, how_to_read
 from kl_vae.data.folder import choose_images, image_extensions, is_hidden
-from kl_vae.data.paths import PathList, fingerprint_of
+from kl_vae.data.paths import PathList, fingerprint_of, hash_of
 from kl_vae.data.pixel_format import Inspected, PixelFormat
 from kl_vae.data.pixels import WHOLE_IMAGE, Wanted
 from kl_vae.runtime.files import display_name
@@ -165,6 +165,19 @@ class TarSource:
                 return stream.read().decode().strip()
         except (OSError, ValueError) as error:  # includes UnicodeDecodeError
             raise ImageError(f"{self.name(index)}: cannot read its {LABEL}: {error}") from error
+
+    def state(self, index: int) -> tuple[int, int]:
+        """Return size (bytes) and modification time (ns) of the image's shard."""
+        shard = self._shards[self._shard_indices[index]]
+        return shard.length, shard.modified
+
+    def digest(self, index: int) -> str:
+        """Return a hash of the member; empty: it cannot be read."""
+        try:
+            with self._open(index) as stream:
+                return hash_of(stream)
+        except (OSError, ValueError):
+            return ""
 
     def places(self) -> Iterator[str]:
         """Yield the location of each image: the resolved path of the shard and the member name."""

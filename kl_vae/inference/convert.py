@@ -10,6 +10,7 @@ from kl_vae.checkpoints.export import export_checkpoint, write_export
 from kl_vae.inference.load import read_model
 from kl_vae.model import AutoEncoderKL
 from kl_vae.runtime.config_file import load_model_params
+from kl_vae.runtime.published_config import ConfigSource
 
 Layout = Literal["compvis", "diffusers"]
 
@@ -46,7 +47,7 @@ def convert(
     to: Layout,
     *,
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
-    config: str | None = None,
+    config: ConfigSource | None = None,
     ema: bool = True,
 ) -> ConversionResult:
     """Write an autoencoder's weights in the layout of another library.
@@ -57,7 +58,7 @@ def convert(
         to: `compvis`: one file with the original key names (latent-diffusion, ComfyUI);
             `diffusers`: a folder for `AutoencoderKL.from_pretrained`.
         dtype: data type of the written weights.
-        config: a config file or the name of a shipped config; None: taken from the checkpoint.
+        config: a config (a file, a shipped name, or keys); None: taken from the checkpoint.
         ema: use the EMA weights if the checkpoint has them.
 
     Raises:
@@ -79,7 +80,7 @@ def export(
     checkpoint: str | Path | AutoEncoderKL,
     out: str | Path,
     *,
-    config: str | None = None,
+    config: ConfigSource | None = None,
     ema: bool = True,
 ) -> ExportResult:
     """Write a checkpoint's weights and architecture, without optimisers and losses.
@@ -87,7 +88,7 @@ def export(
     Args:
         checkpoint: a checkpoint accepted by `AutoEncoderKL.from_checkpoint`, or a model.
         out: the .pt file to write.
-        config: a config file or the name of a shipped config; None: taken from the checkpoint.
+        config: a config (a file, a shipped name, or keys); None: taken from the checkpoint.
         ema: use the EMA weights if the checkpoint has them.
 
     Raises:

@@ -43,6 +43,7 @@ from kl_vae.inference.latent_folder import (
     Labels,
     LatentFolder,
     class_labels,
+    names_checksum,
     nothing_usable,
 )
 from kl_vae.inference.load import checkpoint_name, connect_ranks, load_model_on
@@ -54,6 +55,7 @@ from kl_vae.metrics.moments import RunningMoments, latent_moments, latent_normal
 from kl_vae.model import AutoEncoderKL
 from kl_vae.runtime.device import PRECISIONS
 from kl_vae.runtime.distributed import Ranks
+from kl_vae.runtime.published_config import ConfigSource
 from kl_vae.runtime.randomness import normal_noise
 
 logger = logging.getLogger(__name__)
@@ -101,7 +103,8 @@ class EncodingResult:
         skipped: number of unusable images; a warning names each of them.
         latents: statistics of the raw latents, for `AutoEncoderKL.latents`.
         index: the content of index.json in `out`; None if latents were not stored.
-        verified: the folder was already complete, and its checksums are correct.
+        verified: the folder was already complete, its checksums are correct, and its images have
+            not changed since.
         exported: the weights were written to `statistics`; false if not requested or if the file
             already existed.
     """
@@ -137,13 +140,14 @@ def encode_dataset(
     pages: str | None = None,
     batch_size: int = 8,
     num_workers: int = 4,
-    config: str | None = None,
+    config: ConfigSource | None = None,
     ema: bool = True,
     device: str = "auto",
     precision: str = "fp32",
     fast: str = "auto",
     compile: bool = False,
     resume: bool = False,
+    verify: bool = False,
 ) -> EncodingResult:
     """Encode images into a latent folder for `kl_vae.data.LatentDataset`.
 
@@ -176,13 +180,15 @@ def encode_dataset(
         pages: what the pages of TIFF files are, as `data.pages` of a config.
         batch_size: number of images that each process encodes at once.
         num_workers: number of image loading processes per rank.
-        config: a config file or the name of a shipped config; None: taken from the checkpoint.
+        config: a config (a file, a shipped name, or keys); None: taken from the checkpoint.
         ema: load the EMA weights if the checkpoint has them.
         device: auto, cuda, cuda:N, mps or cpu.
         precision: precision of the encoder: fp32, bf16 or fp16.
         fast: auto, exact or off; see `accelerate_as`.
         compile: use `torch.compile`.
-        resume: continue an unfinished folder `out`, or verify and repair a complete one.
+        resume: continue an unfinished folder `out`, or verify and repair a complete one. Shards
+            with images that have changed (by size and modification time) are encoded again.
+        verify: with `resume`, compare the content of the images instead, which reads all of them.
 
     Raises:
         ValueError: an argument is invalid or the images are unusable; finished shards are kept for
@@ -203,6 +209,8 @@ def encode_dataset(
     )
     if out is None and statistics is None:
         raise ValueError("nothing to write: give out, statistics, or both")
+    if verify and not (resume and out is not None):
+        raise ValueError("verify=True: compares latents with their images; give out and resume")
     with connect_ranks([checkpoint], device) as ranks:
         if statistics is not None:
             ranks.on_rank_zero(lambda: _check_new(Path(statistics), resume))
@@ -238,6 +246,7 @@ def encode_dataset(
                 checkpoint=checkpoint_name(checkpoint),
                 per_channel=per_channel,
                 resume=resume,
+                verify=verify,
             )
         if statistics is None:
             return result
@@ -310,6 +319,7 @@ def encode_folder(
     checkpoint: str,
     per_channel: bool = False,
     resume: bool = False,
+    verify: bool = False,
 ) -> EncodingResult:
     """Encode a data set into a latent folder; all ranks must call this.
 
@@ -322,6 +332,7 @@ def encode_folder(
         checkpoint: name of the model, stored in the index.
         per_channel: `per_channel` of the result's `latents`.
         resume: continue an unfinished folder, or verify a complete one.
+        verify: compare the content of the images, not their size and modification time.
 
     Raises:
         ValueError: see `LatentFolder` and `encode_units`; or a label or the scale of the latents
@@ -336,7 +347,9 @@ def encode_folder(
         )
     labels = ranks.on_rank_zero(lambda: class_labels(dataset.source) if config.labels else None)
     settings = ranks.on_rank_zero(lambda: latent_settings(model, dataset, config, labels))
-    folder = LatentFolder(out, settings, dataset.source, labels, ranks, resume=resume)
+    folder = LatentFolder(
+        out, settings, dataset.source, labels, ranks, resume=resume, verify=verify
+    )
     units = [folder.units[unit] for unit in folder.todo]
     unusable = {} if labels is None else labels.unusable
     shards = encode_units(model, dataset, units, config, ranks, unusable)
@@ -368,7 +381,7 @@ def latent_settings(
         images=len(dataset),
         shard_size=config.shard_size,
         labels=None if labels is None else labels.checksum,
-        source=dataset.fingerprint,
+        source=names_checksum(dataset.source),
         weights=weights_sha256(model),
         normalization=None if model.latents is None else dataclasses.asdict(model.latents),
         range=dataset.source.pixel_format.value_range,

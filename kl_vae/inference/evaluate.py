@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,15 +48,16 @@ from kl_vae.inference.load import (
 )
 from kl_vae.inference.progress import Progress, units_of
 from kl_vae.inference.reconstruct import MEASURED_ON_DEVICE, unit_size
-from kl_vae.inference.sources import as_roots, open_sources, range_of
+from kl_vae.inference.sources import as_roots, open_sources, range_of, size_in_words
 from kl_vae.inference.tiling import Tiling
 from kl_vae.metrics.fid import find_inception, load_inception
 from kl_vae.metrics.perceptual import load_lpips
-from kl_vae.metrics.similarity import ms_ssim, mse, ssim
+from kl_vae.metrics.similarity import SSIM_VARIANTS, SSIMVariant, ms_ssim, mse, ssim
 from kl_vae.model import AutoEncoderKL, pad
 from kl_vae.runtime.distributed import Ranks
 from kl_vae.runtime.files import display_name
 from kl_vae.runtime.outputs import check_output_folder, check_outputs
+from kl_vae.runtime.published_config import ConfigSource
 from kl_vae.runtime.randomness import generator_for
 from kl_vae.visual.image_files import as_saved
 
@@ -76,6 +78,7 @@ class EvaluateConfig:
         seed: random seed of samples; each sample also depends on the key of its image.
         precision: fp32, bf16 or fp16.
         metrics: any of psnr, ssim, ms_ssim, lpips and rfid.
+        ssim: variant of SSIM: wang or skimage, see `kl_vae.metrics.similarity.ssim`.
     """
 
     resize: int | None
@@ -84,6 +87,7 @@ class EvaluateConfig:
     seed: int = 0
     precision: str = "fp32"
     metrics: tuple[str, ...] = ("psnr", "ssim", "ms_ssim")
+    ssim: SSIMVariant = "wang"
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ class EvaluationResult:
         skipped: path and reason of each unusable image; a warning names each of them.
         folder: the output folder; None if nothing was written.
         lpips_net: the network of LPIPS; None if LPIPS was not measured.
+        size: resize and crop of the images in words, such as `short side 256, center crop 256`.
+        ssim: variant of SSIM.
     """
 
     models: tuple[Evaluation, ...]
@@ -103,10 +109,12 @@ class EvaluationResult:
     skipped: tuple[tuple[str, str], ...]
     folder: Path | None
     lpips_net: str | None
+    size: str
+    ssim: SSIMVariant
 
     def table(self) -> str:
         """Format the results for the terminal: one column per model, one row per metric."""
-        rows = rows_of(self.models, self.lpips_net or "")
+        rows = rows_of(self.models, self.lpips_net or "", self.ssim, self.size)
         return as_text([model.name for model in self.models], rows)
 
 
@@ -117,6 +125,7 @@ def evaluate(
     *,
     names: Sequence[str] | None = None,
     metrics: Sequence[str] = ("psnr", "ssim", "ms_ssim"),
+    ssim: SSIMVariant = "wang",
     resize: int | None = None,
     crop: int | None = None,
     whole: bool = False,
@@ -129,7 +138,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 8,
     num_workers: int = 4,
-    configs: str | None | Sequence[str | None] = None,
+    configs: ConfigSource | None | Sequence[ConfigSource | None] = None,
     ema: bool = True,
     device: str = "auto",
     precision: str = "fp32",
@@ -155,6 +164,8 @@ def evaluate(
         names: names of the checkpoints in the results; None: the parts in which their paths differ.
         metrics: any of psnr, ssim, ms_ssim, lpips and rfid; KL and latent statistics are always
             measured.
+        ssim: variant of SSIM: wang (Gaussian window) or skimage (the defaults of scikit-image), see
+            `kl_vae.metrics.similarity.ssim`.
         resize: resize the short side of images to this many pixels; None: the crop.
         crop: side of the centre crop in pixels, after resizing; None: the models' resolution.
         whole: evaluate whole images of any size, without a crop.
@@ -168,8 +179,8 @@ def evaluate(
         seed: random seed of samples; each sample also depends on the key of its image.
         batch_size: number of images that each process encodes at once.
         num_workers: number of image loading processes per rank.
-        configs: a config file or the name of a shipped config, either one for all checkpoints or
-            one per checkpoint; None: taken from the checkpoint.
+        configs: a config (a file, a shipped name, or keys), either one for all checkpoints or one
+            per checkpoint; None: taken from the checkpoint.
         ema: load the EMA weights if a checkpoint has them.
         device: auto, cuda, cuda:N, mps or cpu.
         precision: fp32, bf16 or fp16; non-finite results are recomputed in fp32.
@@ -196,6 +207,8 @@ def evaluate(
     for metric in metrics:
         if metric not in METRICS:
             raise ValueError(f"metrics: {metric!r} is unknown; give any of {', '.join(METRICS)}")
+    if ssim not in SSIM_VARIANTS:
+        raise ValueError(f"ssim={ssim!r}: give one of {', '.join(SSIM_VARIANTS)}")
     with connect_ranks(given, device) as ranks, ExitStack() as stack:
         # load the metric networks first, so that missing weights fail early
         lpips = inception = None
@@ -211,7 +224,7 @@ def evaluate(
         ]
         resize, crop = choose_size(models, names, resize, crop, whole)
         chosen = tuple(metric for metric in METRICS if metric in metrics)
-        settings = EvaluateConfig(resize, crop, mode, seed, precision, chosen)
+        settings = EvaluateConfig(resize, crop, mode, seed, precision, chosen, ssim)
         folder = None if out is None else resolve_root(str(out))
         value_range = range_of(models[0], value_range)
 
@@ -284,6 +297,8 @@ def evaluate(
                 skipped=tuple((entry["path"], entry["reason"]) for entry in skipped),
                 folder=folder,
                 lpips_net=lpips_net if lpips is not None else None,
+                size=size_in_words(resize, crop),
+                ssim=ssim,
             )
             if folder is not None:
                 about = {
@@ -303,7 +318,7 @@ def evaluate(
                     }
                     for x, model in zip(given, models, strict=True)
                 ]
-                rows = rows_of(evaluations, lpips_net)
+                rows = rows_of(evaluations, lpips_net, ssim, result.size)
                 write_files(
                     folder,
                     evaluations,
@@ -328,8 +343,12 @@ def _temporary_folder(ranks: Ranks, stack: ExitStack) -> Path:
     )
 
 
-def _broadcast_configs(configs: str | None | Sequence[str | None], number: int) -> list[str | None]:
-    configs = [configs] if configs is None or isinstance(configs, str) else list(configs)
+def _broadcast_configs(
+    configs: ConfigSource | None | Sequence[ConfigSource | None], number: int
+) -> list[ConfigSource | None]:
+    if configs is None or isinstance(configs, (str, Path, Mapping)):
+        configs = [configs]
+    configs = list(configs)
     if len(configs) not in (1, number):
         raise ValueError(
             f"configs: {len(configs)} for {number} checkpoints; give one for all checkpoints, or "
@@ -368,13 +387,10 @@ def _measure(
 
 
 def _heading(roots: Sequence[str], config: EvaluateConfig, count: int, skipped: int) -> str:
-    part = "whole" if config.crop is None else f"crops of {config.crop} x {config.crop}"
-    if config.resize is not None:
-        part += f" after the short side was resized to {config.resize}"
     return (
         f"{count} image{'' if count == 1 else 's'} of {', '.join(map(display_name, roots))}, "
-        f"{part}; {skipped} skipped; {config.precision}; the {config.mode} of the posterior "
-        "decoded."
+        f"{size_in_words(config.resize, config.crop)}; {skipped} skipped; {config.precision}; the "
+        f"{config.mode} of the posterior decoded."
     )
 
 
@@ -567,7 +583,12 @@ class Evaluator:
         if before.shape[2] * before.shape[3] > MEASURED_ON_DEVICE:
             before, after = before.cpu(), after.cpu()
         # PSNR is computed from the MSE, which is finite also for identical images
-        measures = {"psnr": ("mse", mse), "ssim": ("ssim", ssim), "ms_ssim": ("ms_ssim", ms_ssim)}
+        of_variant = partial(ssim, variant=self._config.ssim)
+        measures: dict[str, tuple[str, Callable[..., Tensor]]] = {
+            "psnr": ("mse", mse),
+            "ssim": ("ssim", of_variant),
+            "ms_ssim": ("ms_ssim", ms_ssim),
+        }
         for metric, (key, measure) in measures.items():
             if metric in self._config.metrics:
                 metrics[key] = measure(before, after, data_range)

@@ -34,7 +34,7 @@ from kl_vae.distribution import DiagonalGaussianDistribution
 from kl_vae.latents import LatentNormalization
 from kl_vae.metrics.fid import FeatureStatistics, frechet_distance
 from kl_vae.metrics.moments import RunningMoments, latent_moments, latent_normalization
-from kl_vae.metrics.similarity import MS_SSIM_SIDE, WINDOW
+from kl_vae.metrics.similarity import MS_SSIM_SIDE, SSIM_DEFINITIONS
 from kl_vae.runtime.files import display_name, write_atomically
 from kl_vae.runtime.outputs import make_folder, replace_file
 
@@ -70,13 +70,10 @@ DEFINITIONS = {
     "undefined for an exact reconstruction",
     "psnr_of_mean_mse": "10 log10(255^2 / MSE) in dB, with the mean MSE over all images; by "
     "Jensen's inequality at most the mean of psnr",
-    "ssim": "Wang et al. 2004: Gaussian window 11 x 11, sigma 1.5, K1 0.01, K2 0.03, population "
-    "variances, range 255, windows inside the image, mean over windows and channels (RGB is not "
-    f"converted); undefined below {WINDOW} pixels per side. Same as scikit-image with "
-    "gaussian_weights=True, use_sample_covariance=False",
-    "ms_ssim": "Wang et al. 2003: window and constants of ssim, five scales by 2 x 2 average "
-    "pooling, weights 0.0448, 0.2856, 0.3001, 0.2363, 0.1333, range 255, negative terms count as "
-    f"0; undefined below {MS_SSIM_SIDE} pixels per side. Same as the torchmetrics "
+    "ssim": SSIM_DEFINITIONS["wang"],
+    "ms_ssim": "Wang et al. 2003: window and constants of Wang et al. 2004, five scales by "
+    "2 x 2 average pooling, weights 0.0448, 0.2856, 0.3001, 0.2363, 0.1333, range 255, negative "
+    f"terms count as 0; undefined below {MS_SSIM_SIDE} pixels per side. Same as the torchmetrics "
     "MultiScaleStructuralSimilarityIndexMeasure with default arguments",
     "lpips": "Zhang et al. 2018, version 0.1 with linear heads, without resizing; a single "
     "channel is repeated three times, and only the first three of four channels are used; "
@@ -273,7 +270,7 @@ def write_files(
         records: records of all units.
         source: source of the images.
         about: first entries of results.json, plain values; its `heading` is also the first line of
-            results.md.
+            results.md, its `ssim` the variant.
         about_models: first entries of each model in results.json.
 
     Raises:
@@ -286,7 +283,8 @@ def write_files(
         {"name": x.name, **of_model, **_plain(x)}
         for of_model, x in zip(about_models, evaluations, strict=True)
     ]
-    content = {**about, "checkpoints": checkpoints, "definitions": DEFINITIONS}
+    definitions = {**DEFINITIONS, "ssim": SSIM_DEFINITIONS[about["ssim"]]}
+    content = {**about, "checkpoints": checkpoints, "definitions": definitions}
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     replace_file(out / RESULTS, f"{text}\n".encode())
 
@@ -380,13 +378,33 @@ def read_features(paths: Iterable[Path], position: int) -> Iterator[Tensor]:
     """
     for path in paths:
         if path.exists():  # a unit without a usable image has none
-            features = np.load(path, mmap_mode="r", allow_pickle=False)
+            try:
+                features = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError, EOFError) as error:  # also a file shorter than it says
+                raise ValueError(
+                    f"{display_name(path)}: cannot be read ({error}); remove it with the JSON file "
+                    "beside it, and continue with --resume"
+                ) from None
             yield torch.from_numpy(features[position].copy())
 
 
-def rows_of(evaluations: Sequence[Evaluation], lpips_net: str = "") -> Rows:
-    """Return the rows of the table; cells of averaged metrics read `mean ± standard error`."""
+def rows_of(
+    evaluations: Sequence[Evaluation], lpips_net: str = "", ssim: str = "wang", size: str = ""
+) -> Rows:
+    """Return the rows of the table; cells of averaged metrics read `mean ± standard error`.
+
+    Args:
+        evaluations: results of the models.
+        lpips_net: network of LPIPS.
+        ssim: variant of SSIM.
+        size: `size_in_words` of the images, which is named beside PSNR.
+    """
     rows: Rows = []
+    variants = {
+        "psnr": f", {size}" if size else "",
+        "lpips": f" ({lpips_net})" if lpips_net else "",
+    }
+    variants["ssim"] = "" if ssim == "wang" else f" ({ssim})"
 
     def add(label: str, cell: Callable[[Evaluation], str]) -> None:
         rows.append((label, [cell(evaluation) for evaluation in evaluations]))
@@ -396,9 +414,7 @@ def rows_of(evaluations: Sequence[Evaluation], lpips_net: str = "") -> Rows:
             add("rFID", lambda x: _number(x.rfid, 2))
         if key not in evaluations[0].metrics:
             continue
-        if key == "lpips" and lpips_net:
-            label = f"{label} ({lpips_net})"
-        add(label, lambda x, k=key, d=digits: _mean(x.metrics[k], d))  # type: ignore[misc]
+        add(label + variants.get(key, ""), lambda x, k=key, d=digits: _mean(x.metrics[k], d))  # type: ignore[misc]
         if key == "psnr":
             add("PSNR of mean MSE (dB)", lambda x: _number(x.psnr_of_mean_mse, 2))
     add("active channels", lambda x: f"{x.active_channels} of {len(x.variances)}")

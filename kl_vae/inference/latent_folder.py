@@ -13,6 +13,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from kl_vae.data.latent_format import (
     DTYPES,
     INDEX,
     KEYS,
+    SOURCES,
     LatentIndex,
     LatentSettings,
     LatentStatistics,
@@ -40,6 +42,9 @@ from kl_vae.runtime.schema import from_mapping
 logger = logging.getLogger(__name__)
 
 _MAX_CLASS = torch.iinfo(torch.int64).max
+Images = list[tuple[int, int, str]] | None  # size, modification time and hash of each; unknown
+
+_NAMED = 20  # changed images per line of the log
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,14 @@ def _label_text(source: Source, index: int, unusable: dict[int, str]) -> str | N
     return None if text is None else text.strip()
 
 
+def names_checksum(source: Source) -> str:
+    """Return a hash of the relative paths of a source's images, in order: 32 hex digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for i in range(len(source)):
+        digest.update(b"%s\0" % name_bytes(source.key(i)))
+    return digest.hexdigest()
+
+
 @dataclass
 class EncodedShard:
     """Encoded images of one shard."""
@@ -121,10 +134,18 @@ class EncodedShard:
     bad: list[BadImage] = field(default_factory=list)
 
 
+class _Record(NamedTuple):
+    """What is known of a shard that was already written."""
+
+    entry: ShardEntry
+    images: Images
+
+
 class LatentFolder:
     """Latent folder that is written or verified; all ranks must make the same calls.
 
-    Existing shards are verified by their sha256, and encoded again if it differs.
+    Existing shards are verified by their sha256, and encoded again if it differs, or if one of
+    their images has changed since.
 
     Args:
         out: the folder, which is created if necessary.
@@ -133,6 +154,7 @@ class LatentFolder:
         labels: class labels to store; None: no labels.
         ranks: the ranks that share the work.
         resume: continue an unfinished folder, or verify a complete one.
+        verify: compare the content of the images, not their size and modification time.
 
     Attributes:
         units: ranges of images in the source, one per shard.
@@ -153,26 +175,26 @@ class LatentFolder:
         ranks: Ranks,
         *,
         resume: bool,
+        verify: bool = False,
     ) -> None:
         self.units = units_of(settings.images, settings.shard_size)
         self._out, self._settings, self._ranks = out, settings, ranks
         self._source, self._labels = source, labels
-        self._earlier = ranks.on_rank_zero(lambda: _open(out, settings, resume))
+        self._earlier = ranks.on_rank_zero(lambda: _open(out, settings, source, resume))
         self._progress = Progress(out, dataclasses.asdict(settings), resume, ranks)
         known = ranks.on_rank_zero(lambda: [self._find(unit) for unit in range(len(self.units))])
         if any(known):
             logger.info("verifying existing shards")
         missing = []  # each rank checks its share of the files
         for unit in range(ranks.rank, len(self.units), ranks.world_size):
-            entry = known[unit]
-            if entry is None:
-                missing.append(unit)
-            elif entry.file != self._file(unit) or not entry.is_intact(out):
-                logger.warning("%s: damaged or missing; it will be encoded again", entry.file)
+            record = known[unit]
+            if record is None or not self._is_current(unit, record, verify):
                 missing.append(unit)
         todo = sorted(unit for units in ranks.gather(missing) for unit in units)
         self.verified = self._earlier is not None and not todo
         self.todo = todo[ranks.rank :: ranks.world_size]
+        # before the images are read, so that a later change is noticed
+        self._states = {unit: list(map(source.state, self.units[unit])) for unit in self.todo}
 
     def write(self, unit: int, shard: EncodedShard) -> None:
         """Write the shard of a unit, and record that it is finished.
@@ -200,7 +222,7 @@ class LatentFolder:
             skipped=tuple(SkippedImage(*image) for image in shard.bad),
             **shard.moments.values(),
         )
-        self._progress.write(unit, dataclasses.asdict(entry))
+        self._record(unit, entry, self._images(unit))
 
     def finish(self, checkpoint: str) -> LatentIndex:
         """Wait for all ranks, then write and return the index.
@@ -214,19 +236,79 @@ class LatentFolder:
         self._ranks.gather(None)  # wait until all shards are written
         return self._ranks.on_rank_zero(lambda: self._write_index(checkpoint))
 
-    def _find(self, unit: int) -> ShardEntry | None:
-        """Return the entry of a shard that was already written; None if there is none."""
+    def _find(self, unit: int) -> _Record | None:
+        """Return the record of a shard that was already written; None if there is none."""
         record = self._progress.find(unit)
-        if record is None and self._earlier is not None:
-            record = dataclasses.asdict(self._earlier.shards[unit])
-            self._progress.write(unit, record)
-        return None if record is None else from_mapping(ShardEntry, record)
+        if record is not None:
+            return _Record(from_mapping(ShardEntry, record["entry"]), record["images"])
+        if self._earlier is None:
+            return None
+        entry = self._earlier.shards[unit]
+        images = self._recorded[unit] if unit < len(self._recorded) else None
+        self._record(unit, entry, images)
+        return _Record(entry, images)
+
+    @functools.cached_property
+    def _recorded(self) -> list[Images]:
+        return _read_sources(self._out / SOURCES)
+
+    def _record(self, unit: int, entry: ShardEntry, images: Images) -> None:
+        self._progress.write(unit, {"entry": dataclasses.asdict(entry), "images": images})
+
+    def _images(self, unit: int) -> Images:
+        """Return state and hash of each image that was encoded; no hash if it has changed since."""
+        images: list[tuple[int, int, str]] = []
+        for i, state in zip(self.units[unit], self._states[unit], strict=True):
+            digest = self._source.digest(i)
+            images.append((*state, digest if self._source.state(i) == state else ""))
+        return images
+
+    def _is_current(self, unit: int, record: _Record, verify: bool) -> bool:
+        """Return whether a shard is intact, and of the images as they are now."""
+        entry, images = record
+        if entry.file != self._file(unit) or not entry.is_intact(self._out):
+            logger.warning("%s: damaged or missing; it will be encoded again", entry.file)
+            return False
+        states = list(map(self._source.state, self.units[unit]))
+        if images is None or len(images) != len(states):
+            if self._earlier is None or self._earlier.settings.source == self._settings.source:
+                logger.warning(
+                    "%s: %s does not say of which images it is; it will be encoded again",
+                    entry.file,
+                    SOURCES,
+                )
+                return False
+            # of a version that recorded path and size only, which have been compared
+            self._record(unit, entry, [(*state, "") for state in states])
+            return True
+        if verify:
+            digests = map(self._source.digest, self.units[unit])
+            same = [now == then[2] != "" for now, then in zip(digests, images, strict=True)]
+        else:
+            pairs = zip(states, images, strict=True)
+            same = [list(now) == list(then[:2]) for now, then in pairs]
+        changed = [
+            self._source.name(i) for i, x in zip(self.units[unit], same, strict=True) if not x
+        ]
+        if changed:
+            more = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
+            logger.warning(
+                "%s: will be encoded again, since images have changed: %s%s",
+                entry.file,
+                ", ".join(changed[:_NAMED]),
+                more,
+            )
+        elif verify:  # of the same content, at whatever time
+            pairs = zip(states, images, strict=True)
+            self._record(unit, entry, [(*now, then[2]) for now, then in pairs])
+        return not changed
 
     def _file(self, unit: int) -> str:
         return f"latents-{unit:05d}-of-{len(self.units):05d}.safetensors"
 
     def _write_index(self, checkpoint: str) -> LatentIndex:
-        entries = tuple(from_mapping(ShardEntry, x) for x in self._progress.read(len(self.units)))
+        records = list(self._progress.read(len(self.units)))
+        entries = tuple(from_mapping(ShardEntry, record["entry"]) for record in records)
         number = sum(entry.number for entry in entries)
         if not number:
             for entry in entries:
@@ -248,7 +330,12 @@ class LatentFolder:
             ),
             shards=entries,
         )
-        if self._earlier is None or self._earlier.shards != entries:
+        sources = "".join(f"{json.dumps(record['images'])}\n" for record in records).encode()
+        path = self._out / SOURCES
+        if not path.is_file() or path.read_bytes() != sources:
+            _write(path, sources)
+        earlier = self._earlier
+        if earlier is None or (earlier.shards, earlier.settings) != (entries, self._settings):
             _write(self._out / INDEX, index.to_json().encode())
         self._progress.close()
         return index
@@ -262,7 +349,27 @@ def nothing_usable(images: int) -> ValueError:
     )
 
 
-def _open(out: Path, settings: LatentSettings, resume: bool) -> LatentIndex | None:
+def _read_sources(path: Path) -> list[Images]:
+    """Return what a complete folder records of the images of each shard; empty: nothing.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not path.is_file():
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [
+            line and [(int(a), int(b), str(c)) for a, b, c in line]
+            for line in map(json.loads, lines)
+        ]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{display_name(path)}: cannot be read ({error}); remove it to encode all images again"
+        ) from None
+
+
+def _open(out: Path, settings: LatentSettings, source: Source, resume: bool) -> LatentIndex | None:
     """Check that latents may be written to `out`, and remove temporary files of killed processes.
 
     Returns:
@@ -289,8 +396,13 @@ def _open(out: Path, settings: LatentSettings, resume: bool) -> LatentIndex | No
             "another --out"
         )
     index = read_index(out)
-    plain = (json.loads(json.dumps(dataclasses.asdict(x))) for x in (index.settings, settings))
-    changed = differences(*plain)
+    before, now = (
+        json.loads(json.dumps(dataclasses.asdict(x))) for x in (index.settings, settings)
+    )
+    if before["source"] == source.fingerprint:  # of a version that recorded path and size only
+        logger.warning("%s: changes of images that keep their size are not noticed", name)
+        before["source"] = now["source"]
+    changed = differences(before, now)
     if changed:
         raise ValueError(
             f"{name}: contains latents with different settings ({changed}); use the same settings "

@@ -14,6 +14,7 @@ from kl_vae.accel.accelerate import accelerate_as
 from kl_vae.model import AutoEncoderKL
 from kl_vae.runtime.distributed import COMMAND, Ranks, checksums, connect
 from kl_vae.runtime.files import display_name
+from kl_vae.runtime.published_config import ConfigSource
 
 Checkpoint = str | Path | AutoEncoderKL
 WAIT_SECONDS = 86_400  # timeout for other ranks, whose shares of the work may take far longer
@@ -38,7 +39,7 @@ def connect_ranks(checkpoints: Sequence[Checkpoint], device: str) -> Iterator[Ra
 def load_model_on(
     ranks: Ranks,
     checkpoint: Checkpoint,
-    config: str | None,
+    config: ConfigSource | None,
     ema: bool = True,
     fast: str = "auto",
     compile: bool = False,
@@ -77,7 +78,7 @@ def model_fingerprint(model: AutoEncoderKL) -> str:
 
 def load_model(
     checkpoint: str,
-    config: str | None,
+    config: ConfigSource | None,
     device: torch.device,
     ema: bool = True,
     fast: str = "auto",
@@ -87,7 +88,7 @@ def load_model(
 
     Args:
         checkpoint: a checkpoint accepted by `AutoEncoderKL.from_checkpoint`.
-        config: a config file or the name of a shipped config; None: read or inferred from the
+        config: a config (a file, a shipped name, or keys); None: read or inferred from the
             checkpoint.
         device: target device.
         ema: load the EMA weights if the checkpoint has them.
@@ -107,7 +108,7 @@ def load_model(
     return accelerate_as(fast, model.to(device), compile=compile)
 
 
-def read_model(checkpoint: str, config: str | None, ema: bool = True) -> AutoEncoderKL:
+def read_model(checkpoint: str, config: ConfigSource | None, ema: bool = True) -> AutoEncoderKL:
     """Load a checkpoint in eval mode on the CPU; see `load_model` for the arguments."""
     params = None
     if config is not None:

@@ -35,12 +35,13 @@ from kl_vae.inference.reconstruction_report import (
 from kl_vae.inference.sources import as_roots, open_sources, range_of
 from kl_vae.inference.tiling import Mode, Tiling, check_tiling
 from kl_vae.metrics.perceptual import load_lpips
-from kl_vae.metrics.similarity import psnr, ssim
+from kl_vae.metrics.similarity import SSIM_VARIANTS, SSIMVariant, psnr, ssim
 from kl_vae.model import AutoEncoderKL, padded_size
 from kl_vae.runtime.device import PRECISIONS
 from kl_vae.runtime.files import display_name
 from kl_vae.runtime.memory import is_out_of_memory
 from kl_vae.runtime.outputs import check_output_folder
+from kl_vae.runtime.published_config import ConfigSource
 from kl_vae.runtime.randomness import generator_for
 from kl_vae.visual.image_files import (
     ImageFormat,
@@ -78,13 +79,15 @@ class ReconstructConfig:
     max_pixels: int = MAX_PIXELS
     batch_size: int = 8
     tiling: Tiling = field(default_factory=Tiling)
+    ssim: SSIMVariant = "wang"
 
     def __post_init__(self) -> None:
         for key in ("resize", "crop", "max_pixels", "batch_size"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"{key}={value}: give at least 1")
-        for key, allowed in {"mode": ("mode", "sample"), "precision": PRECISIONS}.items():
+        choices = {"mode": ("mode", "sample"), "precision": PRECISIONS, "ssim": SSIM_VARIANTS}
+        for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key}={getattr(self, key)!r}: give one of {', '.join(allowed)}")
 
@@ -105,7 +108,7 @@ def reconstruct(
     seed: int = 0,
     batch_size: int = 8,
     num_workers: int = 4,
-    config: str | None = None,
+    config: ConfigSource | None = None,
     ema: bool = True,
     device: str = "auto",
     precision: str = "fp32",
@@ -120,6 +123,7 @@ def reconstruct(
     lpips: Literal["none", "vgg", "alex", "squeeze"] = "none",
     lpips_features: str | Path | None = None,
     lpips_heads: str | Path | None = None,
+    ssim: SSIMVariant = "wang",
     grid_size: int = 8,
     gallery: bool = True,
     resume: bool = False,
@@ -146,7 +150,7 @@ def reconstruct(
         seed: of the samples; each also depends on its image's key.
         batch_size: images of one size that a process reconstructs at once.
         num_workers: processes that decode images, for each process that reconstructs.
-        config: a config file or the name of a shipped config; None: as the checkpoint says.
+        config: a config (a file, a shipped name, or keys); None: as the checkpoint says.
         ema: load the moving average of the weights, where the checkpoint has one.
         device: auto, cuda, cuda:N, mps or cpu.
         precision: fp32, bf16 or fp16; what is not finite is computed again in fp32.
@@ -161,6 +165,8 @@ def reconstruct(
         lpips: the network of LPIPS; none: it is not measured.
         lpips_features: file of the network's weights; None: torchvision's, downloaded once.
         lpips_heads: file of the linear heads; None: the published ones, downloaded once.
+        ssim: variant of SSIM: wang (Gaussian window) or skimage (the defaults of scikit-image), see
+            `kl_vae.metrics.similarity.ssim`.
         grid_size: images in comparison.png, at most.
         gallery: write index.html and its images.
         resume: continue what is unfinished in `out`.
@@ -179,6 +185,7 @@ def reconstruct(
         max_pixels=max_pixels,
         batch_size=batch_size,
         tiling=Tiling(tiling, tile, overlap),
+        ssim=ssim,
     )
     image_format = ImageFormat(format, quality, bits)
     if lpips == "none" and (lpips_features or lpips_heads):
@@ -398,7 +405,14 @@ class Reconstructor:
             name, precision = self._source.name(index), self._config.precision
             logger.warning("%s: NaN or infinity in %s; redone in fp32", name, precision)
         before, after = as_saved(image), as_saved(decoded)
-        metrics = measure(index, before.to(after.device), after, self._perceptual, redone)
+        metrics = measure(
+            index,
+            before.to(after.device),
+            after,
+            self._perceptual,
+            redone,
+            ssim_variant=self._config.ssim,
+        )
         fine = in_unit_range(decoded).cpu() if self._files.image_format.bits == 16 else None
         self._background.do(partial(self._write, index, before, after.cpu(), fine))
         return metrics
@@ -427,6 +441,7 @@ def measure(
     reconstruction: Tensor,
     perceptual: Perceptual | None = None,
     redone_in_fp32: bool = False,
+    ssim_variant: SSIMVariant = "wang",
 ) -> ImageMetrics:
     """Compare what `as_saved` gives of an image and of its reconstruction, each [C, H, W]."""
     height, width = image.shape[1:]
@@ -439,7 +454,7 @@ def measure(
         width,
         height,
         psnr=_finite(psnr(x, y, data_range)),
-        ssim=_finite(ssim(x, y, data_range)),
+        ssim=_finite(ssim(x, y, data_range, ssim_variant)),
         lpips=None if perceptual is None else _lpips(image, reconstruction, perceptual),
         redone_in_fp32=redone_in_fp32,
     )

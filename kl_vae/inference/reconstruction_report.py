@@ -3,7 +3,7 @@
 metrics.csv has one line per image: `path, output, width, height, psnr, ssim`, and `lpips` where it
 was measured. `output` is relative to the output folder; size and metrics are those of the image
 after resize and crop. psnr is `inf` where the reconstruction is exact; ssim is empty where a side
-is below 11 pixels, lpips where the image is too small or too large for it. These are left out of
+is below its window, lpips where the image is too small or too large for it. These are left out of
 the means and counted. summary.json has the means, what was skipped and definitions; comparison.png
 shows the images with the lowest PSNR, the worst first; index.html, the gallery, shows all.
 """
@@ -25,6 +25,8 @@ from torch import Tensor
 
 from kl_vae.data import MAX_PIXELS, ImageError, Source, read_image
 from kl_vae.inference.images import load_images
+from kl_vae.inference.sources import size_in_words
+from kl_vae.metrics.similarity import SSIM_DEFINITIONS
 from kl_vae.runtime.files import display_name, remove_temporaries
 from kl_vae.runtime.outputs import check_outputs, make_folder, plan_outputs, replace_file
 from kl_vae.visual.gallery import GalleryImage, write_gallery
@@ -45,9 +47,6 @@ COLUMNS = ("path", "output", "width", "height", "psnr", "ssim")
 DEFINITIONS = {
     "psnr": "10 log10(R^2 / MSE) in dB, the MSE over all pixels and channels; inf for an exact "
     "reconstruction, which mean_psnr_db leaves out (number_exact)",
-    "ssim": "Wang et al. 2004: Gaussian window 11 x 11, sigma 1.5, K1 0.01, K2 0.03, windows "
-    "inside the image, mean over channels; none where a side is below 11 pixels, which mean_ssim "
-    "leaves out (number_without_ssim)",
     "lpips": "Zhang et al. 2018, v0.1, of the network named above; none where an image is too "
     "small or too large for it, which mean_lpips leaves out (number_without_lpips)",
     "compared": "the reconstruction in 8 bits, before a lossy format, with the image after resize "
@@ -136,7 +135,7 @@ class ImageMetrics:
         width: in pixels.
         height: in pixels.
         psnr: in dB; None: both are the same.
-        ssim: None where a side is below 11.
+        ssim: None where a side is below the window.
         lpips: None where it was not asked for, or the image is too small or too large for it.
         redone_in_fp32: the precision asked for gave NaN or infinity.
     """
@@ -162,6 +161,7 @@ class ReconstructionResult:
         skipped: path and reason of each image that could not be used; a warning names each.
         shown: number of images in comparison.png.
         page: the gallery; None: there is none.
+        size: resize and crop of the images in words, such as `short side 256, center crop 256`.
     """
 
     folder: Path
@@ -171,6 +171,7 @@ class ReconstructionResult:
     skipped: tuple[tuple[str, str], ...]
     shown: int
     page: Path | None
+    size: str
 
     @property
     def count(self) -> int:
@@ -237,7 +238,7 @@ def write_report(
         skipped += [(source.name(index), reason) for index, reason in record["skipped"]]
     with_lpips = about["lpips"] != "none"
     _write_lines(files, _lines(source, files, images, with_lpips))
-    summary = {**about, **_summary(source, images, skipped, with_lpips)}
+    summary = {**about, **_summary(source, images, skipped, with_lpips, about["ssim"])}
     text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
     replace_file(files.out / SUMMARY, f"{text}\n".encode())
     by_psnr = sorted(images, key=lambda x: float("inf") if x.psnr is None else x.psnr)
@@ -250,6 +251,7 @@ def write_report(
         shown_about = {
             **{key: str(about[key]) for key in ("checkpoint", "precision", "mode")},
             "images": str(len(images)),
+            "size": size_in_words(about["resize"], about["crop"]),
             "mean PSNR": f"{rounded(mean_of(images, 'psnr'), 2)} dB",
             "mean SSIM": rounded(mean_of(images, "ssim"), 3),
         }
@@ -262,6 +264,7 @@ def write_report(
         skipped=tuple(skipped),
         shown=len(shown),
         page=page,
+        size=size_in_words(about["resize"], about["crop"]),
     )
 
 
@@ -299,6 +302,7 @@ def _summary(
     images: Sequence[ImageMetrics],
     skipped: Sequence[tuple[str, str]],
     with_lpips: bool,
+    ssim: str,
 ) -> dict[str, Any]:
     def without(metric: str) -> int:
         return sum(getattr(image, metric) is None for image in images)
@@ -318,7 +322,11 @@ def _summary(
         "redone_in_fp32": [source.name(x.index) for x in images if x.redone_in_fp32],
         "number_skipped": len(skipped),
         "skipped": [{"path": path, "reason": reason} for path, reason in skipped],
-        "definitions": {k: v for k, v in DEFINITIONS.items() if k != "lpips" or with_lpips},
+        "definitions": {
+            "ssim": f"{SSIM_DEFINITIONS[ssim]}; mean_ssim leaves these images out "
+            "(number_without_ssim)",
+            **{k: v for k, v in DEFINITIONS.items() if k != "lpips" or with_lpips},
+        },
     }
 
 

@@ -26,6 +26,7 @@ from kl_vae.model import AutoEncoderKL
 from kl_vae.runtime.distributed import Ranks
 from kl_vae.runtime.files import remove_temporaries
 from kl_vae.runtime.outputs import check_output_folder, check_outputs
+from kl_vae.runtime.published_config import ConfigSource
 
 Origin = Literal["prior", "interpolation", "posterior"]
 
@@ -68,7 +69,7 @@ def sample(
     seed: int = 0,
     batch_size: int = 8,
     num_workers: int = 4,
-    config: str | None = None,
+    config: ConfigSource | None = None,
     ema: bool = True,
     device: str = "auto",
     precision: str = "fp32",
@@ -105,7 +106,7 @@ def sample(
         seed: random seed; each image depends on the seed and its own number only.
         batch_size: number of images that each process decodes at once.
         num_workers: number of image loading processes per rank.
-        config: a config file or the name of a shipped config; None: taken from the checkpoint.
+        config: a config (a file, a shipped name, or keys); None: taken from the checkpoint.
         ema: load the EMA weights if the checkpoint has them.
         device: auto, cuda, cuda:N, mps or cpu.
         precision: fp32, bf16 or fp16; non-finite results are recomputed in fp32.

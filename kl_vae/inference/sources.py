@@ -85,3 +85,10 @@ def open_sources(
             parts.append(part)
     pixel_format = decide_format(JoinedSource(parts), value_range, pages)
     return JoinedSource([with_format(part, pixel_format) for part in parts]), folders
+
+
+def size_in_words(resize: int | None, crop: int | None) -> str:
+    """Return resize and crop as they are printed beside PSNR, which depends on them."""
+    parts = [f"short side {resize}"] if resize else []
+    parts += [f"center crop {crop}"] if crop else []
+    return ", ".join(parts) or "full size"

@@ -24,7 +24,7 @@ from torch import Tensor
 from kl_vae.losses.adversarial import LPIPSWithDiscriminator
 from kl_vae.losses.elbo import ELBO, default_loss
 from kl_vae.runtime.registry import Registry
-from kl_vae.runtime.schema import suggest
+from kl_vae.runtime.schema import plain, suggest
 
 __all__ = [
     "ELBO",
@@ -53,6 +53,9 @@ _PUBLISHED_NAMES = {
         "lpips_with_discriminator"
     ),
 }
+# the optimiser of LDM does not hold logvar; sgm's weights of the KL are empty by default
+_LDM_DEFAULTS = {"learn_logvar": False}
+_SGM_DEFAULTS = {"learn_logvar": False, "kl_weight": 0.0}
 _NO_LOSS = "torch.nn.Identity"
 
 
@@ -62,26 +65,29 @@ def build_loss(lossconfig: Mapping[str, Any] | Loss | None) -> Loss | None:
     Args:
         lossconfig: `{target: NAME, params: {...}}` with a registered name, or the dotted path of a
             class or function. A dotted path is imported, so a lossconfig must come from the user
-            (Python, or a config file given on the command line), never from a checkpoint.
+            (Python, or a config file given on the command line), never from a checkpoint. The
+            names of LDM and sgm mean `lpips_with_discriminator`, without training logvar.
 
     Raises:
         ValueError: the target cannot be found, or does not accept the params.
     """
     if lossconfig is None or callable(lossconfig):
         return lossconfig
-    keys = set(lossconfig) if isinstance(lossconfig, Mapping) else set()
+    config = plain(lossconfig, "lossconfig")
+    keys = set(config) if isinstance(config, dict) else set()
     if "target" not in keys or keys - {"target", "params"}:
         raise ValueError(
-            f"lossconfig={lossconfig!r}: the keys must be target and params; "
+            f"lossconfig={config!r}: the keys must be target and params; "
             "use for example lossconfig: {target: elbo, params: {kl_weight: 1.0e-6}}"
         )
-    target, params = lossconfig["target"], lossconfig.get("params") or {}
+    target, params = config["target"], config.get("params") or {}
     if not isinstance(target, str) or not isinstance(params, Mapping):
-        raise ValueError(
-            f"lossconfig={dict(lossconfig)!r}: target must be a name and params a mapping"
-        )
+        raise ValueError(f"lossconfig={config!r}: target must be a name and params a mapping")
     if target == _NO_LOSS:  # used in published inference configs
         return None
+    if target in _PUBLISHED_NAMES:
+        defaults = _SGM_DEFAULTS if target.startswith("sgm.") else _LDM_DEFAULTS
+        params = {**defaults, **params}
     name = _PUBLISHED_NAMES.get(target, target)
     constructor = LOSSES[name] if name in LOSSES else _import(target)
     signature = inspect.signature(constructor)

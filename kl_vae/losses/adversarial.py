@@ -80,7 +80,7 @@ class AdversarialConfig:
         reconstruction: `l1` (as published) or `mse`.
         reduction: `sum` over an image's values (as published), or `mean`: the total divided by N,
             which makes the gradient norm independent of the resolution.
-        learn_logvar: train s with the autoencoder.
+        learn_logvar: train s with the autoencoder; false under the published names.
         perceptual: vgg, alex or squeeze; or, from Python, a module (x, x_rec) -> [B, 1, 1, 1].
         perceptual_linear: use the learned linear heads of LPIPS v0.1; False: equal weights.
         perceptual_features: weights file of the LPIPS network; None: the torchvision weights.

@@ -4,6 +4,8 @@ Shapes: B batch, C channels, H and W image height and width.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,22 @@ from torch import Tensor
 WINDOW = 11
 SIGMA = 1.5
 K1, K2 = 0.01, 0.03
+
+SSIMVariant = Literal["wang", "skimage"]
+SSIM_VARIANTS = get_args(SSIMVariant)
+_GAUSSIAN = [math.exp(-0.5 * (i - WINDOW // 2) ** 2 / SIGMA**2) for i in range(WINDOW)]
+# weights of a window's rows and columns
+_WEIGHTS = {"wang": tuple(x / sum(_GAUSSIAN) for x in _GAUSSIAN), "skimage": (1 / 7,) * 7}
+
+SSIM_DEFINITIONS = {
+    "wang": "Wang et al. 2004: Gaussian window 11 x 11, sigma 1.5, K1 0.01, K2 0.03, population "
+    "variances, windows inside the image, mean over windows and channels (RGB is not converted); "
+    "undefined below 11 pixels per side. Same as scikit-image with gaussian_weights=True, "
+    "use_sample_covariance=False",
+    "skimage": "scikit-image's structural_similarity with default arguments: uniform window 7 x 7, "
+    "K1 0.01, K2 0.03, sample variances (n - 1), windows inside the image, mean over windows and "
+    "channels (RGB is not converted); undefined below 7 pixels per side",
+}
 # weights of the scales, finest first (Wang et al. 2003, section 4.2)
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 MS_SSIM_SIDE = WINDOW * 2 ** (len(SCALE_WEIGHTS) - 1)  # one window at the coarsest scale
@@ -43,22 +61,42 @@ def psnr(x: Tensor, y: Tensor, data_range: tuple[float, float] = (-1.0, 1.0)) ->
     return -10.0 * mse(x, y, data_range).log10()
 
 
-def ssim(x: Tensor, y: Tensor, data_range: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
+def ssim(
+    x: Tensor,
+    y: Tensor,
+    data_range: tuple[float, float] = (-1.0, 1.0),
+    variant: SSIMVariant = "wang",
+) -> Tensor:
     """Compute the structural similarity (Wang et al. 2004, equation 13), [B] in [-1, 1], float64.
 
-    Gaussian window of 11 x 11, sigma 1.5, K1 = 0.01, K2 = 0.03, weighted population variances.
-    The mean is over channels and over the windows inside the image (no padding). The result is NaN
-    for images with a side below 11.
+    K1 = 0.01, K2 = 0.03. The mean is over channels and over the windows inside the image, without
+    padding, as in the authors' code and scikit-image. torchmetrics pads by reflection and averages
+    over the windows at the border, too, so its values differ; inside, they are equal.
 
     Images are shifted so that black is 0, as in the paper, since the luminance term depends on
     ratios of means.
 
-    See `psnr` for the arguments and errors.
+    Args:
+        x: see `psnr`.
+        y: see `psnr`.
+        data_range: see `psnr`.
+        variant: `wang`: Gaussian window of 11 x 11, sigma 1.5, population variances (scikit-image:
+            gaussian_weights=True, use_sample_covariance=False); `skimage`: the defaults of
+            scikit-image, a uniform window of 7 x 7 and sample variances. The result is NaN for
+            images with a side below the window.
+
+    Raises:
+        ValueError: see `psnr`; or the variant is unknown.
     """
+    if variant not in SSIM_VARIANTS:
+        raise ValueError(f"ssim={variant!r}: give one of {', '.join(SSIM_VARIANTS)}")
     x, y = _in_unit_range(x, y, data_range)
-    if min(x.shape[2:]) < WINDOW:
+    weights = _WEIGHTS[variant]
+    if min(x.shape[2:]) < len(weights):
         return x.new_full(x.shape[:1], math.nan)
-    similarity, _ = _similarities(x, y)
+    number = len(weights) ** 2
+    correction = number / (number - 1) if variant == "skimage" else 1.0
+    similarity, _ = _similarities(x, y, weights, correction)
     return similarity.flatten(1).mean(1)
 
 
@@ -90,12 +128,17 @@ def ms_ssim(x: Tensor, y: Tensor, data_range: tuple[float, float] = (-1.0, 1.0))
     return product * similarity.flatten(1).mean(1).relu() ** SCALE_WEIGHTS[-1]
 
 
-def _similarities(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return SSIM, and its contrast and structure terms, per window, [B, C, H - 10, W - 10]."""
-    mean_x, mean_y = _window_mean(x), _window_mean(y)
-    var_x = _window_mean(x.square()) - mean_x.square()
-    var_y = _window_mean(y.square()) - mean_y.square()
-    covariance = _window_mean(x * y) - mean_x * mean_y
+def _similarities(
+    x: Tensor, y: Tensor, weights: Sequence[float] = _WEIGHTS["wang"], correction: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return SSIM, and its contrast and structure terms, per window, [B, C, H - n + 1, W - n + 1].
+
+    Variances and the covariance of the windows of n x n are multiplied by `correction`.
+    """
+    mean_x, mean_y = _window_mean(x, weights), _window_mean(y, weights)
+    var_x = correction * (_window_mean(x.square(), weights) - mean_x.square())
+    var_y = correction * (_window_mean(y.square(), weights) - mean_y.square())
+    covariance = correction * (_window_mean(x * y, weights) - mean_x * mean_y)
     c1, c2 = K1**2, K2**2
     contrast = (2 * covariance + c2) / (var_x + var_y + c2)
     luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
@@ -113,15 +156,13 @@ def _in_unit_range(x: Tensor, y: Tensor, data_range: tuple[float, float]) -> tup
     return (x.double() - low) / (high - low), (y.double() - low) / (high - low)
 
 
-def _window_mean(x: Tensor) -> Tensor:
-    """Compute the weighted mean of each window of x [B, C, H, W], [B, C, H - 10, W - 10]."""
-    weights = [math.exp(-0.5 * (i - WINDOW // 2) ** 2 / SIGMA**2) for i in range(WINDOW)]
-    total = sum(weights)
-    # separable Gaussian; on the CPU, shifted sums are faster than a float64 convolution
+def _window_mean(x: Tensor, weights: Sequence[float]) -> Tensor:
+    """Compute the weighted mean of each window of x [B, C, H, W], [B, C, H - n + 1, W - n + 1]."""
+    # separable; on the CPU, shifted sums are faster than a float64 convolution
     for dim in (2, 3):
-        length = x.shape[dim] - WINDOW + 1
+        length = x.shape[dim] - len(weights) + 1
         mean = torch.zeros_like(x.narrow(dim, 0, length))
         for i, weight in enumerate(weights):
-            mean.add_(x.narrow(dim, i, length), alpha=weight / total)
+            mean.add_(x.narrow(dim, i, length), alpha=weight)
         x = mean
     return x

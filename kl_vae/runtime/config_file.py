@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,23 +10,18 @@ from typing import Any
 
 import yaml
 
+from kl_vae.runtime.published_config import (
+    ConfigSource,
+    fill_in,
+    model_params,
+    section_at,
+    translate,
+)
 from kl_vae.runtime.schema import suggest
 
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 1 << 20
-
-# of a CompVis config that states no length, as in the shipped kl-*-published
-PUBLISHED_STEPS = 200_000
-
-# the autoencoder's class, by its published dotted names
-_TARGETS = (
-    "AutoEncoderKL",
-    "kl_vae.AutoEncoderKL",
-    "ldm.models.autoencoder.AutoencoderKL",
-    "sgm.models.autoencoder.AutoencoderKL",
-    "sgm.models.autoencoder.AutoencodingEngineLegacy",
-)
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -53,37 +47,51 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_config(path_or_name: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """Read a config file, or a shipped config by its name, and apply overrides.
+def load_config(config: ConfigSource, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Read a config and apply overrides.
 
-    Of a CompVis file the `model` section is read. The published optimizer, batch and length are
-    the defaults, so that only `data.train.root` is missing.
+    Of a config of latent-diffusion or generative-models, the autoencoder is read (see `translate`).
+    The published optimizer, batch and length are the defaults, so that only `data.train.root` is
+    missing.
 
     Args:
-        path_or_name: a YAML file, or the name of a shipped config such as `kl-f8`.
+        config: a YAML file, the name of a shipped config such as `kl-f8`, or a mapping, such as an
+            OmegaConf object.
         overrides: `key.path=value`, the value in YAML.
 
     Raises:
-        ValueError: no such file or name, not YAML, or an override that cannot be applied.
+        ValueError: no such file or name, not YAML, of another model, or an override that cannot be
+            applied.
     """
-    path = find_config(path_or_name)
-    config = parse_file(path)
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: holds no keys; see docs/config.md")
-    published = _take_published_sections(config)
-    apply_overrides(config, overrides)
-    if published is not None:
-        _fill_in(config, **published)
-    return config
+    values, source = _read_config(config)
+    try:
+        values, recipe = translate(values)
+    except ValueError as error:
+        raise ValueError(f"{source}{error}") from None
+    apply_overrides(values, overrides)
+    if recipe is not None:
+        fill_in(values, recipe)
+    return values
 
 
-def load_model_params(path_or_name: str | Path) -> dict[str, Any]:
+def load_model_params(config: ConfigSource) -> dict[str, Any]:
     """Read `model.params` of a config (see `load_config`)."""
-    config = load_config(path_or_name)
-    params = (config.get("model") or {}).get("params")
-    if not isinstance(params, dict):
-        raise ValueError(f"{path_or_name}: has no model.params; give the config of an autoencoder")
-    return params
+    values, source = _read_config(config)
+    try:
+        return model_params(values)
+    except ValueError as error:
+        raise ValueError(f"{source}{error}") from None
+
+
+def _read_config(config: ConfigSource) -> tuple[Mapping[str, Any], str]:
+    """Return the keys of a config, and the beginning of messages about it."""
+    if isinstance(config, Mapping):
+        return config, ""
+    path = find_config(config)
+    values = parse_file(path)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds no keys; see docs/config.md")
+    return values, f"{path}: "
 
 
 def find_config(path_or_name: str | Path) -> Path:
@@ -142,8 +150,8 @@ def apply_overrides(config: dict[str, Any], overrides: Iterable[str]) -> None:
         apply_override(config, override)
     given = {override.partition("=")[0] for override in overrides}
     for key, root in before.items():
-        section = _section(config, key)
-        now = section.get("root") or _section(config, "data.train").get("root")
+        section = section_at(config, key)
+        now = section.get("root") or section_at(config, "data.train").get("root")
         if now == root or not section.get("include"):
             continue
         if given.isdisjoint(("data", key, f"{key}.include")):
@@ -159,17 +167,9 @@ def apply_overrides(config: dict[str, Any], overrides: Iterable[str]) -> None:
 def _package_roots(config: Mapping[str, Any]) -> dict[str, str]:
     """Return where the images of training and of validation are, if that is in a package."""
     keys = ("data.train", "data.validation")
-    train_root = _section(config, keys[0]).get("root")
-    roots = {key: str(_section(config, key).get("root") or train_root) for key in keys}
+    train_root = section_at(config, keys[0]).get("root")
+    roots = {key: str(section_at(config, key).get("root") or train_root) for key in keys}
     return {key: root for key, root in roots.items() if root.startswith("package:")}
-
-
-def _section(config: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Return the section at a key path; empty where there is none."""
-    section: Any = config
-    for key in path.split("."):
-        section = section.get(key) if isinstance(section, Mapping) else None
-    return section if isinstance(section, dict) else {}
 
 
 def apply_override(config: dict[str, Any], override: str) -> None:
@@ -213,93 +213,3 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as text ({error})") from None
-
-
-def _take_published_sections(config: dict[str, Any]) -> dict[str, Any] | None:
-    """Remove the sections of an original config that this package lacks.
-
-    Returns:
-        The arguments of `_fill_in`; None: it is no original config.
-    """
-    model, data = _section(config, "model"), _section(config, "data")
-    target = model.pop("target", "AutoEncoderKL")
-    if target not in _TARGETS:
-        raise ValueError(f"model.target={target!r}: not a KL autoencoder; write AutoEncoderKL")
-    if _section(config, "model.params").pop("image_key", "image") != "image":
-        logger.warning("model.params.image_key is not used; data.train.root names the images")
-    if not ("base_learning_rate" in model or "target" in data or "lightning" in config):
-        return None
-    loader, trainer = _section(config, "data.params"), _section(config, "lightning.trainer")
-    if "target" in data:
-        logger.warning(
-            "data.target=%s: of data only batch_size is used; data.train.root names the images",
-            config.pop("data")["target"],
-        )
-    if config.pop("lightning", None) is not None:
-        logger.warning(
-            "lightning: only accumulate_grad_batches, max_steps and max_epochs of its trainer are "
-            "used; docs/config.md has this package's keys"
-        )
-    return {
-        "base_learning_rate": model.pop("base_learning_rate", None),
-        "batch_size": loader.get("batch_size", 32),
-        "accumulate": trainer.get("accumulate_grad_batches", 1),
-        "length": {
-            key: trainer[name]
-            for key, name in (("max_steps", "max_steps"), ("epochs", "max_epochs"))
-            if trainer.get(name)
-        },
-    }
-
-
-def _fill_in(
-    config: dict[str, Any],
-    *,
-    base_learning_rate: Any,
-    batch_size: Any,
-    accumulate: Any,
-    length: dict[str, Any],
-) -> None:
-    """Set the published defaults of a CompVis config in place; its own keys stay.
-
-    Its learning rate is per image of the global batch: accumulated batches x GPUs x batch_size.
-    """
-    defaults: dict[str, dict[str, Any]] = {"data": {}, "training": {}, "optimizer": {}}
-    resolution = _section(config, "model.params.ddconfig").get("resolution")
-    if resolution is not None and _section(config, "data").get("crop") is None:
-        defaults["data"] = {"resize": resolution}
-    training = _section(config, "training")
-    if "global_batch_size" not in training:
-        gpus = int(os.environ.get("WORLD_SIZE", "1"))
-        images = _whole("data.params.batch_size", batch_size)
-        images *= _whole("lightning.trainer.accumulate_grad_batches", accumulate) * gpus
-        defaults["training"] = {"global_batch_size": images, "accumulate_batches": accumulate}
-    if not {"max_steps", "epochs"} & training.keys():
-        defaults["training"] |= dict([*length.items(), ("max_steps", PUBLISHED_STEPS)][:1])
-    images = training.get("global_batch_size") or defaults["training"]["global_batch_size"]
-    own = _section(config, "optimizer")
-    if base_learning_rate is not None and own.get("name", "adam") == "adam":
-        try:
-            rate = float(base_learning_rate) * float(images)
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"model.base_learning_rate={base_learning_rate!r}: expected a number; write "
-                "optimizer.learning_rate=RATE"
-            ) from None
-        adam = {"learning_rate": rate, "eps": 1e-8, "clip_grad_norm": None}
-        defaults["optimizer"] = {"name": "adam", "betas": [0.5, 0.9], **adam}
-        defaults["discriminator_optimizer"] = adam
-    for key, values in defaults.items():
-        section = config.get(key)
-        if section is None or isinstance(section, dict):
-            config[key] = values | (section or {})
-    logger.info(
-        "as published: %s",
-        "; ".join(f"{key} {values}" for key, values in defaults.items() if values),
-    )
-
-
-def _whole(key: str, value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{key}={value!r}: expected a whole number; write training keys instead")
-    return value

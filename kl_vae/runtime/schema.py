@@ -8,7 +8,7 @@ import inspect
 import math
 import re
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -31,7 +31,7 @@ def from_mapping(cls: type[Config], mapping: object, path: str = "") -> Config:
             with its full key path, the value and how to fix it.
     """
     errors = _Errors(cls, path)
-    config = _build(cls, mapping, path, errors)
+    config = _build(cls, plain(mapping, path), path, errors)
     if errors:
         raise ValueError("\n".join(errors))
     return config  # type: ignore[no-any-return]
@@ -45,6 +45,29 @@ def from_arguments(cls: type[Config], *args: object, **kwargs: object) -> Config
         ValueError: as `from_mapping`.
     """
     return from_mapping(cls, inspect.signature(cls).bind(*args, **kwargs).arguments)
+
+
+def plain(value: Any, path: str = "") -> Any:
+    """Return nested mappings and sequences as dicts and lists; other values and tuples stay.
+
+    Mappings are read key by key, so that an OmegaConf object resolves its own interpolations.
+
+    Raises:
+        ValueError: the object cannot give the value of a key.
+    """
+    if isinstance(value, Mapping):
+        return {key: plain(_item(value, key, path), _join(path, key)) for key in value}
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes, tuple)):
+        return [plain(_item(value, i, path), _join(path, i)) for i in range(len(value))]
+    return value
+
+
+def _item(container: Any, key: Any, path: str) -> Any:
+    try:
+        return container[key]
+    except Exception as error:  # each config library has its own
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{_join(path, key)}: has no value ({text}); set it") from None
 
 
 def suggest(name: object, known: Iterable[str], otherwise: str = "choose one of") -> str:

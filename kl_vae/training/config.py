@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from kl_vae.data import DataConfig
 from kl_vae.ddconfig import DDConfig
 from kl_vae.latents import LatentNormalization
 from kl_vae.optim.config import DiscriminatorOptimizerConfig, OptimizerConfig
-from kl_vae.runtime.config_file import apply_overrides, load_config
+from kl_vae.runtime.config_file import load_config
+from kl_vae.runtime.published_config import ConfigSource
 from kl_vae.runtime.schema import from_mapping
 
 
@@ -152,23 +151,18 @@ class RunConfig:
     training: TrainingConfig
 
     @classmethod
-    def load(
-        cls, config: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()
-    ) -> RunConfig:
+    def load(cls, config: ConfigSource, overrides: Iterable[str] = ()) -> RunConfig:
         """Read a config.
 
         Args:
-            config: a YAML file, the name of a shipped config such as `kl-f8`, or a mapping.
+            config: a YAML file, the name of a shipped config such as `kl-f8`, or a mapping, such
+                as an OmegaConf object.
             overrides: `key.path=value`, the value in YAML.
 
         Raises:
             ValueError: lists every error in the config.
         """
-        if not isinstance(config, Mapping):
-            values = load_config(config, overrides)
-        else:
-            values = copy.deepcopy(dict(config))
-            apply_overrides(values, overrides)
+        values = load_config(config, overrides)
         if isinstance(values.get("data"), dict):
             values["data"].pop("listing_cache", None)  # a key of version 0.1 without effect
         return from_mapping(cls, values)

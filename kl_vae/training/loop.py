@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from kl_vae.accel.compilation import uncompiled
 from kl_vae.checkpoints.run_files import checkpoint_path
 from kl_vae.runtime.device import deterministic
 from kl_vae.runtime.distributed import Ranks, check_agreement, connect, explain
+from kl_vae.runtime.published_config import ConfigSource
 from kl_vae.training.config import RunConfig
 from kl_vae.training.guards import StopRequest, stop_on_signals, workers_killed_on_error
 from kl_vae.training.logging import Metrics, RunLogger, to_numbers
@@ -50,7 +51,7 @@ class TrainingResult:
 
 
 def train(
-    config: RunConfig | Mapping[str, Any] | str | Path,
+    config: RunConfig | ConfigSource,
     run_dir: str | Path,
     *,
     overrides: Iterable[str] = (),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +121,7 @@ def test_a_missing_shard_is_encoded_again(project: Path) -> None:
             [*COMMAND, "--statistics", "s.pt", "--seed", "0"],
             ("--seed", "--out FOLDER"),
         ),
+        ([*OUT, "--verify"], ("--verify", "--resume")),
         (
             [*OUT, "--per-channel"],
             ("--per-channel", "--statistics FILE"),
@@ -149,3 +151,22 @@ def test_safetensors_is_required_before_encoding(
     last_line = capsys.readouterr().err.splitlines()[-1]
     assert is_about(last_line, "safetensors", 'pip install "kl-vae[formats]"')
     assert not Path("out").exists()
+
+
+def test_the_example_of_the_docs_trains_on_images_and_mirrored_images(project: Path) -> None:
+    assert main([*COMMAND, "--out", "latents", "--flip"]) == 0
+    page = Path(__file__).parents[2] / "docs" / "latents.md"
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    (code,) = [block for block in blocks if "LatentDataset" in block]
+    code = code.replace("num_workers=2", "num_workers=0").replace("range(2)", "range(300)")
+    names: dict[str, Any] = {}
+    torch.manual_seed(0)
+    exec(compile(code, str(page), "exec"), names)
+    assert len(names["dataset"]) == 18
+    # predicting 0 has a loss of 2, the variance of noise - latents; at best it is 1.57 for noise
+    assert names["loss"] < 1.8
+    assert names["raw"].shape == names["latents"].shape == (18, 3, 8, 8)
+    z = torch.stack([sample.latents for sample in names["dataset"]])[:9]
+    z = DiagonalGaussianDistribution(z).sample()
+    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(3), atol=0.1, rtol=0.0)
+    torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(3), atol=0.1, rtol=0.0)

@@ -100,7 +100,10 @@ def test_figures_are_those_of_the_pictures(
     assert main(command) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split() == ["a", "b"]
-    assert is_about(printed[-1], 2, NUMBER, "out/results.md")
+    assert is_about(printed[-1], 2, NUMBER, "short side 20, center crop 16", "out/results.md")
+    assert is_about(printed[1], "PSNR", "short side 20, center crop 16")
+    assert is_about(Path("out/results.md").read_text(), "short side 20, center crop 16")
+    assert results()["ssim"] == "wang" and is_about(results()["definitions"]["ssim"], "11 x 11")
     assert not Path("out", FOLDER).exists()
     found, of_images = results(), lines()
     assert [line["checkpoint"] for line in of_images] == ["a", "b"] * NUMBER

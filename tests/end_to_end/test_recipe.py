@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kl_vae import AutoEncoderKL
 from kl_vae.cli.main import main
-from tests.messages import is_about
+from kl_vae.training.config import RunConfig
+from tests.messages import is_about, mentions
 from tests.processes import assert_same, checkpoint, metrics
 
 GAN = [
@@ -202,3 +203,90 @@ def test_an_error_is_one_line_and_writes_nothing(
     assert is_about(errors, *parts)
     assert len(errors.strip().splitlines()) == 1
     assert not Path("run").exists()
+
+
+def gan_model(**changes: Any) -> AutoEncoderKL:
+    """The model of GAN in `tiny.yaml`, with other weights."""
+    config = RunConfig.load("tiny.yaml", GAN)
+    lossconfig = config.model.params.lossconfig
+    assert lossconfig is not None
+    lossconfig["params"].update(changes)
+    torch.manual_seed(7)
+    return AutoEncoderKL(config.model.params.ddconfig, config.model.params.embed_dim, lossconfig)
+
+
+def choose(run: str, step: int) -> None:
+    """Make the checkpoint of a step the best one of a run."""
+    best = {"checkpoint": f"step_{step:08d}.pt"}
+    Path(run, "checkpoints", "best.json").write_text(json.dumps(best))
+
+
+@pytest.mark.parametrize(("best", "discriminator"), [(2, 6), (4, 4), (6, 6)])
+def test_an_untrained_discriminator_is_replaced_by_the_newest(
+    project: Path, best: int, discriminator: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    steps = ["training.save_every_steps=2", "training.keep_checkpoints=5"]
+    assert train("--run-dir", "run", *GAN, *steps, "training.max_steps=6") == 0
+    choose("run", best)
+    model = gan_model()
+    caplog.clear()
+    with caplog.at_level("INFO", "kl_vae"):
+        model.init_from_ckpt("run")
+    loaded = model.state_dict()
+    of_best, of_newest = checkpoint("run", best), checkpoint("run", discriminator)
+    for key in loaded.keys() & of_best["ema"].keys():
+        assert torch.equal(loaded[key], of_best["ema"][key])
+    for key in loaded:
+        if key.startswith(("loss.discriminator.", "loss.logits_average")):
+            assert torch.equal(loaded[key], of_newest["model"][key])
+    said = [m for m in caplog.messages if is_about(m, "discriminator", "step", best)]
+    assert len(said) == (best != discriminator)
+    assert all(is_about(message, discriminator) for message in said)
+
+
+def test_a_discriminator_that_no_checkpoint_has_trained_is_said(
+    project: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert train("--run-dir", "run", *GAN, "training.max_steps=2") == 0
+    caplog.clear()
+    with caplog.at_level("INFO", "kl_vae"):
+        gan_model().init_from_ckpt("run")
+    assert any(is_about(message, "discriminator", "not trained") for message in caplog.messages)
+
+
+@pytest.mark.parametrize("norm", ["group", "act", "none"])
+def test_a_discriminator_with_another_norm_is_an_error(project: Path, norm: str) -> None:
+    assert train("--run-dir", "run", *GAN, "training.max_steps=1") == 0
+    model = gan_model(disc_norm=norm)
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    error = mentions("loss.discriminator.main", "disc_norm", "ignore_keys=[loss.discriminator]")
+    with pytest.raises(ValueError, match=error):
+        model.init_from_ckpt("run")
+    assert_same(model.state_dict(), before)
+    model.init_from_ckpt("run", ignore_keys=["loss.discriminator"])
+    assert not any(differ(model.state_dict(), before, "loss.discriminator."))
+    assert any(differ(model.state_dict(), before, "encoder."))
+
+
+@pytest.mark.parametrize("there", [0.0, 0.1])
+def test_averages_of_logits_that_only_one_side_has_are_an_error(
+    project: Path, there: float
+) -> None:
+    gan = [GAN[0].replace("lecam_weight: 0.1", f"lecam_weight: {there}"), *GAN[1:]]
+    assert train("--run-dir", "run", *gan, "training.max_steps=1") == 0
+    model = gan_model(lecam_weight=0.1 - there)
+    error = mentions("loss.logits_average", "lecam_weight", "ignore_keys=[loss.logits_average]")
+    with pytest.raises(ValueError, match=error):
+        model.init_from_ckpt("run")
+    model.init_from_ckpt("run", ignore_keys=["loss.logits_average"])
+
+
+def test_a_run_with_another_norm_writes_nothing(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("--run-dir", "small", *GAN, "training.max_steps=1") == 0
+    changed = [GAN[0].replace("disc_start", "disc_norm: group, disc_start"), *GAN[1:]]
+    capsys.readouterr()
+    assert train("--run-dir", "large", *changed, "model.params.ckpt_path=small") == 2
+    assert is_about(capsys.readouterr().err, "small", "loss.discriminator.main", "disc_norm")
+    assert not Path("large").exists()

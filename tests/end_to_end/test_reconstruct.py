@@ -90,7 +90,8 @@ def test_a_folder_as_a_user_types_it(tmp_path, model, images):
     assert (summary["number"], summary["number_without_ssim"]) == (3, 1)
     last_line = done.stdout.splitlines()[-1]
     psnr, ssim = f"{summary['mean_psnr_db']:.2f} dB", f"{summary['mean_ssim']:.3f}"
-    figures = ("3 images", "PSNR", psnr, "SSIM", ssim)
+    figures = ("3 images", "full size", "PSNR", psnr, "SSIM", ssim)
+    assert summary["ssim"] == "wang"
     assert is_about(last_line, *figures, out, "comparison.png", f"{out}/index.html")
     # anyone can recompute the figures from the files
     for row in rows:
@@ -229,6 +230,17 @@ def test_a_model_with_a_context_is_an_error(tmp_path, model, images, capsys):
     out = tmp_path / "out"
     assert main([*RECONSTRUCT, *model, "--images", str(images), "--out", str(out)]) == 2
     assert is_about(capsys.readouterr().err, "context_channels=5")
+
+
+def test_size_and_variant_of_ssim_are_printed(tmp_path, model, images, capsys):
+    command = ["reconstruct", *model, "--images", str(images), "--out", str(tmp_path / "out")]
+    command += ["--resize", "12", "--crop", "10", "--num-workers", "0", "--ssim", "skimage"]
+    assert main(command) == 0
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert is_about(last_line, "short side 12, center crop 10", "PSNR", "SSIM (skimage)")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+    assert (summary["ssim"], summary["resize"], summary["crop"]) == ("skimage", 12, 10)
+    assert summary["number_without_ssim"] == 0
 
 
 @pytest.mark.parametrize("option", ["--resize", "--max-pixels", "--batch-size", "--tile"])

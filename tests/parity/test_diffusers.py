@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kl_vae import AutoEncoderKL
+from kl_vae import AutoEncoderKL, DiagonalGaussianDistribution
 from kl_vae.checkpoints.diffusers import from_diffusers
 from kl_vae.checkpoints.presets import PRESETS, Preset
 from kl_vae.ddconfig import DDConfig
@@ -266,3 +266,17 @@ def test_flux_2_as_first_published(flux2: Any, tmp_path: Path) -> None:
     ours = AutoEncoderKL.from_checkpoint(tmp_path / "ae.pt")
     assert_same_function(ours, flux2, 16, 24)
     assert_same_latents(ours, flux2)
+
+
+@pytest.mark.parametrize("generator", ["one", "one per image"])
+def test_a_sample_is_that_of_diffusers(generator: str) -> None:
+    from diffusers.models.autoencoders import vae
+
+    def generators() -> Any:
+        each = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        return each[0] if generator == "one" else each
+
+    moments = torch.randn(2, 8, 4, 6, generator=torch.Generator().manual_seed(0))
+    ours = DiagonalGaussianDistribution(moments).sample(generator=generators())
+    theirs = vae.DiagonalGaussianDistribution(moments).sample(generator=generators())
+    assert torch.equal(ours, theirs)

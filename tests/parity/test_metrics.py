@@ -35,6 +35,31 @@ def test_scikit_image(channels):
     assert psnr(x, y, (0, 255)).item() == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.parametrize("size", [(60, 83), (7, 7), (7, 40)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_defaults_of_scikit_image(channels, size):
+    x, y = (image[:, :, : size[0], : size[1]] for image in photograph_and_noisy(channels))
+    images = x[0].numpy(), y[0].numpy()
+    expected = skimage_metrics.structural_similarity(*images, channel_axis=0)
+    assert ssim(x, y, (0, 255), "skimage").item() == pytest.approx(expected, abs=1e-9)
+    scaled = [image / 255 for image in images]
+    expected = skimage_metrics.structural_similarity(*scaled, channel_axis=0, data_range=1.0)
+    unit = ssim(x / 255, y / 255, (0, 1), "skimage").item()
+    assert unit == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_uniform_window_of_torchmetrics():
+    x, y = (image.double() / 255 for image in photograph_and_noisy(3))
+    _, everywhere = image_metrics.structural_similarity_index_measure(
+        x, y, data_range=1.0, gaussian_kernel=False, kernel_size=7, return_full_image=True
+    )
+    inside = everywhere[..., 3:-3, 3:-3].mean().item()
+    ours = ssim(x, y, (0, 1), "skimage").item()
+    # its variances are those of a population: the constants count 49 / 48 times as much
+    assert ours != pytest.approx(inside, abs=1e-7)
+    assert ours == pytest.approx(inside, abs=1e-3)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_torchmetrics(channels):
     x, y = (image.double() / 255 for image in photograph_and_noisy(channels))
@@ -46,6 +71,7 @@ def test_torchmetrics(channels):
     )
     expected = everywhere[..., 5:-5, 5:-5].mean((1, 2, 3))
     torch.testing.assert_close(ssim(x, y, (0, 1)), expected, atol=1e-9, rtol=0)
+    assert ssim(x, y, (0, 1)).item() != pytest.approx(everywhere.mean().item(), abs=1e-5)
 
 
 def test_the_range_of_the_model_gives_the_figures_of_8_bits():

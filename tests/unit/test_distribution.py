@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kl_vae import AutoEncoderKL, DiagonalGaussianDistribution
+from tests.messages import mentions
 
 
 def moments(mean: float, logvar: float, batch: int = 2) -> torch.Tensor:
@@ -110,3 +111,22 @@ def test_its_text_tells_shape_device_and_values() -> None:
     text = repr(DiagonalGaussianDistribution(torch.zeros(2, 8, 3, 3)))
     assert "shape=[2, 4, 3, 3]" in text and "device='cpu'" in text and "std 1 " in text
     assert "std" not in repr(DiagonalGaussianDistribution(torch.zeros(2, 8, 3, 3, device="meta")))
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_one_generator_per_image_gives_each_image_its_own_sample() -> None:
+    both = torch.cat((moments(0.0, 0.0, batch=1), moments(2.0, 1.0, batch=1)))
+    together = DiagonalGaussianDistribution(both).sample(generator=generators(3, 4))
+    for i, generator in enumerate(generators(3, 4)):
+        alone = DiagonalGaussianDistribution(both[i : i + 1]).sample(generator)
+        assert torch.equal(together[i : i + 1], alone)
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_a_wrong_number_of_generators_is_an_error(number: int) -> None:
+    posterior = DiagonalGaussianDistribution(moments(0.0, 0.0))
+    with pytest.raises(ValueError, match=mentions("generator", number, 2)):
+        posterior.sample(generator=generators(*range(number)))

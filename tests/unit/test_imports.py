@@ -99,8 +99,8 @@ def test_the_public_names_are_written_alike_in_their_three_places() -> None:
     assert typed == {name: f"kl_vae.{module}" for name, module in kl_vae._MODULES.items()}
     assert kl_vae.__all__ == sorted([*typed, "__version__"])
     assert all(callable(getattr(kl_vae, name)) for name in typed)
-    with pytest.raises(AttributeError, match="module 'kl_vae' has no attribute 'AutoencoderKL'"):
-        kl_vae.AutoencoderKL  # noqa: B018
+    with pytest.raises(AttributeError, match="module 'kl_vae' has no attribute 'AutoEncoder'"):
+        kl_vae.AutoEncoder  # noqa: B018
 
 
 # the public names that are no whole command, which needs its libraries

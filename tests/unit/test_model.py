@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+import kl_vae
 from kl_vae import AutoEncoderKL, DDConfig, DiagonalGaussianDistribution
 from kl_vae.optim.config import OptimizerConfig
 from tests.messages import mentions
@@ -138,6 +139,10 @@ def test_colorize_projects_many_channels_to_the_whole_range(
     # the same colours in every model, and kept with the weights
     again = AutoEncoderKL(config, embed_dim=3, colorize_nlabels=channels)
     assert torch.equal(again.state_dict()["colorize"], model.state_dict()["colorize"])
+
+
+def test_the_spelling_of_latent_diffusion_is_the_same_class() -> None:
+    assert kl_vae.AutoencoderKL is kl_vae.AutoEncoderKL
 
 
 def test_weights_are_named_as_published(tiny_model: AutoEncoderKL) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import pickle
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,8 @@ from kl_vae.data.latent_format import (
     ShardEntry,
     read_index,
 )
-from tests.messages import mentions
+from kl_vae.distribution import DiagonalGaussianDistribution
+from tests.messages import is_about, mentions
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
@@ -281,3 +283,83 @@ def test_settings_give_shape_and_number_of_shards() -> None:
     assert SETTINGS.shape == (4, 2, 2) and SETTINGS.number_shards == 3
     moments = dataclasses.replace(SETTINGS, what="moments", images=9)
     assert moments.shape == (8, 2, 2) and moments.number_shards == 3
+
+
+def test_normalized_latents_are_standardized_per_channel(folder: Path) -> None:
+    raw, dataset = LatentDataset(folder, "both"), LatentDataset(folder, "both", normalize=True)
+    statistics = raw.index.statistics
+    mean, std = (torch.tensor(x)[:, None, None] for x in (statistics.mean, statistics.std))
+    for stored, sample in zip(raw, dataset, strict=True):
+        assert sample.latents.dtype == torch.float32
+        torch.testing.assert_close(sample.latents, (stored.latents.float() - mean) / std)
+        back = dataset.normalization.denormalize(sample.latents[None])[0]
+        torch.testing.assert_close(back, stored.latents.float())
+        assert (sample.label, sample.name) == (stored.label, stored.name)
+    assert "normalized" in repr(dataset) and "raw" in repr(raw)
+
+
+def test_normalized_moments_are_moments_of_the_normalized_latents(folder: Path) -> None:
+    for file, number in zip(FILES, NUMBERS, strict=True):
+        moments = latents(2)[:number].clone()  # z = 2
+        tensors = {"latents": moments, "flipped": moments.clone(), "labels": torch.arange(number)}
+        write_shard(folder / file, tensors, KEYS[:number])
+
+    def of_moments(content: dict[str, Any]) -> None:
+        content["settings"] |= {"what": "moments", "channels": 2}
+        content["statistics"] |= {"mean": [1.0, -2.0], "std": [0.5, 4.0]}
+        for shard in content["shards"]:
+            shard["bytes"] = (folder / shard["file"]).stat().st_size
+
+    change(folder, of_moments)
+    given, found = (
+        LatentDataset(folder)[1].latents,
+        LatentDataset(folder, normalize=True)[1].latents,
+    )
+    std = torch.tensor([0.5, 4.0])[:, None, None]
+    before, after = (DiagonalGaussianDistribution(x[None].float()) for x in (given, found))
+    mean = (before.mean - torch.tensor([1.0, -2.0])[:, None, None]) / std
+    torch.testing.assert_close(after.mean, mean)
+    torch.testing.assert_close(after.std, before.std / std)
+
+
+def test_latents_are_not_normalized_twice(folder: Path) -> None:
+    change(folder, lambda content: content["settings"].update(normalized=True))
+    with pytest.raises(ValueError, match=mentions("normalize=True", folder.name)):
+        LatentDataset(folder, normalize=True)
+
+
+READ_ALL = """
+import sys
+from pathlib import Path
+from kl_vae.data import LatentDataset
+
+folder, shard, size = sys.argv[1:]
+dataset = LatentDataset(folder)
+dataset[0], dataset[4]
+with open(Path(folder, shard), "r+b") as file:
+    file.truncate(int(size))
+try:
+    dataset[4]
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("size", [0, 10, 300])
+def test_a_shard_that_is_truncated_while_it_is_read_does_not_kill_the_process(
+    folder: Path, size: int
+) -> None:
+    command = [sys.executable, "-c", READ_ALL, str(folder), FILES[2], str(size)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert is_about(done.stdout, FILES[2], f"{size} bytes")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 60, -1])
+def test_a_shard_shorter_than_its_header_says_is_named(folder: Path, kept: int) -> None:
+    path = folder / FILES[0]
+    path.write_bytes(path.read_bytes()[:kept])
+    # the index agrees with the truncated file
+    change(folder, lambda x: x["shards"][0].update(bytes=path.stat().st_size))
+    with pytest.raises(ValueError, match=mentions(path)):
+        LatentDataset(folder)[0]

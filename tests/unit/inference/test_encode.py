@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import os
 import re
+import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -256,6 +260,227 @@ def test_complete_latents_are_not_thrown_away(
     (out / "index.json").unlink()
     with pytest.raises(ValueError, match=mentions("out", SHARDS[0], "index.json")):
         encode(model, images, out, resume=True)
+
+
+def replace(path: Path, keep_time: bool = False) -> None:
+    """Replace an image by another of the same size in bytes."""
+    before, number = path.stat(), path.read_bytes()
+    array = np.load(path)
+    np.save(path, 1.0 - array)
+    assert path.stat().st_size == len(number) and path.read_bytes() != number
+    change = 0 if keep_time else 1_000_000_000
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + change))
+
+
+@pytest.fixture
+def arrays(tmp_path: Path) -> Path:
+    """Seven arrays of 16 x 16 x 3, stored in shards of 3, 3 and 1."""
+    folder = tmp_path / "arrays"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(7):
+        np.save(folder / f"{i:03d}.npy", rng.random((16, 16, 3), dtype=np.float32))
+    return folder
+
+
+def array_dataset(folder: Path, number: int = 7) -> ImageDataset:
+    source = FolderSource(folder, [f"{i:03d}.npy" for i in range(number)], 3)
+    return ImageDataset(source, 16, 16, flip=False, seed=0, training=False)
+
+
+def resumed(
+    model: AutoEncoderKL, folder: Path, out: Path, caplog: pytest.LogCaptureFixture, verify: bool
+) -> tuple[EncodingResult, list[str]]:
+    """Resume; return the result and the warnings."""
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        result = encode_folder(
+            model,
+            array_dataset(folder),
+            out,
+            CONFIG,
+            ALONE,
+            checkpoint="model.pt",
+            resume=True,
+            verify=verify,
+        )
+    return result, list(caplog.messages)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_latents_of_images_that_have_changed_are_encoded_again(
+    model: AutoEncoderKL,
+    arrays: Path,
+    tmp_path: Path,
+    encoded: list[str],
+    caplog: pytest.LogCaptureFixture,
+    verify: bool,
+) -> None:
+    out = tmp_path / "out"
+    encode(model, array_dataset(arrays), out)
+    assert resumed(model, arrays, out, caplog, verify) == (
+        dataclasses.replace(encode(model, array_dataset(arrays), out, True), verified=True),
+        [],
+    )
+    replace(arrays / "001.npy")
+    replace(arrays / "002.npy")
+    encoded.clear()
+    result, (message,) = resumed(model, arrays, out, caplog, verify)
+    assert not result.verified and encoded == ["000.npy", "001.npy", "002.npy"]
+    assert is_about(message, SHARDS[0], "001.npy", "002.npy")
+    assert not is_about(message, "000.npy")
+    encode(model, array_dataset(arrays), tmp_path / "fresh")
+    assert content(out) == content(tmp_path / "fresh")
+    assert resumed(model, arrays, out, caplog, verify)[0].verified
+
+
+def test_verify_compares_contents(
+    model: AutoEncoderKL, arrays: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    encode(model, array_dataset(arrays), out)
+    replace(arrays / "004.npy", keep_time=True)
+    assert resumed(model, arrays, out, caplog, verify=False)[0].verified  # cannot be seen
+    result, (message,) = resumed(model, arrays, out, caplog, verify=True)
+    assert not result.verified and is_about(message, SHARDS[1], "004.npy")
+    for path in arrays.iterdir():
+        path.touch()  # of the same content
+    before = {path.name: path.read_bytes() for path in out.glob("latents-*")}
+    for verify in (True, False):  # the new times are recorded
+        result, messages = resumed(model, arrays, out, caplog, verify)
+        assert result.verified and not messages
+    assert {path.name: path.read_bytes() for path in out.glob("latents-*")} == before
+
+
+def test_a_changed_size_and_a_missing_file_are_changes(
+    model: AutoEncoderKL, arrays: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    encode(model, array_dataset(arrays), out)
+    (arrays / "000.npy").unlink()
+    np.save(arrays / "006.npy", np.zeros((20, 20, 3), np.float32))
+    result, messages = resumed(model, arrays, out, caplog, verify=False)
+    assert (result.images, result.skipped) == (6, 1)
+    assert sum(is_about(x, SHARDS[0], "000.npy") for x in messages) == 1
+    assert sum(is_about(x, SHARDS[2], "006.npy") for x in messages) == 1
+
+
+def test_an_image_that_changes_while_it_is_encoded_is_noticed(
+    model: AutoEncoderKL,
+    arrays: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    stored_latents = inference_encode.stored_latents
+
+    def change(*args: Any) -> Tensor:
+        if "003.npy" in args[3]:
+            replace(arrays / "003.npy")
+        return stored_latents(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inference_encode, "stored_latents", change)
+        encode(model, array_dataset(arrays), tmp_path / "out")
+    for verify in (True, False):
+        result, messages = resumed(model, arrays, tmp_path / "out", caplog, verify)
+        assert result.verified != verify
+        assert [is_about(x, SHARDS[1], "003.npy") for x in messages] == [True] * verify
+
+
+def test_a_changed_image_of_an_unfinished_folder_is_encoded_again(
+    model: AutoEncoderKL, images: Path, tmp_path: Path, encoded: list[str]
+) -> None:
+    out, dataset = tmp_path / "out", dataset_of(images)
+    dataset.source = Failing(images, IMAGES, 3)
+    with pytest.raises(RuntimeError, match="killed"):
+        encode(model, dataset, out)
+    (images / "001.png").write_bytes((images / "006.png").read_bytes())
+    encoded.clear()
+    encode(model, images, out, resume=True)
+    assert encoded == IMAGES
+    encode(model, images, tmp_path / "fresh")
+    assert content(out) == content(tmp_path / "fresh")
+
+
+def test_a_changed_tar_file_is_a_change_of_its_images(
+    model: AutoEncoderKL, arrays: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def pack(name: str, first: int, last: int) -> None:
+        with tarfile.open(tmp_path / name, "w") as shard:
+            for i in range(first, last):
+                shard.add(arrays / f"{i:03d}.npy", f"{i:03d}.npy")
+
+    def encode_shards(out: str, **arguments: Any) -> EncodingResult:
+        caplog.clear()
+        return encode_dataset(
+            model,
+            [tmp_path / "a.tar", tmp_path / "b.tar"],
+            tmp_path / out,
+            include=["*.npy"],
+            crop=16,
+            shard_size=3,
+            num_workers=0,
+            dtype="fp32",
+            **arguments,
+        )
+
+    pack("a.tar", 0, 3)
+    pack("b.tar", 3, 7)
+    encode_shards("out")
+    assert encode_shards("out", resume=True).verified
+    replace(arrays / "005.npy")
+    pack("b.tar", 3, 7)
+    result = encode_shards("out", resume=True, verify=True)
+    (message,) = caplog.messages[-1:]
+    assert not result.verified
+    assert is_about(message, SHARDS[1], "b.tar/005.npy") and not is_about(message, "004.npy")
+    encode_shards("fresh")
+    assert content(tmp_path / "out") == content(tmp_path / "fresh")
+    (tmp_path / "a.tar").touch()
+    assert not encode_shards("out", resume=True).verified
+    assert any(is_about(x, SHARDS[0], "a.tar/000.npy") for x in caplog.messages)
+
+
+def test_a_folder_of_a_version_without_the_times_of_its_images(
+    model: AutoEncoderKL, arrays: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, dataset = tmp_path / "out", array_dataset(arrays)
+    encode(model, dataset, out)
+    whole = content(out)
+    (out / "sources.jsonl").unlink()
+    index = json.loads(whole["index.json"])
+    names, index["settings"]["source"] = index["settings"]["source"], dataset.fingerprint
+    (out / "index.json").write_text(json.dumps(index))
+    result, (message,) = resumed(model, arrays, out, caplog, verify=False)
+    assert result.verified and is_about(message, "size")
+    assert json.loads((out / "index.json").read_text())["settings"]["source"] == names
+    replace(arrays / "000.npy")  # from now on it is noticed
+    result, (message,) = resumed(model, arrays, out, caplog, verify=False)
+    assert not result.verified and is_about(message, "000.npy")
+
+
+def test_a_folder_that_lost_the_record_of_its_images(
+    model: AutoEncoderKL, arrays: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    encode(model, array_dataset(arrays), out)
+    whole = content(out)
+    (out / "sources.jsonl").unlink()
+    result, messages = resumed(model, arrays, out, caplog, verify=False)
+    assert not result.verified
+    assert all(is_about(x, "sources.jsonl") for x in messages) and len(messages) == 3
+    assert content(out) == whole
+    for text in ("[[1]]\n", "{", "[3]"):
+        (out / "sources.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=mentions("sources.jsonl", "remove it")):
+            resumed(model, arrays, out, caplog, verify=False)
+
+
+def test_verify_needs_a_folder_to_resume(model: AutoEncoderKL, images: Path) -> None:
+    for arguments in ({"statistics": "s.pt"}, {"out": "out"}):
+        with pytest.raises(ValueError, match=mentions("verify", "resume")):
+            encode_dataset(model, images, verify=True, **arguments)  # type: ignore[arg-type]
 
 
 def test_images_that_cannot_be_used_are_left_out(

@@ -48,6 +48,16 @@ def test_models_are_measured_in_memory(
     assert (a.name, b.name) == ("a", "b")
     assert a.metrics == b.metrics and set(a.metrics) >= {"psnr", "ssim", "kl_nats"}
     assert found.table().splitlines()[0].split() == ["a", "b"]
+    assert found.size == "short side 16, center crop 16"
+    assert is_about(found.table().splitlines()[1], "PSNR", found.size)
+    other = evaluate(model, folder, crop=16, num_workers=0, ssim="skimage")
+    assert is_about(other.table(), "SSIM (skimage)")
+    assert other.models[0].metrics["ssim"] != a.metrics["ssim"]
+    assert other.models[0].metrics["psnr"] == a.metrics["psnr"]
+    whole = evaluate(model, folder, whole=True, num_workers=0, metrics=["psnr"])
+    assert is_about(whole.table().splitlines()[1], "PSNR", "full size")
+    with pytest.raises(ValueError, match=mentions("ssim='other'", "wang", "skimage")):
+        evaluate(model, folder, ssim="other")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=mentions("metrics", "'mse'", "psnr", "ssim")):
         evaluate(model, folder, metrics=["mse"])
     with pytest.raises(ValueError, match=mentions("model", "names")):

@@ -112,6 +112,9 @@ def test_features_are_kept_by_unit(tmp_path: Path) -> None:
     found = list(read_features(paths, 1))
     assert len(found) == 2
     assert torch.equal(torch.cat(found), torch.cat([first[1], third[1]]))
+    paths[0].write_bytes(paths[0].read_bytes()[:-1])
+    with pytest.raises(ValueError, match=mentions(paths[0], "--resume")):
+        list(read_features(paths, 1))
 
 
 @pytest.mark.parametrize("metric", ["lpips", "rfid"])

@@ -232,6 +232,15 @@ def test_metrics_of_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measure(7, x, y) == expected
 
 
+def test_the_variant_of_ssim() -> None:
+    x, y = pair()
+    expected = ssim(x[None], y[None], (0, 255), "skimage").item()
+    assert measure(7, x, y, ssim_variant="skimage").ssim == expected
+    assert measure(7, x, y).ssim != expected
+    with pytest.raises(ValueError, match=mentions("ssim='other'", "wang", "skimage")):
+        ReconstructConfig(ssim="other")  # type: ignore[arg-type]
+
+
 def test_metrics_of_floats() -> None:
     x, y = pair(5) / 255
     assert measure(0, x, y).psnr == psnr(x[None], y[None], (0, 1)).item()

@@ -36,6 +36,7 @@ ABOUT = {
     "resize": None,
     "crop": None,
     "lpips": "none",
+    "ssim": "wang",
 }
 METRICS = [
     ImageMetrics(0, 6, 4, 20.0, 0.5),
@@ -114,6 +115,17 @@ def test_a_report_of_some_images(tmp_path: Path, model: AutoEncoderKL) -> None:
         assert [comparison.getpixel((194 * i + 90, 100))[0] for i in range(3)] == [0, 10, 40]
     page = (out / "index.html").read_text()
     assert "gallery/originals/3.png" in page and "Infinity" in page
+
+
+def test_the_variant_of_ssim_is_defined_and_the_size_is_said(
+    tmp_path: Path, model: AutoEncoderKL
+) -> None:
+    write = report(tmp_path, model, ["0.bmp"], ssim="skimage", resize=8, crop=4)
+    result = write([record(METRICS[:1])], rows=0)
+    assert result.size == "short side 8, center crop 4"
+    assert summary(tmp_path)["ssim"] == "skimage"
+    assert is_about(summary(tmp_path)["definitions"]["ssim"], "7 x 7", "number_without_ssim")
+    assert is_about((tmp_path / "out" / "index.html").read_text(), result.size)
 
 
 def test_lpips_and_images_recomputed_in_fp32(tmp_path: Path, model: AutoEncoderKL) -> None:

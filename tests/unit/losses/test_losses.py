@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from kl_vae import AutoEncoderKL
 from kl_vae.losses import ELBO, LPIPSWithDiscriminator, build_loss, register_loss
+from kl_vae.runtime.config_file import load_model_params
 from tests.messages import mentions
 
 
@@ -93,6 +95,30 @@ def test_published_names_of_the_adversarial_loss(target: str) -> None:
     assert loss.disc_start == 50001
 
 
+@pytest.mark.parametrize("name", ["kl-f4", "kl-f8", "kl-f16", "kl-f32"])
+def test_the_published_configs_train_what_the_optimiser_of_ldm_holds(
+    name: str, tiny_ddconfig: dict[str, Any]
+) -> None:
+    lossconfig = load_model_params(f"{name}-published")["lossconfig"]
+    lossconfig["params"]["perceptual_weight"] = 0.0  # without a perceptual network
+    model = AutoEncoderKL(tiny_ddconfig, 3, lossconfig)
+    # ldm.models.autoencoder.AutoencoderKL.configure_optimizers
+    parts = (model.encoder, model.decoder, model.quant_conv, model.post_quant_conv)
+    theirs = {id(p) for part in parts for p in part.parameters()}
+    optimizers = model.configure_optimizers()
+    assert isinstance(optimizers, list)
+    held = {id(p) for group in optimizers[0].param_groups for p in group["params"]}
+    assert held == theirs
+    assert not any(id(p) in held for p in model.loss.parameters())  # type: ignore[union-attr]
+
+
+def test_logvar_is_trained_under_a_published_name_if_asked() -> None:
+    params = {"disc_start": 1, "perceptual_weight": 0.0, "learn_logvar": True}
+    loss = build_loss({"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": params})
+    assert isinstance(loss, LPIPSWithDiscriminator)
+    assert loss.logvar.requires_grad
+
+
 def test_an_error_names_the_target_of_the_config() -> None:
     target = "ldm.modules.losses.LPIPSWithDiscriminator"
     with pytest.raises(
@@ -102,8 +128,6 @@ def test_an_error_names_the_target_of_the_config() -> None:
 
 
 def test_a_loss_with_parameters_is_trained_with_the_model(tiny_ddconfig: dict[str, Any]) -> None:
-    from kl_vae import AutoEncoderKL
-
     loss = ELBO(learn_logvar=True)
     model = AutoEncoderKL(tiny_ddconfig, 3, loss)
     assert model.loss is loss

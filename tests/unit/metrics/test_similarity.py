@@ -43,6 +43,11 @@ def test_ssim_needs_a_window():
     small, large = torch.rand(2, 3, 10, 40), torch.rand(2, 3, 11, 40)
     assert ssim(small, small).isnan().tolist() == [True, True]
     assert ssim(large, large).isfinite().all()
+    small, large = torch.rand(2, 3, 6, 40), torch.rand(2, 3, 7, 40)
+    assert ssim(small, small, variant="skimage").isnan().tolist() == [True, True]
+    torch.testing.assert_close(ssim(large, large, variant="skimage"), torch.ones(2).double())
+    with pytest.raises(ValueError, match=mentions("ssim='scikit'", "wang", "skimage")):
+        ssim(large, large, variant="scikit")
 
 
 def test_ms_ssim_needs_a_window_at_the_coarsest_scale():
