@@ -153,6 +153,7 @@ def _digest_path(path: Path) -> Path:
 CONFIG = "config.yaml"
 STATUS = "status.json"
 METRICS = "metrics.jsonl"
+HISTORY = "history.jsonl"  # a line per process: when it started, and what had changed
 BAD_IMAGES = "bad_images.txt"
 LOCK = ".lock"
 SAMPLES = "samples"
@@ -212,7 +213,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Return the readable lines of metrics.jsonl that have an integer `step`."""
     path = run / METRICS
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    content = path.read_bytes() if path.is_file() else b""
+    for text in content.decode(errors="replace").splitlines():
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):  # truncated when the process was killed
@@ -225,6 +227,13 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 def is_run(folder: Path) -> bool:
     """Return whether a folder is a run directory, with or without checkpoints."""
     return (folder / FOLDER).is_dir()
+
+
+def run_of(path: str | Path) -> Path | None:
+    """Return the run directory that is at a path, or whose config.yaml is; None: there is none."""
+    path = Path(path)
+    folder = path.parent if path.name == CONFIG else path
+    return folder if (folder / CONFIG).is_file() and is_run(folder) else None
 
 
 def read_chosen(path: Path, *, mmap: bool = False) -> tuple[Path, Any]:

@@ -10,14 +10,22 @@ HELP = "train on a folder of images, or resume"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `kl-vae train`."""
-    parser.add_argument("config", help="a YAML file, or the name of a shipped config such as kl-f8")
+    parser.add_argument(
+        "config",
+        help="a YAML file, the name of a shipped config such as kl-f8, or the directory of a run "
+        "to resume",
+    )
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key.path=value",
         help="overrides of config values, such as data.train.root=FOLDER",
     )
-    parser.add_argument("--run-dir", type=Path, help="the run's directory (default: runs/CONFIG)")
+    parser.add_argument(
+        "--run-dir",
+        type=Path,
+        help="the run's directory (default: runs/CONFIG, or that of the run to resume)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cuda, mps, cpu or cuda:INDEX")
 
 
@@ -25,6 +33,5 @@ def run(args: argparse.Namespace) -> int:
     """Train; return 0, also if a signal stopped the run after saving it."""
     from kl_vae.training.loop import train
 
-    run_dir = args.run_dir or Path("runs") / Path(args.config).stem
-    train(args.config, run_dir, overrides=args.overrides, device=args.device)
+    train(args.config, args.run_dir, overrides=args.overrides, device=args.device)
     return 0

@@ -83,6 +83,7 @@ def batch_loader(
     num_workers: int,
     pin_memory: bool,
     timeout_seconds: int,
+    persistent: bool = False,
 ) -> DataLoader[Sample]:
     """Return a loader that yields a `Batch` for each list of keys.
 
@@ -93,6 +94,7 @@ def batch_loader(
         pin_memory: copy batches to pinned memory, for transfer to a GPU.
         timeout_seconds: maximum time to wait for a batch from the workers; the loader raises
             RuntimeError after it.
+        persistent: keep the workers for the next iteration.
     """
     num_workers = workers_that_fit(num_workers)
     return DataLoader(
@@ -100,6 +102,7 @@ def batch_loader(
         batch_sampler=batches,
         num_workers=num_workers,
         timeout=timeout_seconds if num_workers else 0,
+        persistent_workers=persistent and num_workers > 0,
         multiprocessing_context=START_METHOD if num_workers else None,
         collate_fn=collate,
         pin_memory=pin_memory,

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import logging
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
+logger = logging.getLogger(__name__)
+
+_NO_FLUSH = (errno.EINVAL, errno.ENOTSUP)
 _TEMPORARY = re.compile(r"\.\d+\.tmp")
 
 
@@ -42,7 +48,7 @@ def write_atomically(
         temporary.unlink(missing_ok=True)
         raise
     if durable:
-        _flush(path.parent)  # the rename itself
+        flush_folder(path.parent)  # the rename itself
 
 
 def remove_temporaries(folder: Path) -> None:
@@ -76,13 +82,14 @@ def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None
     try:
         temporary.mkdir()
         write(temporary)
-        for file in (*temporary.iterdir(), temporary):
-            _flush(file)
+        for file in temporary.iterdir():
+            flush_file(file)
+        flush_folder(temporary)
         os.replace(temporary, path)
     except BaseException:
         _remove(temporary)
         raise
-    _flush(path.parent)
+    flush_folder(path.parent)
 
 
 def sha256_of(path: Path) -> str:
@@ -102,8 +109,23 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
-    """Wait until a file, or a folder's entries, are on the disk."""
+def flush_folder(path: Path) -> None:
+    """Wait until a folder's entries are on disk, where its file system can."""
+    try:
+        flush_file(path)
+    except OSError as error:
+        if error.errno not in _NO_FLUSH and os.name != "nt":
+            raise
+        _log_once(f"{path}: its file system cannot flush folders ({error.strerror})")
+
+
+@lru_cache(maxsize=1)
+def _log_once(text: str) -> None:
+    logger.debug(text)
+
+
+def flush_file(path: Path) -> None:
+    """Wait until a file, or a folder's entries, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

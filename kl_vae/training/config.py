@@ -70,7 +70,8 @@ class TrainingConfig:
             little) or blocks (residual blocks: the least memory, and a third more time).
         compile: use torch.compile, which takes minutes at the start; it needs a C++ compiler on
             CPUs, Triton on GPUs.
-        validate_every_steps: steps between validations; null: at the end of each epoch.
+        validate_every_steps: steps between validations; null: at the end of each epoch of
+            at least 100 steps, else of as many epochs as have 100 steps.
         save_every_steps: steps between checkpoints (one is saved before each validation, too).
         keep_checkpoints: number of newest checkpoints to keep, besides the best; at least 2.
         log_every_steps: steps between lines of metrics.jsonl.

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from kl_vae.checkpoints.run_files import METRICS, SAMPLES, TENSORBOARD, read_metrics
-from kl_vae.runtime.files import write_text_atomically
+from kl_vae.runtime.files import flush_file, flush_folder, write_text_atomically
 from kl_vae.training.state import TrainingState
 from kl_vae.visual.grid import save_png
 
@@ -56,6 +57,7 @@ class RunLogger:
         self._total_steps = total_steps
         _drop_later_lines(run, state.step)
         self._metrics = LineFile(run / METRICS)
+        self._images: list[Path] = []  # written since the last flush
         self._tensorboard = _tensorboard(run / TENSORBOARD, state.step)
         self._bar = tqdm(
             total=total_steps,
@@ -106,8 +108,10 @@ class RunLogger:
         The line in metrics.jsonl is written last: it marks the validation as complete.
         """
         for name, image in images.items():
+            path = self._run / SAMPLES / f"{name}_{self._state.step:08d}.png"
             try:
-                save_png(self._run / SAMPLES / f"{name}_{self._state.step:08d}.png", image)
+                save_png(path, image)
+                self._images.append(path)
             except ValueError as error:
                 logger.warning("sample image not written: %s", error)
             self._to_tensorboard("add_image", name, image)
@@ -119,6 +123,15 @@ class RunLogger:
         )
         logger.info("validation at step %d: %s", self._state.step, summary)
         self._last_time = time.monotonic()  # the speed is that of training
+
+    def flush(self) -> None:
+        """Wait until all lines and images are on disk, so that they survive a power loss."""
+        self._metrics.flush()
+        with suppress(OSError):
+            for path in self._images:
+                flush_file(path)
+            flush_folder(self._run / SAMPLES)
+        self._images.clear()
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -157,31 +170,48 @@ class LineFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._pending: list[str] = []
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  # closed by `close`
-        self._length = os.fstat(self._file.fileno()).st_size  # of whole lines
+        self._file: FileIO | None = None
+        with suppress(OSError):  # `append` reports it
+            self._open()
 
     def append(self, line: str) -> None:
         """Write a line, after those that are still waiting."""
         self._pending.append(line)
         text = "".join(f"{line}\n" for line in self._pending).encode()
         try:
-            while text:  # a full disk may accept a part
-                text = text[self._file.write(text) :]
+            file = self._file or self._open()
+            length = os.fstat(file.fileno()).st_size  # of whole lines
+            try:
+                while text:  # a full disk may accept a part
+                    text = text[file.write(text) :]
+            except OSError:
+                os.ftruncate(file.fileno(), length)
+                raise
         except OSError as error:
-            os.ftruncate(self._file.fileno(), self._length)
             if len(self._pending) == 1:
                 logger.warning(
-                    "%s cannot be written (%s); its lines are kept until there is space",
+                    "%s cannot be written (%s); its lines are kept until it can be",
                     self._path,
                     error.strerror,
                 )
             return
-        self._length = os.fstat(self._file.fileno()).st_size
         self._pending.clear()
+
+    def _open(self) -> FileIO:
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115  # closed by `close`
+        return self._file
+
+    def flush(self) -> None:
+        """Wait until the lines are on disk."""
+        if self._file is not None:
+            with suppress(OSError):  # a later write reports it
+                os.fsync(self._file.fileno())
+                flush_folder(self._path.parent)
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def _json(number: float) -> float | str:
@@ -194,7 +224,10 @@ def _drop_later_lines(run: Path, step: int) -> None:
     lines = [line for line in read_metrics(run) if line["step"] <= step]
     if (run / METRICS).is_file():
         text = "".join(f"{json.dumps(line)}\n" for line in lines)
-        write_text_atomically(run / METRICS, text)
+        try:
+            write_text_atomically(run / METRICS, text)
+        except OSError as error:
+            logger.warning("%s cannot be written (%s)", run / METRICS, error.strerror)
 
 
 def _tensorboard(folder: Path, step: int) -> Any:
@@ -202,4 +235,8 @@ def _tensorboard(folder: Path, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:  # an optional dependency
         return None
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    try:
+        return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    except OSError as error:  # such as a file in its place
+        logger.warning("TensorBoard events cannot be written to %s: %s", folder, error)
+        return None

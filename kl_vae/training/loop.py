@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kl_vae.accel.compilation import uncompiled
-from kl_vae.checkpoints.run_files import checkpoint_path
+from kl_vae.checkpoints.run_files import CONFIG, checkpoint_path, run_of
 from kl_vae.runtime.device import deterministic
 from kl_vae.runtime.distributed import Ranks, check_agreement, connect, explain
 from kl_vae.runtime.published_config import ConfigSource
@@ -52,7 +52,7 @@ class TrainingResult:
 
 def train(
     config: RunConfig | ConfigSource,
-    run_dir: str | Path,
+    run_dir: str | Path | None = None,
     *,
     overrides: Iterable[str] = (),
     device: str = "auto",
@@ -65,8 +65,10 @@ def train(
 
     Args:
         config: of the run: a YAML file, the name of a shipped config such as `kl-f8`, a mapping
-            with the same keys, or a RunConfig.
-        run_dir: the run's directory; created if it does not exist.
+            with the same keys, or a RunConfig; or the directory of a run to resume, whose learning
+            rate and similar settings `overrides` may change.
+        run_dir: the run's directory; created if it does not exist; None: that of the run to resume,
+            else `runs/CONFIG`.
         overrides: `key.path=value` with a YAML value; override the config.
         device: auto, cuda, mps, cpu, or one GPU such as cuda:1.
 
@@ -77,6 +79,13 @@ def train(
         ValueError: a mistake that the user can fix; the message says how.
         RunError: the run cannot continue; the message says why.
     """
+    resumed = run_of(config) if isinstance(config, (str, Path)) and run_dir is None else None
+    if resumed is not None:
+        config, run_dir = resumed / CONFIG, resumed
+    elif run_dir is None:
+        if not isinstance(config, (str, Path)):
+            raise ValueError("run_dir is missing: give the directory of the run")
+        run_dir = Path("runs") / Path(config).stem
     if not isinstance(config, RunConfig):
         config = RunConfig.load(config, overrides)
     elif overrides := list(overrides):
@@ -89,12 +98,14 @@ def train(
         workers_killed_on_error(),
     ):
         # a function of its own, so that DDP is freed before its process group (see `connect`)
-        return _train(config, run, ranks, stop)
+        return _train(config, run, ranks, stop, on_purpose=resumed is not None)
 
 
-def _train(config: RunConfig, run: RunDirectory, ranks: Ranks, stop: StopRequest) -> TrainingResult:
+def _train(
+    config: RunConfig, run: RunDirectory, ranks: Ranks, stop: StopRequest, on_purpose: bool
+) -> TrainingResult:
     """Run the remaining steps: step, log, save, validate."""
-    setup = set_up(config, run, ranks)
+    setup = set_up(config, run, ranks, on_purpose)
     state, training = setup.state, setup.config.training
     if setup.is_finished:
         logger.info("nothing to do: all %d steps are complete", state.step)
@@ -140,6 +151,8 @@ def _train(config: RunConfig, run: RunDirectory, ranks: Ranks, stop: StopRequest
                 run_logger.advance()
 
             if saving:  # before the validation, which a signal may interrupt
+                if run_logger is not None:
+                    run_logger.flush()  # what a checkpoint follows is on disk
                 save = partial(run.save, state, training.keep_checkpoints, final=ending)
                 ranks.on_rank_zero(save)
                 _write_status(run, ranks, setup, "running")
@@ -176,6 +189,7 @@ def _validate(
         )
         if metrics is None:
             return None
+        ranks.on_rank_zero(run.check_owner)
         if run_logger is not None:
             model = average or state.model
             images = draw_validation_images(model, setup.val_set, training.sample_images)

@@ -9,7 +9,11 @@ import errno
 import json
 import logging
 import os
+import secrets
+import shlex
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +22,7 @@ from kl_vae.checkpoints.run_files import (
     BEST,
     CONFIG,
     FOLDER,
+    HISTORY,
     LOCK,
     SAMPLES,
     STATUS,
@@ -63,6 +68,25 @@ HARMLESS = (
     "training.check_ranks_every_steps",
     "training.timeout_seconds",
 )
+# beginnings of keys that change results, and may be changed by `kl-vae train RUN KEY=VALUE`
+CHANGEABLE = (
+    *(
+        f"{section}.{key}"
+        for section in ("optimizer", "discriminator_optimizer")
+        for key in ("learning_rate", "adamw_learning_rate", "betas", "eps", "weight_decay")
+        + ("warmup_steps", "schedule", "min_learning_rate", "clip_grad_norm")
+    ),
+    "model.params.lossconfig.params.disc_weight",
+    "model.params.lossconfig.params.kl_weight",
+    "training.channels_last",
+    "training.compile",
+    "training.deterministic",
+    "training.ema_decay",
+    "training.equivariance",
+    "training.freeze",
+    "training.precision",
+    "training.winograd",
+)
 
 
 class RunDirectory:
@@ -77,46 +101,65 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: int | None = None  # a file descriptor
+        self._token = secrets.token_hex(16)  # in the lock file: it names the owner
         self._failed_saves = 0  # in a row
         self._whole: list[Path] = []  # checkpoints known to be intact, newest first
 
-    def check(self, config: dict[str, Any]) -> bool:
-        """Return whether it holds a run of this config to resume, without writing.
+    def check(self, config: dict[str, Any], on_purpose: bool = False) -> dict[str, Any]:
+        """Compare the config with that of the run to resume, without writing.
 
-        Harmless changes of the config are logged.
+        Args:
+            config: the resolved config.
+            on_purpose: whether changes were given as `kl-vae train RUN KEY=VALUE`.
+
+        Returns:
+            The changed keys, and pairs of the value before and now; empty if there is no run.
 
         Raises:
             ValueError: it is a file, holds the run of another config, or something else.
         """
         run = self.path
         if not run.exists():
-            return False
+            return {}
         if not run.is_dir():
             raise ValueError(f"{run}: is a file; choose another --run-dir")
         if not (run / CONFIG).is_file():
             if any(not path.name.startswith(".") for path in run.iterdir()):
                 raise ValueError(f"{run}: not empty and not a run; choose another --run-dir")
-            return False
+            return {}
         written = parse_file(run / CONFIG)
         if "data" in written:
             written["data"].setdefault("range", "auto")  # not in version 0.1
-        before = _flatten(written)
+        before = flatten(written)
         before.pop("data.listing_cache", None)  # of version 0.1, without effect on the data
-        now = _flatten(parse_yaml(dump_config(config), "this config"))
+        now = flatten(parse_yaml(dump_config(config), "this config"))
         changed = {
-            key: f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
+            key: (before.get(key), now.get(key))
             for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key)
         }
-        harmful = [text for key, text in changed.items() if key not in HARMLESS]
-        if harmful:
+        self._check_changes(changed, on_purpose)
+        for key, values in changed.items():
+            logger.info("resuming: %s", _change(key, values))
+        return changed
+
+    def _check_changes(self, changed: dict[str, Any], on_purpose: bool) -> None:
+        """Raise ValueError, with the command that does it, for changes that are not allowed."""
+        run = self.path
+        changed = {key: values for key, values in changed.items() if key not in HARMLESS}
+        if not all(key.startswith(CHANGEABLE) for key in changed):
             raise ValueError(
-                f"{run}: made with another config ({'; '.join(harmful)}); choose another "
-                "--run-dir, or give the same config to resume"
+                f"{run}: made with another config "
+                f"({'; '.join(map(_change, changed, changed.values()))}); to start a new run "
+                f"from its weights: kl-vae train CONFIG --run-dir NEW model.params.ckpt_path={run}"
             )
-        for text in changed.values():
-            logger.info("resuming: %s", text)
-        return True
+        if changed and not on_purpose:
+            overrides = " ".join(_override(key, now) for key, (_, now) in changed.items())
+            raise ValueError(
+                f"{run}: made with another config "
+                f"({'; '.join(map(_change, changed, changed.values()))}); to continue it with "
+                f"these changes: kl-vae train {run} {overrides}"
+            )
 
     def pixel_range(self) -> Any:
         """Return `data.range` of the run to resume; None: there is none."""
@@ -135,8 +178,37 @@ class RunDirectory:
             self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise self._unwritable(error) from None
+        self._lock_file()
+        try:
+            os.ftruncate(self._lock, 0)
+            os.write(self._lock, self._token.encode())
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def check_owner(self) -> None:
+        """Check that the directory is still the one that was locked.
+
+        Raises:
+            RunError: it was removed, or another run has started in its place.
+        """
+        if self._lock is None:
+            return
+        try:
+            same = (self.path / LOCK).read_text() == self._token
+        except FileNotFoundError:
+            same = False
+        except (OSError, ValueError):  # a storage outage: the save itself reports it
+            return
+        if not same:
+            raise RunError(
+                f"{self.path}: was removed, or is now the directory of another run; nothing more "
+                "is written to it"
+            )
+
+    def _lock_file(self) -> None:
         if fcntl is None:
             return
+        assert self._lock is not None
         try:
             # of the process, not of the file: the data workers do not inherit it
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -148,13 +220,23 @@ class RunDirectory:
                 "another --run-dir"
             ) from None
 
-    def prepare(self, config: dict[str, Any], resumed: Path | None, state: TrainingState) -> None:
+    def prepare(
+        self,
+        config: dict[str, Any],
+        resumed: Path | None,
+        state: TrainingState,
+        changes: Mapping[str, Any] | None = None,
+    ) -> None:
         """Write the config, log how the previous process ended, complete an interrupted save.
+
+        history.jsonl gets a line: when and at which step this process started, what its results
+        depend on, and how its config differs from the one before.
 
         Args:
             config: of the run, resolved.
             resumed: the checkpoint that `state` was restored from.
             state: names the best checkpoint.
+            changes: as returned by `check`.
 
         Raises:
             ValueError: the directory cannot be written.
@@ -163,13 +245,25 @@ class RunDirectory:
             for folder in (self.path, self.path / SAMPLES, self.path / FOLDER):
                 remove_temporaries(folder)
             write_text_atomically(self.path / CONFIG, dump_config(config))
-            (self.path / SAMPLES).mkdir(exist_ok=True)
+            with suppress(FileExistsError):  # a file in its place: each image is a warning
+                (self.path / SAMPLES).mkdir(exist_ok=True)
             if resumed is not None:
                 complete_checkpoint(resumed)
                 self._whole = [resumed]  # the others have not been checked
         except OSError as error:
             raise self._unwritable(error) from None
         self.write_best(state)
+        line = {
+            "time": _now(),
+            "step": state.step,
+            "environment": state.environment(),
+            "changes": {key: list(values) for key, values in (changes or {}).items()},
+        }
+        try:
+            with open(self.path / HISTORY, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            logger.warning("%s cannot be written (%s)", self.path / HISTORY, error.strerror)
         status = read_status(self.path)
         if status.get("state") == "running":
             logger.warning(
@@ -194,6 +288,7 @@ class RunDirectory:
         Raises:
             RunError: a parameter is not finite, or saving keeps failing.
         """
+        self.check_owner()
         path = checkpoint_path(self.path, state.step)
         last = f"the last checkpoint is {self._whole[0]}" if self._whole else "nothing is saved yet"
         name = state.not_finite()
@@ -206,7 +301,6 @@ class RunDirectory:
             write_checkpoint(path, state.content())
             self._whole = [path, *(other for other in self._whole if other != path)]
             self._failed_saves = 0
-            self._prune(state, keep)
         except OSError as error:
             self._failed_saves += 1
             text = f"{path} cannot be written ({error.strerror or error})"
@@ -221,33 +315,40 @@ class RunDirectory:
                 MAX_FAILED_SAVES,
                 last,
             )
+            return
+        self._prune(state, keep)
 
     def write_best(self, state: TrainingState, keep: int | None = None) -> None:
         """Write which checkpoint is the best; then remove those that are not kept, if `keep`."""
         if not state.best:
             return
+        self.check_owner()
         best = {"checkpoint": checkpoint_path(self.path, state.best["step"]).name, **state.best}
         path = self.path / FOLDER / BEST
         try:
             write_text_atomically(path, json.dumps(best, indent=2) + "\n")
-            if keep is not None:
-                self._prune(state, keep)
         except OSError as error:  # the next validation writes it again
             logger.warning("%s cannot be written (%s)", path, error.strerror)
+        if keep is not None:
+            self._prune(state, keep)
 
     def write_status(
         self, status: str, step: int, total_steps: int, reason: str | None = None
     ) -> None:
         """Write the state of the run: running, finished, stopped (by a signal) or failed (why).
 
-        A failure to write is logged.
+        A failure to write is logged. Nothing is written to the directory of another run.
         """
+        try:
+            self.check_owner()
+        except RunError:
+            return
         content = {
             "state": status,
             "step": step,
             "total_steps": total_steps,
             "reason": reason,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "time": _now(),
             "pid": os.getpid(),
         }
         path = self.path / STATUS
@@ -266,7 +367,10 @@ class RunDirectory:
             os.close(self._lock)
 
     def _prune(self, state: TrainingState, keep: int) -> None:
-        """Remove checkpoints other than the best and the newest, once enough are intact."""
+        """Remove checkpoints other than the best and the newest, once enough are intact.
+
+        One that cannot be removed is a warning.
+        """
         if len(self._whole) < keep:
             return
         self._whole = self._whole[:keep]
@@ -274,19 +378,36 @@ class RunDirectory:
         if state.best:
             kept.add(checkpoint_path(self.path, state.best["step"]))
         for path in list_checkpoints(self.path):
-            if path not in kept:
+            if path in kept:
+                continue
+            try:
                 remove_checkpoint(path)
+            except OSError as error:
+                logger.warning("%s cannot be removed (%s)", path, error.strerror)
 
     def _unwritable(self, error: OSError) -> ValueError:
         reason = error.strerror or str(error)
         return ValueError(f"{self.path}: cannot be written ({reason}); choose another --run-dir")
 
 
-def _flatten(tree: Any, path: str = "") -> dict[str, Any]:
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _change(key: str, values: tuple[Any, Any]) -> str:
+    return f"{key} was {values[0]!r} and is now {values[1]!r}"
+
+
+def _override(key: str, value: Any) -> str:
+    """Return an override as a shell takes it."""
+    return shlex.quote(f"{key}={json.dumps(value)}")
+
+
+def flatten(tree: Any, path: str = "") -> dict[str, Any]:
     """Return the leaves of nested mappings by their dotted key paths."""
     if not isinstance(tree, dict) or not tree:
         return {path: tree}
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{path}.{key}" if path else str(key))
+        flat |= flatten(value, f"{path}.{key}" if path else str(key))
     return flat

@@ -29,16 +29,19 @@ from kl_vae.data import (
 from kl_vae.data.transforms import as_written
 from kl_vae.losses.equivariance import Equivariance
 from kl_vae.model import AutoEncoderKL
+from kl_vae.optim.config import learning_rate_at
 from kl_vae.runtime.distributed import Ranks
 from kl_vae.training.config import RunConfig, TrainingConfig
 from kl_vae.training.ema import WeightAverage
 from kl_vae.training.guards import BadImages
-from kl_vae.training.run_directory import RunDirectory
+from kl_vae.training.run_directory import RunDirectory, flatten
 from kl_vae.training.state import Network, TrainingState
 from kl_vae.training.step import TrainingStep
 from kl_vae.training.validate import evaluating
 
 logger = logging.getLogger(__name__)
+
+MIN_INTERVAL = 100  # steps between validations, unless the config states another number
 
 
 @dataclass(frozen=True)
@@ -87,15 +90,22 @@ class Setup:
         return self.is_last_step and not self.validation_is_due
 
 
-def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks) -> Setup:
+def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks, on_purpose: bool = False) -> Setup:
     """Build and check what a run needs, then lock and prepare its directory.
+
+    Args:
+        config: of the run.
+        run: its directory.
+        ranks: all of them call this.
+        on_purpose: whether changes of the config were given as `kl-vae train RUN KEY=VALUE`.
 
     Raises:
         ValueError: a user's mistake; nothing has been written.
     """
     training = config.training
     config = with_range(config, ranks.on_rank_zero(run.pixel_range) or config.data.range)
-    ranks.on_rank_zero(lambda: run.check(dataclasses.asdict(config)))
+    check_same_config(config, ranks)
+    changes = ranks.on_rank_zero(lambda: run.check(dataclasses.asdict(config), on_purpose))
     if training.compile:
         check_compiler(ranks.device)
     train_set, val_set = build_data(config, ranks)
@@ -131,9 +141,13 @@ def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks) -> Setup:
         del found, content  # as large as the state itself
 
     ranks.on_rank_zero(run.lock)
-    ranks.on_rank_zero(lambda: run.prepare(plain, path, state))
+    if changes and state.step:
+        log_learning_rates(changes, config, state, total_steps, steps_per_epoch)
+    ranks.on_rank_zero(lambda: run.prepare(plain, path, state, changes))
     if training.compile:
         compile_parts(model, dynamic=training.equivariance > 0)
+    if path is None and config.model.params.ckpt_path is not None:
+        state.validated_step = -1  # also validates the given weights
     number = len(train_set) + len(val_set or ())
     bad_images = BadImages(run.path, ranks, number, config.data.max_bad_fraction)
     batch_size = training.global_batch_size // (ranks.world_size * accumulate)
@@ -160,15 +174,60 @@ def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks) -> Setup:
         take_step=TrainingStep(state, config, ranks, total_steps, bad_images),
         train_loader=load(train_set, sampler),
         val_set=val_set,
-        val_loader=None if val_set is None else load(val_set, val_batches),
+        val_loader=None if val_set is None else load(val_set, val_batches, persistent=True),
         bad_images=bad_images,
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
-        validate_every_steps=training.validate_every_steps or steps_per_epoch,
+        validate_every_steps=training.validate_every_steps or default_interval(steps_per_epoch),
     )
     if ranks.is_rank_zero:
         describe(setup, ranks, run, train_set)
     return setup
+
+
+def default_interval(steps_per_epoch: int) -> int:
+    """Return the steps between validations: whole epochs, and at least `MIN_INTERVAL` steps."""
+    return steps_per_epoch * -(-MIN_INTERVAL // steps_per_epoch)
+
+
+def check_same_config(config: RunConfig, ranks: Ranks) -> None:
+    """Check that all ranks have the config of rank 0.
+
+    Raises:
+        ValueError: they have not; the first key that differs is named.
+    """
+    own = flatten(dataclasses.asdict(config))
+    first = ranks.on_rank_zero(lambda: own)
+    for key in sorted(own.keys() | first.keys()):
+        if own.get(key) != first.get(key):
+            raise ValueError(
+                f"rank {ranks.rank}: {key}={own.get(key)!r}, but rank 0 has {first.get(key)!r}; "
+                "give all ranks the same config and overrides"
+            )
+
+
+def log_learning_rates(
+    changes: Mapping[str, Any],
+    config: RunConfig,
+    state: TrainingState,
+    total_steps: int,
+    steps_per_epoch: int,
+) -> None:
+    """Log how the changes of a resumed run change the learning rate of its next step."""
+    plain = dataclasses.asdict(config)
+    for key, (value, _) in changes.items():
+        *sections, last = key.split(".")
+        section = plain
+        for name in sections:
+            section = section[name]
+        section[last] = value
+    before = RunConfig.load(plain)
+    length = before.training.max_steps or (before.training.epochs or 0) * steps_per_epoch
+    old = learning_rate_at(state.step, length, before.optimizer)
+    new = learning_rate_at(state.step, total_steps, config.optimizer)
+    if old != new:
+        factor = f", {new / old:.3g} times as high" if old else ""
+        logger.warning("learning rate of the next step: %.3g instead of %.3g%s", new, old, factor)
 
 
 def with_range(config: RunConfig, value_range: Any) -> RunConfig:

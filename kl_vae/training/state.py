@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -110,7 +111,7 @@ class TrainingState:
             "images_seen": self.images_seen,
             "validated_step": self.validated_step,
             "best": self.best,
-            "versions": self._versions(),
+            "versions": self.environment(),
         }
 
     def restore(self, content: dict[str, Any], source: str) -> None:
@@ -131,20 +132,19 @@ class TrainingState:
                 "new --run-dir with model.params.ckpt_path set to it"
             )
         self.model.load_state_dict(content["model"])
-        if self.average is not None:
+        if self.average is not None and content["ema"] is not None:
             self.average.load_state_dict(content["ema"], content["ema_updates"])
         for network, saved in zip(self.networks, content["updaters"], strict=True):
-            network.optimizer.load_state_dict(saved["optimizer"])
-            network.scaler.load_state_dict(saved["scaler"])
+            self._restore_network(network, saved, content["config"])
         self.skips = Skips(**content["skips"])
         self.step = content["step"]
         self.images_seen = content["images_seen"]
         self.validated_step = content["validated_step"]
         self.best = content["best"]
-        for key, now in self._versions().items():
+        for key, now in self.environment().items():
             before = content["versions"].get(key)
-            if before != now:
-                logger.info(
+            if before is not None and before != now:
+                logger.warning(
                     "resuming with %s %s instead of %s: results may differ by rounding",
                     key,
                     now,
@@ -176,7 +176,29 @@ class TrainingState:
         named = (pair for tree in everything for pair in _tensors(tree))
         return next((name for name, x in named if not _is_finite(x)), None)
 
-    def _versions(self) -> dict[str, str]:
+    def _restore_network(
+        self, network: Network, saved: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> None:
+        """Load an optimiser and a scaler; settings are those of the config now.
+
+        If other parameters are frozen than before, those that were trained keep their state.
+        """
+        optimizer = network.optimizer
+        settings = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ]
+        state = saved["optimizer"]
+        if network is self.autoencoder:
+            before = trained_groups(self.model, config.get("training", {}).get("freeze") or ())
+            state = _for_groups(state, before, trained_groups(self.model, None))
+        optimizer.load_state_dict(state)
+        for group, values in zip(optimizer.param_groups, settings, strict=True):
+            group.update(values)
+        if network.scaler.is_enabled() and saved["scaler"]:
+            network.scaler.load_state_dict(saved["scaler"])
+
+    def environment(self) -> dict[str, str]:
         """Return the software and hardware that results depend on bit for bit."""
         device = self.model.get_last_layer().device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -184,7 +206,53 @@ class TrainingState:
             "torch": str(torch.__version__),
             "python": platform.python_version(),
             "device": name,
+            "threads": str(torch.get_num_threads()),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
         }
+
+
+def trained_groups(model: AutoEncoderKL, freeze: Iterable[str] | None) -> list[list[str]]:
+    """Return the names of the trained parameters in the two groups of `build_optimizer`.
+
+    Args:
+        model: the autoencoder.
+        freeze: patterns of frozen names; None: what is frozen now.
+    """
+    excluded: set[nn.Parameter] = set()
+    if model.adversary is not None:
+        excluded = set(model.adversary.discriminator.parameters())
+
+    def is_trained(name: str, p: nn.Parameter) -> bool:
+        if freeze is None or name.startswith("loss."):
+            return p.requires_grad
+        return not any(fnmatchcase(name, pattern) for pattern in freeze)
+
+    trained = [
+        (name, p)
+        for name, p in model.named_parameters()
+        if p not in excluded and is_trained(name, p)
+    ]
+    return [[name for name, p in trained if (p.ndim >= 2) == matrix] for matrix in (True, False)]
+
+
+def _for_groups(
+    saved: dict[str, Any], before: list[list[str]], now: list[list[str]]
+) -> dict[str, Any]:
+    """Return an optimiser's state for other groups of parameters; those that are new have none."""
+    if before == now:
+        return saved
+    numbers = {name: i for i, name in enumerate(name for group in before for name in group)}
+    names = [name for group in now for name in group]
+    state = {
+        i: saved["state"][numbers[name]]
+        for i, name in enumerate(names)
+        if numbers.get(name) in saved["state"]
+    }
+    groups, start = [], 0
+    for group, members in zip(saved["param_groups"], now, strict=True):
+        groups.append({**group, "params": list(range(start, start + len(members)))})
+        start += len(members)
+    return {"state": state, "param_groups": groups}
 
 
 def _is_finite(x: Tensor) -> bool:

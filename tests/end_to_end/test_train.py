@@ -48,7 +48,8 @@ def test_the_files_of_a_run(project: Path, caplog: Any) -> None:
     assert train("--run-dir", "run", "training.validate_every_steps=2") == 0
     run = project / "run"
     assert {path.name for path in run.iterdir()} == {
-        *("config.yaml", "metrics.jsonl", "status.json", "samples", "checkpoints", "tensorboard"),
+        *("config.yaml", "history.jsonl", "metrics.jsonl", "status.json", "samples"),
+        *("checkpoints", "tensorboard"),
         ".lock",
     }
     # the last two, and the best where it is another
@@ -88,7 +89,7 @@ def test_training_lowers_the_loss(project: Path) -> None:
 
 def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(project: Path) -> None:
     arguments = ["data.num_workers=2", "training.accumulate_batches=2"]
-    arguments += ["model.params.ddconfig.dropout=0.1"]
+    arguments += ["model.params.ddconfig.dropout=0.1", "training.validate_every_steps=1"]
     assert train("--run-dir", "whole", *arguments) == 0
     # 3 steps of an epoch of 2: it stops in the middle of the second
     assert train("--run-dir", "parts", *arguments, "training.max_steps=3") == 0
@@ -287,8 +288,71 @@ def test_another_config_is_an_error_that_names_the_changes(project: Path, capsys
     before = {path: path.stat().st_mtime_ns for path in (project / "run").rglob("*")}
     assert train("--run-dir", "run", "optimizer.learning_rate=0.01") == 2
     (line,) = capsys.readouterr().err.splitlines()[-1:]
-    assert is_about(line, "run", "optimizer.learning_rate", 0.0001, 0.01, "--run-dir")
+    again = "kl-vae train run optimizer.learning_rate=0.01"
+    assert is_about(line, "run", "optimizer.learning_rate", 0.0001, 0.01, again)
+    assert train("--run-dir", "run", "training.seed=1") == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert is_about(line, "training.seed", 0, 1, "--run-dir NEW model.params.ckpt_path=run")
     assert {path: path.stat().st_mtime_ns for path in (project / "run").rglob("*")} == before
+
+
+def history(run: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(run, "history.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["run", "run/config.yaml"])
+def test_a_run_is_resumed_by_its_directory(project: Path, name: str) -> None:
+    assert train("--run-dir", "whole") == 0
+    assert train("--run-dir", "run", "training.max_steps=3", "training.epochs=null") == 0
+    assert main(["train", name, "training.max_steps=6"]) == 0
+    assert not Path("runs").exists()
+    assert_same(checkpoint("whole", 6)["model"], checkpoint("run", 6)["model"])
+    assert [(line["step"], line["changes"]) for line in history("run")] == [
+        (0, {}),
+        (3, {"training.max_steps": [3, 6]}),
+    ]
+
+
+def test_settings_are_changed_on_purpose(project: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The learning rate is the new one, and what it was is said; frozen parameters stay."""
+    assert train("--run-dir", "run", "training.max_steps=3", "training.epochs=null") == 0
+    before = checkpoint("run", 3)["model"]
+    changes = ["training.max_steps=4", "optimizer.learning_rate=0.0", "training.ema_decay=0.9"]
+    assert main(["train", "run", changes[0], "optimizer.learning_rate=1e-12", changes[2]]) == 0
+    assert is_about(caplog.text, "learning rate", "1e-12", "0.0001")
+    after = checkpoint("run", 4)
+    assert after["ema"] is not None
+    for key, x in after["model"].items():
+        torch.testing.assert_close(x, before[key], rtol=0, atol=1e-9)
+    changes = ["training.max_steps=5", "optimizer.learning_rate=1e-3"]
+    assert main(["train", "run", *changes, "training.freeze=[encoder.*]"]) == 0
+    last = checkpoint("run", 5)
+    for key, x in last["model"].items():
+        if not key.startswith("loss."):
+            assert torch.equal(x, after["model"][key]) == key.startswith("encoder."), key
+    assert main(["train", "run", "training.max_steps=6", "training.freeze=[]"]) == 0
+    assert not torch.equal(
+        checkpoint("run", 6)["model"]["encoder.conv_in.weight"],
+        last["model"]["encoder.conv_in.weight"],
+    )
+
+
+def test_extending_a_cosine_schedule_is_said(
+    project: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cosine = ["optimizer.schedule=cosine", "training.epochs=null"]
+    assert train("--run-dir", "run", *cosine, "training.max_steps=4") == 0
+    assert main(["train", "run", "training.max_steps=8"]) == 0
+    assert is_about(caplog.text, "learning rate", "instead of")
+
+
+def test_given_weights_are_validated_at_step_0(project: Path) -> None:
+    assert train("--run-dir", "first", "training.max_steps=2", "training.epochs=null") == 0
+    assert train("--run-dir", "run", "model.params.ckpt_path=first") == 0
+    (start,) = (line for line in metrics("run") if line["step"] == 0)
+    (end,) = (line for line in metrics("first") if line["step"] == 2 and "val/psnr" in line)
+    assert start["val/psnr"] == pytest.approx(end["val/psnr"], abs=1e-4)
+    assert list(Path("run/samples").glob("*_00000000.png"))
 
 
 def test_changed_images_are_an_error_on_resume(project: Path, capsys: Any) -> None:
@@ -523,3 +587,23 @@ def test_shipped_configs_are_found_by_name_and_are_whole() -> None:
         config = RunConfig.load(name)
         assert config.model.params.lossconfig is not None, "the default loss collapses"
         assert config.model.params.ddconfig.downsampling_factor in (4, 8, 16, 32)
+
+
+def test_damaged_auxiliary_files_do_not_end_a_run(project: Path, caplog: Any) -> None:
+    assert train("--run-dir", "run", "training.max_steps=2", "training.epochs=null") == 0
+    run = Path("run")
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()
+    (run / "history.jsonl").unlink()
+    (run / "history.jsonl").mkdir()
+    for path in (run / "samples").iterdir():
+        path.unlink()
+    (run / "samples").rmdir()
+    (run / "samples").write_text("")
+    (run / "status.json").write_bytes(b"\xff{")
+    (run / "checkpoints" / "best.json").write_text("[" * 100_000)
+    assert main(["train", "run", "training.max_steps=4"]) == 0
+    assert checkpoint("run", 4)["step"] == 4
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+    for name in ("metrics.jsonl", "history.jsonl", "samples"):
+        assert any(is_about(line, name) for line in caplog.messages), name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import fcntl
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from kl_vae.checkpoints.run_files import (
     list_checkpoints,
     newest_checkpoint,
     read_checkpoint,
+    read_metrics,
+    read_status,
 )
 from kl_vae.optim.config import OptimizerConfig
 from kl_vae.runtime.errors import RunError
@@ -55,7 +58,7 @@ def test_a_new_or_empty_directory_holds_no_run(tmp_path: Path) -> None:
 
 def test_a_run_of_the_same_config_is_resumed(run: Path, state: TrainingState) -> None:
     RunDirectory(run).prepare(CONFIG, None, state)
-    assert RunDirectory(run).check(CONFIG)
+    assert RunDirectory(run).check(CONFIG) == {}
 
 
 def test_the_length_may_change_and_is_named(
@@ -86,7 +89,7 @@ def test_temporary_files_of_killed_saves_are_removed(run: Path, state: TrainingS
         path.touch()
     RunDirectory(run).prepare(CONFIG, None, state)
     left = {path for path in run.rglob("*") if path.is_file()}
-    assert left == {*others, run / "config.yaml"}
+    assert left == {*others, run / "config.yaml", run / "history.jsonl"}
 
 
 def test_a_config_that_is_too_large_is_refused(run: Path) -> None:
@@ -317,3 +320,41 @@ def test_a_state_with_nan_is_not_saved(tmp_path: Path, state: TrainingState) -> 
     with pytest.raises(RunError, match=r"step 0.*\b0\.optimizer\.state\.\d+\.exp_avg\b"):
         directory.save(state, keep=2)
     assert list_checkpoints(tmp_path) == []
+
+
+def test_the_directory_of_another_run_is_not_written(tmp_path: Path, state: TrainingState) -> None:
+    """`rm -rf` and a new start in the same place, while the first process is alive."""
+    path = tmp_path / "run"
+    with RunDirectory(path) as first:
+        first.lock()
+        state.step = 1
+        first.save(state, keep=2)
+        shutil.rmtree(path)
+        with pytest.raises(RunError, match=mentions(path, "removed", "another run")):
+            first.save(state, keep=2)
+        assert not path.exists()
+        with RunDirectory(path) as second:
+            second.lock()
+            second.write_status("running", 0, 9)
+            state.step = 2
+            with pytest.raises(RunError, match=mentions(path, "another run")):
+                first.save(state, keep=2)
+            first.write_status("failed", 2, 9)
+            assert read_status(path)["state"] == "running"
+            assert not kept_steps(path)
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_a_warning(
+    tmp_path: Path, state: TrainingState, caplog: pytest.LogCaptureFixture
+) -> None:
+    stuck = checkpoint_path(tmp_path, 1)
+    stuck.mkdir(parents=True)  # a folder in its place
+    save_steps(tmp_path, state, range(2, 5), keep=2)
+    assert kept_steps(tmp_path) == [4, 3, 1]
+    assert is_about(caplog.text, stuck, "removed")
+
+
+def test_damaged_lines_of_metrics_are_skipped(tmp_path: Path) -> None:
+    lines = [b'{"step": 1}', b"\xff\xfe", b"[" * 100_000, b'{"step": 2, "x": "\xff"}', b"", b"{"]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
