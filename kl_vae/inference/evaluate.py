@@ -306,6 +306,8 @@ def evaluate(
                     "images": [display_name(root) for root in roots],
                     "number": count,
                     "skipped": skipped,
+                    "range": source.pixel_format.value_range,
+                    "pages": source.pixel_format.pages,
                     **asdict(settings),
                     "lpips_net": result.lpips_net,
                     "versions": {"kl_vae": __version__, "torch": torch.__version__},

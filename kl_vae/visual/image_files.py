@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from kl_vae.data import MAX_PIXELS, pil_to_tensor, read_image, to_float, to_uint8
+from kl_vae.data.pixel_format import PixelFormat, parse_ranges
 from kl_vae.data.pixels import MODE_BY_CHANNELS
 from kl_vae.data.png import encode_16_bits
 from kl_vae.runtime.outputs import replace_file
@@ -107,6 +108,7 @@ def load_image(
     *,
     channels: int = 3,
     max_pixels: int = MAX_PIXELS,
+    value_range: tuple[float, float] | None = None,
 ) -> Tensor:
     """Load one image as a model takes it: [1, C, H, W], float32 in [-1, 1], on the CPU.
 
@@ -120,14 +122,18 @@ def load_image(
             Float tensors are refused, since their range is not known.
         channels: C; files and PIL images are converted, arrays and tensors must have it.
         max_pixels: larger files are refused before they are decoded.
+        value_range: values of black and white in a file or PIL image, such as (0, 4095) for 12 bits
+            stored in 16; None: the depth that the file states.
 
     Raises:
         ValueError: the file cannot be used, or another shape, type or range.
     """
+    pixel_format = PixelFormat(parse_ranges(value_range))
     if isinstance(source, (str, Path)):
-        image = read_image(source, channels, max_pixels)
+        image = read_image(source, channels, max_pixels, pixel_format=pixel_format)
     elif isinstance(source, Image.Image):
-        image = pil_to_tensor(ImageOps.exif_transpose(source), channels)
+        turned = ImageOps.exif_transpose(source)
+        image = pil_to_tensor(turned, channels, pixel_format=pixel_format)
     elif isinstance(source, np.ndarray):
         image = _from_array(source, channels)
     elif source.dtype == torch.uint8:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from kl_vae import load_image
 from kl_vae.data import (
     DataConfig,
     FolderSource,
@@ -188,6 +189,13 @@ def test_floats_outside_by_rounding_are_clamped(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", values)
     image = read_image(tmp_path / "a.npy", 1)
     assert (image.min(), image.max()) == (0, 1)
+
+
+def test_load_image_takes_a_range(tmp_path: Path) -> None:
+    png(tmp_path / "a.png", columns(FULL12, np.uint16))
+    for source in (tmp_path / "a.png", Image.open(tmp_path / "a.png")):
+        image = load_image(source, channels=1, value_range=(0, 4095))
+        np.testing.assert_allclose(image[0, 0, 0, ::STEP], [-1, -0.6, 1], atol=1e-6)
 
 
 # --- bands, pages, profiles
