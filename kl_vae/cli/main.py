@@ -59,8 +59,8 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
         format="%(message)s" if rank == 0 else f"[rank {rank}] %(message)s",
         stream=sys.stderr,
     )
-    if rank > 0:  # all ranks open the same images: rank 0 reports on them
-        logging.getLogger("kl_vae.data").setLevel(logging.ERROR)
+    # all ranks open the same images: rank 0 reports on them
+    logging.getLogger("kl_vae.data").setLevel(logging.ERROR if rank > 0 else logging.NOTSET)
     try:
         for module_name in args.modules:
             _import(module_name)

@@ -34,7 +34,7 @@ from kl_vae.runtime.distributed import Ranks
 from kl_vae.training.config import RunConfig, TrainingConfig
 from kl_vae.training.ema import WeightAverage
 from kl_vae.training.guards import BadImages
-from kl_vae.training.run_directory import RunDirectory, flatten
+from kl_vae.training.run_directory import HARMLESS, RunDirectory, flatten
 from kl_vae.training.state import Network, TrainingState
 from kl_vae.training.step import TrainingStep
 from kl_vae.training.validate import evaluating
@@ -191,14 +191,14 @@ def default_interval(steps_per_epoch: int) -> int:
 
 
 def check_same_config(config: RunConfig, ranks: Ranks) -> None:
-    """Check that all ranks have the config of rank 0.
+    """Check that all ranks have the config of rank 0, except for harmless keys.
 
     Raises:
         ValueError: they have not; the first key that differs is named.
     """
     own = flatten(dataclasses.asdict(config))
     first = ranks.on_rank_zero(lambda: own)
-    for key in sorted(own.keys() | first.keys()):
+    for key in sorted((own.keys() | first.keys()) - set(HARMLESS)):
         if own.get(key) != first.get(key):
             raise ValueError(
                 f"rank {ranks.rank}: {key}={own.get(key)!r}, but rank 0 has {first.get(key)!r}; "

@@ -31,14 +31,16 @@ def train(*arguments: str) -> int:
 def test_a_run_over_shards_resumes_bit_for_bit_and_equals_that_over_the_folder(
     shards: Path,
 ) -> None:
-    root = "data.train.root=shards/train-{0..2}.tar"
-    assert train("--run-dir", "folder") == 0
-    assert train("--run-dir", "parts", root, "training.max_steps=3", "data.num_workers=1") == 0
+    root, each = "data.train.root=shards/train-{0..2}.tar", "training.validate_every_steps=1"
+    assert train("--run-dir", "folder", each) == 0
+    parts = [root, each, "training.max_steps=3", "data.num_workers=1"]
+    assert train("--run-dir", "parts", *parts) == 0
     # the first version wrote a key that has gone, and took it on the command line
     config = Path("parts/config.yaml")
     config.write_text(config.read_text().replace("\ndata:\n", "\ndata:\n  listing_cache: true\n"))
     assert "listing_cache" in config.read_text()
-    assert train("--run-dir", "parts", "data.train.root=shards", "data.listing_cache=false") == 0
+    parts = ["data.train.root=shards", each, "data.listing_cache=false"]
+    assert train("--run-dir", "parts", *parts) == 0
     assert status("parts")["state"] == "finished"
     of_folder, of_shards = checkpoint("folder", 6), checkpoint("parts", 6)
     assert of_folder["data_fingerprint"] == of_shards["data_fingerprint"]

@@ -22,6 +22,7 @@ IMPORTS = {
     "__init__.py": "the package's own modules, by name",
     "losses/__init__.py": "lossconfig.target of a config that the user passed",
     "cli/main.py": "commands, and --import",
+    "data/file_types.py": "plugins of Pillow, by name",
 }
 
 
