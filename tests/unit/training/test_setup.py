@@ -1,10 +1,14 @@
 """Dividing the images of a step, at the start and on resume, and frozen parameters."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 
 from kl_vae import AutoEncoderKL
-from kl_vae.training.config import TrainingConfig
-from kl_vae.training.setup import divide_batch, freeze
+from kl_vae.training.config import RunConfig, TrainingConfig
+from kl_vae.training.run_directory import flatten
+from kl_vae.training.setup import check_same_config, divide_batch, freeze
 from tests.messages import mentions
 
 
@@ -81,3 +85,25 @@ def test_invalid_patterns_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=mentions(*parts)):
         freeze(tiny_model, patterns)
+
+
+class RankOne:
+    """Rank 1 of two: rank 0 has the config `first`."""
+
+    rank = 1
+
+    def __init__(self, first: RunConfig) -> None:
+        self._first = flatten(dataclasses.asdict(first))
+
+    def on_rank_zero(self, _: object) -> dict[str, Any]:
+        return self._first
+
+
+def test_ranks_with_different_configs_are_an_error() -> None:
+    first = RunConfig.load("example")
+    other = RunConfig.load("example", ["optimizer.learning_rate=0.5", "data.num_workers=1"])
+    error = mentions("rank 1", "optimizer.learning_rate=0.5", "0.0001")
+    with pytest.raises(ValueError, match=error):
+        check_same_config(other, RankOne(first))  # type: ignore[arg-type]
+    harmless = RunConfig.load("example", ["data.num_workers=1", "data.train.root=elsewhere"])
+    check_same_config(harmless, RankOne(first))  # type: ignore[arg-type]
