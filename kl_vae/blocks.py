@@ -24,13 +24,20 @@ register_block = BLOCKS.register
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm (Wu & He 2018) that runs in float32 under autocast, on every device."""
+    """Group norm (Wu & He 2018) that runs in float32 or float64 under autocast, on every device."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
+        x = at_least_float32(x)
+        weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
         with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float())
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Convert half precision to float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @register_normalization("group")

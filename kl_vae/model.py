@@ -51,7 +51,8 @@ class StepOutput(NamedTuple):
 class AutoEncoderKL(nn.Module):
     """KL-regularised autoencoder (Rombach et al. 2022, section 3.1; Kingma & Welling 2013).
 
-    Images are float32 [B, C, H, W] in [-1, 1], with H and W multiples of f.
+    Images are [B, C, H, W] in [-1, 1], with H and W multiples of f. They, latents and contexts are
+    cast to the data type of the weights: after `model.half()`, images come out in float16.
 
     Args:
         ddconfig: the architecture, see `DDConfig`.
@@ -127,18 +128,21 @@ class AutoEncoderKL(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Data type of the weights and, without autocast, of the inputs and outputs."""
+        """Data type of the weights; inputs are cast to it, and without autocast images have it."""
         return self.decoder.conv_out.weight.dtype
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> DiagonalGaussianDistribution:
         """Encode images [B, C, H, W] to the posterior over latents [B, z, h, w].
 
+        The posterior is float32, or float64 if the weights are.
+
         Raises:
-            ValueError: x is not a batch of images in [-1, 1], or H or W is not a multiple of f.
+            ValueError: x is not a batch of images in [-1, 1], such as integers, or H or W is not a
+                multiple of f.
         """
         check_images(x, self.config)
         check_context(context, self.config)
-        moments = self.encoder(x, context)
+        moments = self.encoder(x.to(self.dtype), self._cast(context))
         if self.embed_dim is not None:
             moments = self.quant_conv(moments)
         return DiagonalGaussianDistribution(moments)
@@ -153,12 +157,14 @@ class AutoEncoderKL(nn.Module):
         """
         check_latents(z, self.latent_channels)
         check_context(context, self.config)
-        if not torch.is_autocast_enabled(z.device.type):
-            z = z.to(self.dtype)
+        z = z.to(self.dtype)
         if self.embed_dim is not None:
             z = self.post_quant_conv(z)
-        image: Tensor = self.decoder(z, context)
+        image: Tensor = self.decoder(z, self._cast(context))
         return image
+
+    def _cast(self, context: Tensor | None) -> Tensor | None:
+        return None if context is None else context.to(self.dtype)
 
     @torch.no_grad()
     def reconstruct(self, image: Tensor, context: Tensor | None = None) -> Tensor:

@@ -26,6 +26,7 @@ from kl_vae.accel.convolution import (
 )
 from kl_vae.accel.group_norm import FLOAT32_NORMS
 from kl_vae.accel.swap import are_on, is_traced, is_untouched
+from kl_vae.blocks import at_least_float32
 
 # Activations that the backward pass recomputes. none: those between a norm and its SiLU; norms:
 # also those between the SiLU and its convolution; blocks: whole residual blocks.
@@ -41,9 +42,11 @@ def norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
 
     The result is float32 under autocast.
     """
+    scale: Tensor = norm.weight
+    shift: Tensor = norm.bias
     if torch.is_autocast_enabled(x.device.type):
-        x = x.float()
-    out: Tensor = _NormSilu.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+        x, scale, shift = (at_least_float32(t) for t in (x, scale, shift))
+    out: Tensor = _NormSilu.apply(x, scale, shift, norm.num_groups, norm.eps)
     return out
 
 
@@ -52,18 +55,22 @@ def norm_silu_conv(
 ) -> Tensor:
     """Compute conv(silu(norm(x))) + residual, [B, O, H, W]; only x and the statistics are saved.
 
-    Under autocast the norm runs in float32 and the convolution in the autocast precision; x is
-    saved in its own precision.
+    Under autocast the norm runs in float32 and the convolution in the autocast precision, except
+    in float64; x is saved in its own precision.
     """
     kind, weight, bias = x.device.type, conv.weight, conv.bias
+    scale: Tensor = norm.weight
+    shift: Tensor = norm.bias
     norm_dtype = x.dtype
     if torch.is_autocast_enabled(kind):
-        dtype, norm_dtype = torch.get_autocast_dtype(kind), torch.float32
+        scale, shift = at_least_float32(scale), at_least_float32(shift)
+        norm_dtype = scale.dtype
+        dtype = torch.get_autocast_dtype(kind) if weight.dtype != torch.float64 else weight.dtype
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     out: Tensor = _NormSiluConv.apply(
         x,
-        norm.weight,
-        norm.bias,
+        scale,
+        shift,
         weight,
         bias,
         residual,

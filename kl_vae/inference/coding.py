@@ -1,6 +1,7 @@
 """Encoding, decoding and reconstruction of images of any size.
 
-Results that contain NaN or infinity in half precision are recomputed in fp32.
+Results that contain NaN or infinity under autocast are recomputed without it, in the precision of
+the weights.
 
 Shapes: B batch, C channels, H and W image height and width, z latent channels, h and w latent
 height and width, f = H / h.
@@ -25,10 +26,6 @@ from kl_vae.runtime.memory import is_out_of_memory
 logger = logging.getLogger(__name__)
 
 _AUTO = Tiling()
-_DAMAGED = (
-    "contains NaN or infinity in fp32: the checkpoint's weights are damaged or belong to another "
-    "architecture; use another checkpoint"
-)
 
 
 @torch.inference_mode()
@@ -62,7 +59,7 @@ def encode_images(
 
     size = (images.shape[2], images.shape[3])
     computed = _compute(encode, len(images), device, precision)
-    moments = _checked(computed, len(images), device, precision, size, names, "posterior")
+    moments = _checked(computed, model, len(images), precision, size, names, "posterior")
     return DiagonalGaussianDistribution(moments)
 
 
@@ -88,7 +85,7 @@ def decode_latents(
 
     size = (f * z.shape[2], f * z.shape[3])
     computed = _compute(decode, len(z), device, precision)
-    images = _checked(computed, len(z), device, precision, size, names, "decoded image")
+    images = _checked(computed, model, len(z), precision, size, names, "decoded image")
     return images.clamp(-1.0, 1.0)
 
 
@@ -151,7 +148,7 @@ def reconstruct_batch(
     computed = _compute(autoencode, len(images), device, precision)
     if computed is not None:
         return [
-            _cropped(x, image, bad=i in computed.bad, redone=i in computed.redone)
+            _cropped(x, image, model, bad=i in computed.bad, redone=i in computed.redone)
             for i, (x, image) in enumerate(zip(computed.values, images, strict=True))
         ]
     if len(images) > 1:
@@ -176,9 +173,11 @@ def _can_be_exact(model: AutoEncoderKL) -> bool:
     return True
 
 
-def _cropped(decoded: Tensor, image: Tensor, bad: bool, redone: bool) -> Reconstruction:
+def _cropped(
+    decoded: Tensor, image: Tensor, model: AutoEncoderKL, bad: bool, redone: bool
+) -> Reconstruction:
     if bad:
-        return Reconstruction(None, f"the reconstruction {_DAMAGED}", redone)
+        return Reconstruction(None, f"the reconstruction {_not_finite_in(model)}", redone)
     x = decoded[:, : image.shape[1], : image.shape[2]]
     return Reconstruction(x.clamp(-1.0, 1.0), redone_in_fp32=redone)
 
@@ -221,8 +220,8 @@ def _compute(
 
 def _checked(
     computed: _Computed | None,
+    model: AutoEncoderKL,
     number: int,
-    device: torch.device,
     precision: str,
     size: tuple[int, int],
     names: Sequence[str] | None,
@@ -236,14 +235,25 @@ def _checked(
     if computed is None:
         raise ValueError(
             f"a batch of {number} images of {size[1]} x {size[0]} does not fit into the memory of "
-            f"{device}; reduce the batch size"
+            f"{_device(model)}; reduce the batch size"
         )
     if computed.redone:
         subject = _subject(computed.redone, number, names)
         logger.warning("%s: NaN or infinity in %s; recomputed in fp32", subject, precision)
     if computed.bad:
-        raise ValueError(f"{_subject(computed.bad, number, names)}: the {result} {_DAMAGED}")
+        subject = _subject(computed.bad, number, names)
+        raise ValueError(f"{subject}: the {result} {_not_finite_in(model)}")
     return computed.values.cpu()
+
+
+def _not_finite_in(model: AutoEncoderKL) -> str:
+    """Return the end of the message for values that are not finite without autocast."""
+    if model.dtype in (torch.float16, torch.bfloat16):
+        return f"contains NaN or infinity with weights of {model.dtype}; call model.float()"
+    return (
+        "contains NaN or infinity in fp32: the checkpoint's weights are damaged or belong to "
+        "another architecture; use another checkpoint"
+    )
 
 
 def _subject(positions: Sequence[int], number: int, names: Sequence[str] | None) -> str:

@@ -45,6 +45,7 @@ def encode_exact(model: AutoEncoderKL, images: Tensor, strip_bytes: int | None =
     """
     check_exact(model)
     encoder, channels = model.encoder, model.config.channels
+    images = images.to(model.dtype)
     layout = _StripLayout(images, strip_bytes)
     dim = layout.dim
     strips = split(images, dim, layout.lines(max(model.config.ch, channels[0])))
@@ -68,6 +69,7 @@ def decode_exact(model: AutoEncoderKL, z: Tensor, strip_bytes: int | None = None
     """
     check_exact(model)
     decoder, channels = model.decoder, model.config.channels
+    z = z.to(model.dtype)
     layout = _StripLayout(z, strip_bytes)
     dim = layout.dim
     strips = split(z, dim, layout.lines(channels[-1]))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from kl_vae.blocks import at_least_float32
 from kl_vae.runtime.memory import give_back_memory
 
 Strips = Iterator[Tensor]
@@ -38,7 +39,7 @@ class Moments:
 
     def add(self, strip: Tensor) -> None:
         """Add a strip [B, C, h, w]."""
-        x = _at_least_float32(strip).flatten(2)
+        x = at_least_float32(strip).flatten(2)
         mean = x.mean(2, keepdim=True)
         self._numbers.append(x.shape[2])
         self._means.append(mean[:, :, 0])
@@ -169,7 +170,3 @@ def with_halo(strips: Strips, dim: int, before: bool = True) -> Strips:
 
 def _joined(pieces: list[Tensor], dim: int) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
