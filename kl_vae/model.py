@@ -373,7 +373,12 @@ class AutoEncoderKL(nn.Module):
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, params: Mapping[str, Any] | None = None, *, ema: bool = True
+        cls,
+        path: str | Path,
+        params: Mapping[str, Any] | None = None,
+        *,
+        ema: bool = True,
+        ignore_keys: Iterable[str] = (),
     ) -> AutoEncoderKL:
         """Load a trained autoencoder, in eval mode and without its loss.
 
@@ -388,53 +393,65 @@ class AutoEncoderKL(nn.Module):
             params: a config, or its `model.params`, which the tensors must match; None: read from
                 the checkpoint, or inferred from the names and shapes of its tensors.
             ema: load the EMA weights if the checkpoint has them; False: the latest trained weights.
+            ignore_keys: prefixes of keys, in the CompVis layout, that are not loaded; these weights
+                keep their initial values.
 
         Raises:
             ValueError: the path holds no autoencoder, or it does not match the params.
         """
         params = None if params is None else model_params(params)
         weights = read_weights(path, ema)
-        return cls._of_weights(weights, complete_params(weights, params))
+        return cls._of_weights(weights, complete_params(weights, params), tuple(ignore_keys))
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, subfolder: str = "") -> AutoEncoderKL:
+    def from_pretrained(
+        cls, name: str | Path, *, subfolder: str = "", ignore_keys: Iterable[str] = ()
+    ) -> AutoEncoderKL:
         """Load a model from a path or the Hugging Face Hub, with the interface of diffusers.
 
         Args:
             name: a path accepted by `from_checkpoint`; if there is no such path, ORG/NAME means
                 `hf://ORG/NAME`.
             subfolder: subfolder of the folder or repository, such as vae.
+            ignore_keys: see `from_checkpoint`.
 
         Raises:
             ValueError: see `from_checkpoint`.
         """
         is_id = re.fullmatch(r"[\w.-]+/[\w.-]+(@[^/]+)?", str(name)) and not Path(name).exists()
         text = f"hf://{name}" if is_id else str(name)
-        return cls.from_checkpoint(f"{text}/{subfolder}" if subfolder else text)
+        text = f"{text}/{subfolder}" if subfolder else text
+        return cls.from_checkpoint(text, ignore_keys=ignore_keys)
 
     @classmethod
-    def from_preset(cls, name: str, weights: str | Path | None = None) -> AutoEncoderKL:
+    def from_preset(
+        cls, name: str, weights: str | Path | None = None, *, ignore_keys: Iterable[str] = ()
+    ) -> AutoEncoderKL:
         """Load a published autoencoder in eval mode, with the normalisation of its latents.
 
         Args:
             name: one of `kl_vae.checkpoints.presets.PRESETS`, such as sdxl-vae.
             weights: a path accepted by `from_checkpoint`; None: download the published weights.
+            ignore_keys: see `from_checkpoint`.
 
         Raises:
             ValueError: the preset is unknown, or the weights do not match it.
         """
         preset = find_preset(name)
         read = read_weights(preset.location if weights is None else weights)
-        return cls._of_weights(read, preset.params_of(read))
+        return cls._of_weights(read, preset.params_of(read), tuple(ignore_keys))
 
     @classmethod
-    def _of_weights(cls, weights: Weights, params: Mapping[str, Any]) -> AutoEncoderKL:
+    def _of_weights(
+        cls, weights: Weights, params: Mapping[str, Any], ignore_keys: tuple[str, ...]
+    ) -> AutoEncoderKL:
         # the meta device avoids an initialisation that would be overwritten
-        device = "meta" if has_published_parts(params["ddconfig"]) else "cpu"
+        overwritten = has_published_parts(params["ddconfig"]) and not ignore_keys
+        device = "meta" if overwritten else "cpu"
         with torch.device(device):
             model = cls(**params)
         own = model.state_dict()
-        fitting = match(own, weights.tensors, source=weights.source)
+        fitting = match(own, weights.tensors, ignore_keys, weights.source)
         tensors = {key: x.to(own[key].dtype) for key, x in fitting.items()}
         model.load_state_dict(tensors, strict=False, assign=True)
         model.pixel_range = weights.pixel_range or "auto"
@@ -451,18 +468,35 @@ class AutoEncoderKL(nn.Module):
             "latents": None if self.latents is None else dataclasses.asdict(self.latents),
         }
 
-    def save_pretrained(self, folder: str | Path, dtype: str = "fp32") -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        dtype: str = "fp32",
+        *,
+        max_shard_size: int | str | None = None,
+        variant: str | None = None,
+    ) -> None:
         """Write a diffusers folder, for `diffusers.AutoencoderKL` and this class.
 
         Args:
             folder: the new folder.
             dtype: data type of the written weights: fp32, fp16 or bf16.
+            max_shard_size: largest size of a file, in bytes or as in "500MB", above which the
+                weights are divided into several files; None: one file.
+            variant: part of the file names, such as fp16, by which diffusers selects them.
 
         Raises:
             ValueError: diffusers cannot represent this model, the folder exists or cannot be
-                written, or a weight is too large for fp16.
+                written, a weight is too large for fp16, or a size or variant is invalid.
         """
-        write_diffusers(Path(folder), self._own_tensors(), self.params, dtype)
+        write_diffusers(
+            Path(folder),
+            self._own_tensors(),
+            self.params,
+            dtype,
+            max_shard_size=max_shard_size,
+            variant=variant,
+        )
 
     def save_compvis(self, path: str | Path, dtype: str = "fp32") -> None:
         """Write a safetensors file with the original key names, and `params` in its metadata.

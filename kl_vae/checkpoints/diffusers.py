@@ -24,15 +24,34 @@ from kl_vae.checkpoints.architecture import MAX_LEVELS
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model"
-INDEX = f"{WEIGHTS}.safetensors.index.json"  # maps tensors to shards
-WEIGHT_FILES = (  # in order of preference
-    f"{WEIGHTS}.safetensors",
-    INDEX,
-    f"{WEIGHTS}.bin",
-    f"{WEIGHTS}.fp16.safetensors",
-    f"{WEIGHTS}.fp16.bin",
-)
+NON_EMA = "non_ema"  # variant with the raw weights, next to averaged ones
+VARIANTS = ("", "fp32", "fp16", "bf16", NON_EMA)  # in order of preference
 _MAX_JSON_BYTES = 1 << 24
+
+
+def weight_files(variant: str = "") -> tuple[str, ...]:
+    """Return the names of the weights of a variant in order of preference, with indices of shards.
+
+    An index, whose name ends in .json, maps the names of tensors to shards.
+    """
+    part = f".{variant}" if variant else ""
+    return tuple(
+        name
+        for kind in ("safetensors", "bin")
+        for name in (f"{WEIGHTS}{part}.{kind}", f"{WEIGHTS}.{kind}.index{part}.json")
+    )
+
+
+WEIGHT_FILES = tuple(name for variant in VARIANTS for name in weight_files(variant))
+_VARIANT = re.compile(
+    rf"{WEIGHTS}\.((?P<of_file>[\w-]+)\.)?(safetensors|bin)(\.index(\.(?P<of_index>[\w-]+))?\.json)?"
+)
+
+
+def variant_of(name: str) -> str | None:
+    """Return the variant in a file name, "" if it has none; None: not a file of diffusers."""
+    match = _VARIANT.fullmatch(name)
+    return None if match is None else match["of_file"] or match["of_index"] or ""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -88,6 +107,9 @@ _ATTENTION = {
     "proj_out": ("to_out.0", "proj_attn"),
 }
 _PROJECTION = re.compile(r"(encoder|decoder)\..*attn(_1|\.\d+)\.(q|k|v|proj_out)\.weight")
+_IN_ATTENTION = re.compile(
+    r"(?P<path>(encoder|decoder)\..*attn(_1|\.\d+)\.)(?P<leaf>.+)\.(?P<kind>weight|bias)"
+)
 
 
 def is_diffusers(keys: Iterable[str]) -> bool:
@@ -97,7 +119,7 @@ def is_diffusers(keys: Iterable[str]) -> bool:
 
 def from_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert a state dict from the diffusers to the CompVis layout; unknown keys are kept."""
-    return with_kernels(_renamed(tensors, _TO_COMPVIS))
+    return with_published_attention(_renamed(tensors, _TO_COMPVIS))
 
 
 def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -106,13 +128,24 @@ def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return _renamed(flat, _TO_DIFFUSERS)
 
 
-def with_kernels(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Reshape attention projections from [C, C] to 1 x 1 kernels [C, C, 1, 1]."""
-    return {
-        key: x[:, :, None, None] if x.ndim == 2 and _PROJECTION.fullmatch(key) else x
-        for key, x in tensors.items()
-    }
+def with_published_attention(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give attention in the CompVis layout its published names and 1 x 1 kernels [C, C, 1, 1].
 
+    Converters of diffusers write files with other names of CompVis, but `attn_1.to_q` [C, C].
+    """
+    published = {}
+    for key, x in tensors.items():
+        match = _IN_ATTENTION.fullmatch(key)
+        if match is not None and match["leaf"] in _PUBLISHED_ATTENTION:
+            name = f"{match['path']}{_PUBLISHED_ATTENTION[match['leaf']]}.{match['kind']}"
+            key = key if name in tensors else name  # a file with both has unexpected tensors
+        if _PROJECTION.fullmatch(key) and x.ndim in (2, 3) and x[0, 0].numel() == 1:
+            x = x.reshape(*x.shape[:2], 1, 1)
+        published[key] = x
+    return published
+
+
+_PUBLISHED_ATTENTION = {old: name for name, olds in _ATTENTION.items() for old in olds}
 
 _Rule = tuple[re.Pattern[str], str, dict[str, str]]
 

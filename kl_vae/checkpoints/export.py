@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from kl_vae.checkpoints.diffusers import (
     CONFIG,
-    WEIGHTS,
     batch_norm,
     config_of_params,
     to_diffusers,
+    weight_files,
 )
 from kl_vae.checkpoints.pretrained import complete_params
 from kl_vae.checkpoints.reading import METADATA, read_weights
@@ -116,7 +117,13 @@ def write_compvis(
 
 
 def write_diffusers(
-    out: Path, tensors: Mapping[str, Tensor], params: Mapping[str, Any], dtype: str = "fp32"
+    out: Path,
+    tensors: Mapping[str, Tensor],
+    params: Mapping[str, Any],
+    dtype: str = "fp32",
+    *,
+    max_shard_size: int | str | None = None,
+    variant: str | None = None,
 ) -> None:
     """Write a diffusers folder for `diffusers.AutoencoderKL.from_pretrained`.
 
@@ -125,12 +132,18 @@ def write_diffusers(
         tensors: state dict of an autoencoder, without a loss; `colorize` is not exported.
         params: complete `model.params`.
         dtype: fp32, fp16 or bf16.
+        max_shard_size: largest size of a file, in bytes or as in "500MB" or "2GiB", above which
+            the weights are divided into several files; None: one file.
+        variant: part of the file names, such as fp16, by which `from_pretrained` selects them.
 
     Raises:
         ValueError: diffusers does not support the model, `out` exists or cannot be written, `dtype`
             is unknown or cannot represent the weights, or safetensors is not installed.
     """
     _check_new(out)
+    if variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", variant):
+        raise ValueError(f"variant={variant!r}: give letters, digits, _ and -, such as fp16")
+    limit = None if max_shard_size is None else _bytes_of(max_shard_size)
     config = config_of_params(params)
     latents = params.get("latents")
     if latents is None:
@@ -144,17 +157,68 @@ def write_diffusers(
     if "batch_norm_eps" in config:
         assert latents is not None
         named |= batch_norm(latents)  # statistics remain float32
-    content = safetensors_bytes(named, {"format": "pt"})
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    shards = _shards(named, limit)
+    whole, index, *_ = weight_files(variant or "")
+    names = [whole]
+    if len(shards) > 1:
+        stem = whole.removesuffix(".safetensors")
+        names = [
+            f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)
+        ]
+    contents = {
+        name: safetensors_bytes(shard, {"format": "pt"})
+        for name, shard in zip(names, shards, strict=True)
+    }
+    contents[CONFIG] = _json_bytes(config)
+    if len(shards) > 1:
+        contents[index] = _json_bytes(
+            {
+                "metadata": {"total_size": sum(x.nbytes for x in named.values())},
+                "weight_map": {
+                    key: name for name, shard in zip(names, shards, strict=True) for key in shard
+                },
+            }
+        )
 
     def write(folder: Path) -> None:
-        (folder / CONFIG).write_text(text, encoding="utf-8")
-        (folder / f"{WEIGHTS}.safetensors").write_bytes(content)
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
 
     try:
         write_folder_atomically(out, write)
     except OSError as error:
         raise ValueError(f"{out}: cannot be written ({error}); choose another place") from None
+
+
+def _shards(tensors: Mapping[str, Tensor], limit: int | None) -> list[dict[str, Tensor]]:
+    """Divide tensors, in order, into parts of at most `limit` bytes, or of one larger tensor."""
+    shards: list[dict[str, Tensor]] = [{}]
+    for key, x in tensors.items():
+        held = sum(y.nbytes for y in shards[-1].values())
+        if limit is not None and shards[-1] and held + x.nbytes > limit:
+            shards.append({})
+        shards[-1][key] = x
+    return shards
+
+
+def _bytes_of(size: int | str) -> int:
+    """Return a size in bytes: a number, or a text such as 500MB or 2GiB.
+
+    Raises:
+        ValueError: the size is not valid.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", str(size).strip().upper())
+    number = 0
+    if match is not None and type(size) in (int, str):
+        base = 1024 if match[3] else 1000
+        number = int(float(match[1]) * base ** ("KMGT".find(match[2]) + 1 if match[2] else 0))
+    if number < 1:
+        raise ValueError(f"max_shard_size={size!r}: give bytes, or a size such as '500MB'")
+    return number
+
+
+def _json_bytes(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _check_new(out: Path) -> None:

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from urllib.parse import unquote
 
-from kl_vae.checkpoints.diffusers import CONFIG, INDEX, WEIGHT_FILES, read_json, shard_names
+from kl_vae.checkpoints.diffusers import CONFIG, WEIGHT_FILES, read_json, shard_names, variant_of
 
 PREFIX = "hf://"
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # of weight files
@@ -53,6 +53,9 @@ def fetch(name: str | Path) -> Path:
     snapshot = _Snapshot(PREFIX + rest, parts["repository"], revision)
     path = parts["path"].removeprefix("/")
     if path.endswith(SUFFIXES):
+        folder, _, name = path.rpartition("/")
+        if variant_of(name) is not None:  # its config states what the tensors do not show
+            snapshot.get(f"{folder}/{CONFIG}" if folder else CONFIG)
         return snapshot.require(path, "check its name")
     return _fetch_folder(snapshot, f"{path}/" if path else "")
 
@@ -75,9 +78,9 @@ def _fetch_folder(snapshot: _Snapshot, folder: str) -> Path:
     else:
         problem = f"no weights in the folder of {folder}{CONFIG}"
         raise snapshot.missing(problem, ", ".join(WEIGHT_FILES), "give a weight file")
-    if weights == INDEX:
-        for shard in _shards(path, f"{snapshot.name}: {folder}{INDEX}"):
-            snapshot.require(folder + shard, f"{folder}{INDEX} lists it; give a weight file")
+    if weights.endswith(".json"):
+        for shard in _shards(path, f"{snapshot.name}: {folder}{weights}"):
+            snapshot.require(folder + shard, f"{folder}{weights} lists it; give a weight file")
     return config.parent
 
 

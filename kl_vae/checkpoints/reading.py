@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,21 +14,25 @@ from torch import Tensor
 from kl_vae.checkpoints.diffusers import (
     CONFIG,
     EPS,
-    INDEX,
-    WEIGHT_FILES,
+    NON_EMA,
+    VARIANTS,
     from_diffusers,
     is_diffusers,
     params_of_config,
     read_json,
     shard_names,
     take_batch_norm,
-    with_kernels,
+    variant_of,
+    weight_files,
+    with_published_attention,
     with_quant_convolutions,
 )
 from kl_vae.checkpoints.hub import SUFFIXES, fetch, is_hub_name
 from kl_vae.checkpoints.run_files import check_digest, is_checkpoint, is_run, read_chosen
 from kl_vae.checkpoints.safetensors_file import is_safetensors, read_safetensors
 from kl_vae.checkpoints.torch_file import check_within_file
+
+logger = logging.getLogger(__name__)
 
 METADATA = "kl_vae"  # metadata key of exported safetensors files; its value is the config as JSON
 
@@ -58,23 +63,29 @@ def read_weights(path: str | Path, ema: bool = True) -> Weights:
         ValueError: The path does not exist, or the file is damaged, unsafe, or not an autoencoder.
     """
     path = fetch(path) if is_hub_name(path) else Path(path)
-    files, config, source = [path], None, path
+    files, config, source = [path], _config_beside(path), path
     if path.is_dir() and not is_run(path):
         files, config, source = find_autoencoder(path, ema)
+    elif path.name.endswith(".index.json"):
+        files = _shards(path)
     contents = [_read_file(file, ema) for file in files]
     first = contents[0]
     tensors = {key: x for content in contents for key, x in content.tensors.items()}
     size = sum(content.path.stat().st_size for content in contents)
     check_within_file(tensors, size, str(source))
     tensors = with_quant_convolutions(tensors)
-    tensors = from_diffusers(tensors) if is_diffusers(tensors) else with_kernels(tensors)
+    tensors = (
+        from_diffusers(tensors) if is_diffusers(tensors) else with_published_attention(tensors)
+    )
     params, eps = _section(first.config, "model", "params"), EPS
     params = params if isinstance(params, Mapping) else None
     if config is not None:
-        params = params_of_config(config, str(source / CONFIG))
+        folder = source if source.is_dir() else source.parent
+        params = params_of_config(config, str(folder / CONFIG))
         eps = config.get("batch_norm_eps", EPS)
     tensors, latents = take_batch_norm(tensors, eps)
     name = str(source if config is not None else first.path)
+    tensors = _without_others(tensors, name)
     paths = tuple(content.path for content in contents)
     pixel_range = _section(first.config, "data", "range")
     return Weights(tensors, params, latents, paths, name, first.step, first.averaged, pixel_range)
@@ -159,24 +170,57 @@ def find_autoencoder(folder: Path, ema: bool = True) -> FolderContent:
             config = read_json(place / CONFIG)
             # the config.json in a pipeline's folder may be that of another model
             if place != folder or str(config.get("_class_name", "Auto")).startswith("Auto"):
-                return FolderContent(_weights_of(place), config, place)
-    files = sorted(path for path in folder.glob("*") if path.suffix in SUFFIXES and path.is_file())
+                return FolderContent(_weights_of(place, ema), config, place)
+    files = _weight_files_in(folder)
     if len(files) == 1:
         return FolderContent(files, None, files[0])
     if files:
-        names = ", ".join(path.name for path in files[:5])
-        raise ValueError(f"{folder}: contains {len(files)} weight files ({names}); give one")
+        raise ValueError(
+            f"{folder}: contains {len(files)} weight files ({_names(files)}); give one"
+        )
     raise ValueError(f"{folder}: contains no checkpoint; give a run directory or a file")
 
 
-def _weights_of(folder: Path) -> list[Path]:
-    for name in WEIGHT_FILES:
-        path = folder / name
-        if path.is_file():
-            return _shards(path) if name == INDEX else [path]
+def _weights_of(folder: Path, ema: bool) -> list[Path]:
+    """Return the weights next to a diffusers config: by a name of diffusers, or the only file."""
+    there = {path.name: path for path in folder.iterdir() if path.is_file()}
+    found = {variant for name in there if (variant := variant_of(name)) is not None}
+    preferred = VARIANTS if ema else (NON_EMA, *VARIANTS)
+    unknown = sorted(found.difference(VARIANTS))
+    for variant in (*preferred, *(unknown if len(unknown) == 1 else ())):
+        for name in weight_files(variant):
+            if name in there:
+                return _shards(there[name]) if name.endswith(".json") else [there[name]]
+    files = _weight_files_in(folder)
+    if len(files) == 1:
+        return files
+    named = f" with a name of diffusers ({_names(files)})" if files else ""
     raise ValueError(
-        f"{folder}: contains a {CONFIG} but no weights; add one of {', '.join(WEIGHT_FILES[:3])}"
+        f"{folder}: contains a {CONFIG} but no weights{named}; add one of "
+        f"{', '.join(weight_files()[:3])}, or give a file"
     )
+
+
+def _weight_files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if path.suffix in SUFFIXES and path.is_file())
+
+
+def _names(files: list[Path]) -> str:
+    return ", ".join(path.name for path in files[:5]) + ", ..." * (len(files) > 5)
+
+
+def _config_beside(file: Path) -> dict[str, Any] | None:
+    """Return the config of an autoencoder next to a file of weights, if it is that file's.
+
+    It is if the file has a name of diffusers, or is the only file of weights in the folder.
+    """
+    path = file.parent / CONFIG
+    if not file.is_file() or not path.is_file():
+        return None
+    if variant_of(file.name) is None and _weight_files_in(file.parent) != [file]:
+        return None
+    config = read_json(path)
+    return config if str(config.get("_class_name")).startswith("Autoencoder") else None
 
 
 def _shards(index: Path) -> list[Path]:
@@ -194,6 +238,9 @@ def _shards(index: Path) -> list[Path]:
 
 # in every autoencoder, in both layouts
 _ENCODER, _DECODER = "encoder.conv_in.weight", "decoder.conv_in.weight"
+
+# first parts of the keys of an autoencoder, and of a VQ autoencoder, which is refused
+_PARTS = {"encoder", "decoder", "quant_conv", "post_quant_conv", "colorize", "loss", "quantize"}
 
 # parts of a key that module wrappers add anywhere
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -228,6 +275,26 @@ def autoencoder_tensors(content: object, source: str, ema: bool = True) -> dict[
     if not raw and not average:
         raise ValueError(f"{source}: contains no tensors; give a file with a state dict")
     return {**raw, **average} if ema or not raw else raw
+
+
+def _without_others(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Set aside the tensors of other models next to an autoencoder, with one log line.
+
+    Trainers save their discriminator, a foundation model or a second average with it.
+    """
+    if not {_ENCODER, _DECODER} <= tensors.keys():
+        return tensors
+    others = [key for key in tensors if key.partition(".")[0] not in _PARTS]
+    if others:
+        parts = sorted({ascii(key.partition(".")[0])[1:-1] for key in others})
+        logger.info(
+            "%s: %d tensors of other models set aside: %s%s",
+            source,
+            len(others),
+            ", ".join(parts[:5]),
+            ", ..." * (len(parts) > 5),
+        )
+    return {key: x for key, x in tensors.items() if key.partition(".")[0] in _PARTS}
 
 
 def select(keys: Iterable[str], ema: bool = True) -> dict[str, str]:

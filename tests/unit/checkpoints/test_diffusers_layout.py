@@ -12,7 +12,7 @@ from kl_vae.checkpoints.diffusers import (
     from_diffusers,
     is_diffusers,
     to_diffusers,
-    with_kernels,
+    with_published_attention,
 )
 from tests.conftest import TINY_DDCONFIG
 
@@ -156,15 +156,15 @@ def test_attention_weights_gain_and_lose_kernel_axes() -> None:
         "encoder.mid_block.attentions.0.to_q.weight": [2, 2]
     }
     flat = {"encoder.mid.attn_1.q.weight": torch.ones(2, 2), "encoder.x.weight": torch.ones(2, 2)}
-    assert [x.ndim for x in with_kernels(flat).values()] == [4, 2]
+    assert [x.ndim for x in with_published_attention(flat).values()] == [4, 2]
     # the first layout of diffusers and unexpected shapes are unchanged
     whole = {f"decoder.up.12.attn.0.{n}.weight": torch.ones(2, 2, 1, 1) for n in ("q", "proj_out")}
-    assert_same(with_kernels(whole), whole)
+    assert_same(with_published_attention(whole), whole)
     odd = {
         "decoder.mid.attn_1.k.weight": torch.ones(()),
         "decoder.mid.attn_1.k.bias": torch.ones(2),
     }
-    assert_same(with_kernels(odd), odd)
+    assert_same(with_published_attention(odd), odd)
 
 
 @pytest.mark.parametrize(
