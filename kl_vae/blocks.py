@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kl_vae.runtime.registry import Registry
 
 NORM_GROUPS = 32
+NORM_EPS = 1e-6
 
 Norm = Callable[[int], nn.Module]
 
@@ -43,7 +44,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 @register_normalization("group")
 def Normalize(channels: int, groups: int = NORM_GROUPS) -> nn.GroupNorm:  # noqa: N802 - published
     """Build a group norm, by default with 32 groups as in the published first stages."""
-    return GroupNorm(groups, channels, eps=1e-6)
+    return GroupNorm(groups, channels, eps=NORM_EPS)
 
 
 @register_block("resnet")

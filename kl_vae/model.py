@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -20,9 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kl_vae.accel.accelerate import set_activation_checkpointing
+from kl_vae.checkpoints.architecture import check_stated
 from kl_vae.checkpoints.export import write_compvis, write_diffusers
 from kl_vae.checkpoints.presets import find_preset
-from kl_vae.checkpoints.pretrained import complete_params, has_published_parts, match
+from kl_vae.checkpoints.pretrained import (
+    complete_params,
+    has_published_parts,
+    match,
+    stated_latents,
+)
 from kl_vae.checkpoints.reading import Weights, read_weights
 from kl_vae.checkpoints.run_files import trained_discriminator
 from kl_vae.ddconfig import DDConfig, check_autoencoder, check_context, check_images, check_latents
@@ -36,6 +43,8 @@ from kl_vae.optim.config import DiscriminatorOptimizerConfig, OptimizerConfig, b
 from kl_vae.runtime.published_config import ConfigSource, model_params
 from kl_vae.runtime.randomness import generator_for
 from kl_vae.runtime.schema import from_mapping, suggest
+
+logger = logging.getLogger(__name__)
 
 
 class StepOutput(NamedTuple):
@@ -519,18 +528,37 @@ class AutoEncoderKL(nn.Module):
         EMA weights are preferred. If the discriminator of a run's best checkpoint is not trained,
         that of its newest is used. Keys with a prefix in `ignore_keys` are skipped, and so are
         tensors of a loss that this model does not have. A log line lists the loaded, ignored,
-        missing and unexpected tensors.
+        missing and unexpected tensors. A model whose `latents` are None takes the normalisation
+        that the checkpoint states, if the whole encoder is loaded.
 
         Raises:
             ValueError: tensors are missing, unexpected or have other shapes, and `ignore_keys` does
-                not cover them. The model is not modified in this case.
+                not cover them; or the checkpoint states another ddconfig. The model is not modified
+                in this case.
         """
-        weights = read_weights(path)
+        weights, prefixes = read_weights(path), tuple(ignore_keys)
+        check_stated(self.config, weights.params, weights.source)
         tensors, source = weights.tensors, weights.source
         if self.adversary is not None:
             discriminator, words = trained_discriminator(Path(path), weights.files[0])
             tensors, source = tensors | discriminator, source + words
-        self.load_weights(tensors, ignore_keys, source=source)
+        self.load_weights(tensors, prefixes, source=source)
+        of_encoder = ("encoder.", "quant_conv.")
+        ignored = (key for key in self.state_dict() if key.startswith(prefixes))
+        if not any(key.startswith(of_encoder) for key in ignored):
+            self._inherit_latents(weights)
+
+    def _inherit_latents(self, weights: Weights) -> None:
+        stated = stated_latents(weights)
+        if stated is None:
+            return
+        latents = from_mapping(LatentNormalization, stated, f"{weights.source}: latents")
+        latents.check_channels(self.latent_channels)
+        if self.latents is None:
+            self.latents = latents
+            logger.info("%s: keeping its normalization of latents: %s", weights.source, latents)
+        elif self.latents != latents:
+            logger.info("%s: states %s; used is %s", weights.source, latents, self.latents)
 
     def load_weights(
         self, tensors: Mapping[str, Tensor], ignore_keys: Iterable[str] = (), source: str = ""

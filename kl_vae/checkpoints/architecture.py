@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from kl_vae.ddconfig import DDConfig
+
 RESOLUTION = 256  # of the published configs; it only determines `attn_resolutions`
 
 MAX_LEVELS = 32  # limits the resolution, a power of 2
@@ -25,6 +27,13 @@ _OPTIONAL = ("quant_conv.weight", "post_quant_conv.weight")
 _CONTEXT = "encoder.mid.block_1.temb_proj.weight"
 _IN_LEVEL = re.compile(
     r"(?P<prefix>encoder\.down|decoder\.up)\.(?P<level>\d{1,4})\.(?P<kind>block|attn)\.\d+\.(?P<leaf>.*)"
+)
+
+
+# keys of ddconfig that change results, and that no name or shape of a tensor shows, or not always
+_NOT_SHOWN = (
+    *("norm_groups", "tanh_out", "norm_type", "block_type"),
+    *("attn_type", "double_z", "resamp_with_conv"),
 )
 
 
@@ -148,6 +157,41 @@ def infer_architecture(tensors: Mapping[str, Tensor], source: str) -> Architectu
         or "encoder.down.0.downsample.conv.weight" in shapes,
         context_channels=shapes.get(_CONTEXT, (0, 0))[1],
     )
+
+
+def check_stated(asked: DDConfig, stated: Mapping[str, Any] | None, source: str) -> None:
+    """Compare the parts of a ddconfig that tensors do not show with those that a file states.
+
+    Results change silently if they differ: the tensors of a model with 8 and with 32 groups are the
+    same.
+
+    Args:
+        asked: the ddconfig of the model that the weights are loaded into.
+        stated: `model.params` of the file; None: it states nothing. Missing keys have the defaults
+            of `DDConfig`, with which the file was written.
+        source: name of the file in error messages.
+
+    Raises:
+        ValueError: They differ; the message has one line with all values.
+    """
+    ddconfig = (stated or {}).get("ddconfig")
+    if not isinstance(ddconfig, Mapping):
+        return
+    defaults = {field.name: field.default for field in dataclasses.fields(DDConfig)}
+    there, own = ({**defaults, **given} for given in (ddconfig, dataclasses.asdict(asked)))
+    for values in (there, own):
+        values["attn_type"] = "linear" if values["use_linear_attn"] else values["attn_type"]
+    keys = [key for key in _NOT_SHOWN if there[key] != own[key]]
+    if len(asked.ch_mult) == 1 and "resamp_with_conv" in keys:
+        keys.remove("resamp_with_conv")  # with one level there is no resampling
+    if keys:
+        pairs = (f"{key}={_format(there[key])} (not {_format(own[key])})" for key in keys)
+        raise ValueError(f"{source}: states {', '.join(pairs)}; use the values that it states")
+
+
+def not_stated(config: DDConfig) -> str:
+    """Describe what a bare state dict is assumed to have, since its tensors do not show it."""
+    return f"norm_groups={config.norm_groups}, tanh_out={_format(config.tanh_out)}"
 
 
 class _Levels(NamedTuple):

@@ -18,6 +18,7 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor
 
+from kl_vae.blocks import NORM_EPS
 from kl_vae.checkpoints.architecture import MAX_LEVELS
 
 # --- files
@@ -44,7 +45,8 @@ def weight_files(variant: str = "") -> tuple[str, ...]:
 
 WEIGHT_FILES = tuple(name for variant in VARIANTS for name in weight_files(variant))
 _VARIANT = re.compile(
-    rf"{WEIGHTS}\.((?P<of_file>[\w-]+)\.)?(safetensors|bin)(\.index(\.(?P<of_index>[\w-]+))?\.json)?"
+    rf"(?!.*-\d+-of-\d){WEIGHTS}\.((?P<of_file>[\w-]+)\.)?(safetensors|bin)"
+    r"(\.index(\.(?P<of_index>[\w-]+))?\.json)?"
 )
 
 
@@ -300,6 +302,8 @@ def params_of_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         )
     if config.get("act_fn", "silu") not in ("silu", "swish"):
         reader.refuse("act_fn", config["act_fn"], "must be silu")
+    if reader.get("norm_eps", float, NORM_EPS) != NORM_EPS:
+        reader.refuse("norm_eps", config["norm_eps"], f"must be {NORM_EPS}, the only supported one")
     quant = [reader.get(f"use_{name}_conv", bool, True) for name in ("quant", "post_quant")]
     if quant[0] != quant[1]:
         reader.refuse("use_quant_conv", quant[0], f"must equal use_post_quant_conv={quant[1]}")

@@ -14,7 +14,7 @@ from typing import Any
 
 from kl_vae.checkpoints.architecture import Architecture, infer_architecture
 from kl_vae.checkpoints.hub import is_hub_name
-from kl_vae.checkpoints.pretrained import complete_params
+from kl_vae.checkpoints.pretrained import complete_params, stated_latents
 from kl_vae.checkpoints.reading import Weights
 from kl_vae.ddconfig import DDConfig
 from kl_vae.latents import LatentNormalization
@@ -80,7 +80,7 @@ class Preset:
                 + (f", as those of {', '.join(others)}" if others else ""),
             )
         self._check_files(weights)
-        said = (weights.params or {}).get("latents") or weights.latents
+        said = stated_latents(weights)
         if said and self.latents is not None:
             self._check_latents(weights, from_mapping(LatentNormalization, said, "latents"))
         own = {"ddconfig": self.ddconfig, "embed_dim": self.embed_dim, "latents": self.latents}

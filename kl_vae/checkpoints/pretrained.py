@@ -10,7 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from kl_vae.blocks import NORM_GROUPS
-from kl_vae.checkpoints.architecture import Architecture, infer_architecture
+from kl_vae.checkpoints.architecture import (
+    Architecture,
+    check_stated,
+    infer_architecture,
+    not_stated,
+)
 from kl_vae.checkpoints.reading import Weights
 from kl_vae.ddconfig import DDConfig, check_autoencoder
 from kl_vae.latents import LatentNormalization
@@ -50,7 +55,7 @@ def complete_params(weights: Weights, given: Mapping[str, Any] | None = None) ->
     embed_dim, colorize = known["embed_dim"], weights.tensors.get("colorize")
     # [3, channels, 1, 1]
     colorize_nlabels = colorize.shape[1] if colorize is not None and colorize.ndim == 4 else None
-    latents = known.get("latents") or own.get("latents") or weights.latents
+    latents = known.get("latents") or stated_latents(weights)
     try:
         config = from_mapping(DDConfig, known["ddconfig"], "ddconfig")
         check_autoencoder(config, embed_dim, colorize_nlabels)
@@ -62,6 +67,13 @@ def complete_params(weights: Weights, given: Mapping[str, Any] | None = None) ->
         raise ValueError("\n".join(lines)) from None
     if said is not None and has_published_parts(config):
         _check(weights, config, embed_dim)
+    if said is None:
+        logger.info(
+            "%s: has no config; assumed is what its tensors do not show: %s",
+            weights.source,
+            not_stated(config),
+        )
+    check_stated(config, weights.params, weights.source)
     return {
         "ddconfig": config,
         "embed_dim": embed_dim,
@@ -69,6 +81,12 @@ def complete_params(weights: Weights, given: Mapping[str, Any] | None = None) ->
         "monitor": known.get("monitor"),
         "latents": latents,
     }
+
+
+def stated_latents(weights: Weights) -> Mapping[str, Any] | None:
+    """Return the normalisation of latents that a file states, as `model.params.latents`."""
+    latents: Mapping[str, Any] | None = (weights.params or {}).get("latents") or weights.latents
+    return latents
 
 
 def has_published_parts(config: DDConfig) -> bool:

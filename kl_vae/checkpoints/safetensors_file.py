@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kl_vae.checkpoints.torch_file import one_line
+from kl_vae.runtime.files import utf8_name
 
 _SUFFIX = ".safetensors"
 _INSTALL = 'pip install "kl-vae[formats]"'
@@ -60,9 +61,9 @@ def read_safetensors(
         from safetensors import safe_open
     except ImportError:
         raise ValueError(f"{path}: reading safetensors files needs: {_INSTALL}") from None
-    with _reading(path):
+    with _reading(path), utf8_name(path) as name:
         _check_header(path)
-        opened: Any = safe_open(path, framework="pt", device="cpu")
+        opened: Any = safe_open(name, framework="pt", device="cpu")
     with opened as file:
         with _reading(path):
             keys, metadata = list(file.keys()), dict(file.metadata() or {})

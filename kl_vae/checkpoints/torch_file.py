@@ -27,6 +27,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from kl_vae.runtime.files import utf8_name
+
 # the globals allowed by torch that dense tensors and plain values need; without bytearray (of any
 # length) and without sparse, quantised and meta tensors
 _PLAIN = re.compile(
@@ -166,11 +168,12 @@ def _load(path: Path, file: BinaryIO, mmap: bool) -> Any:
     file.seek(0)
     # torch maps files only by path, and reads a path that ends in .safetensors as safetensors
     mapped = is_zip and path.suffix != ".safetensors"
-    with _allow_stand_ins(name for name in names if _STAND_INS.fullmatch(name)):
+    stand_ins = (name for name in names if _STAND_INS.fullmatch(name))
+    with _allow_stand_ins(stand_ins), utf8_name(path) as name:
         content = torch.load(
             # mapped even if the tensors are copied: otherwise torch 2.6 may read beyond the end of
             # a storage
-            path if mapped else file,
+            name if mapped else file,
             map_location="cpu",
             weights_only=True,
             mmap=mapped,

@@ -9,7 +9,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
@@ -62,8 +63,8 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """`write_atomically` for text, as UTF-8."""
-    write_atomically(path, lambda file: file.write(text.encode()))
+    """`write_atomically` for text, as UTF-8; names of files in it keep their bytes."""
+    write_atomically(path, lambda file: file.write(text.encode(errors="surrogateescape")))
 
 
 def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -131,6 +132,23 @@ def flush_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def utf8_name(path: Path) -> Iterator[str]:
+    """Context manager that yields a UTF-8 name of a file, for libraries that accept no other.
+
+    Raises:
+        ValueError: the name is not UTF-8, and this system has no other name for an open file.
+    """
+    if os.fsencode(path).decode(errors="replace") == str(path):
+        yield str(path)
+        return
+    open_files = Path("/proc/self/fd")
+    if not open_files.is_dir():
+        raise ValueError(f"{path}: its name is not UTF-8; rename it")
+    with open(path, "rb") as file:
+        yield str(open_files / str(file.fileno()))
 
 
 def display_name(path: str | os.PathLike[str]) -> str:

@@ -372,7 +372,7 @@ def test_from_pretrained_takes_paths_and_names_of_the_hub(
     again = AutoEncoderKL.from_pretrained("org/name.safetensors")
     assert torch.equal(again.get_last_layer(), tiny_model.get_last_layer())
     asked: list[str] = []
-    monkeypatch.setattr(AutoEncoderKL, "from_checkpoint", asked.append)
+    monkeypatch.setattr(AutoEncoderKL, "from_checkpoint", lambda path, **_: asked.append(path))
     AutoEncoderKL.from_pretrained("org/other", subfolder="vae")
     AutoEncoderKL.from_pretrained(Path("org"))
     assert asked == ["hf://org/other/vae", "org"]
