@@ -84,6 +84,22 @@ class LatentNormalization:
         shift, std = self._shift_and_std(z)
         return z * std + shift
 
+    def scale_of(self, mean: Tensor, std: Tensor) -> float:
+        """Return the standard deviation of normalised latents: 1 if they have the stated scale.
+
+        Args:
+            mean: mean of raw latents per channel, [z].
+            std: standard deviation of raw latents per channel, [z].
+        """
+        if not self.per_channel:  # law of total variance over the channels
+            variance = std.square().mean() + mean.var(correction=0)
+            return self.scale_factor * math.sqrt(variance.item())
+        means, stds = (
+            torch.tensor(x, dtype=std.dtype).view(len(std), -1) for x in (self.mean, self.std)
+        )  # [z, p * p]
+        stated = stds.square().mean(1) + means.var(1, correction=0)  # over the positions
+        return math.sqrt((std.square() / stated).mean().item())
+
     def _shift_and_std(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return shift and std: scalars, or [z, 1, 1], or [z, h, w] with patches."""
         if not self.per_channel:

@@ -20,7 +20,7 @@ from kl_vae.training.guards import StopRequest, stop_on_signals, workers_killed_
 from kl_vae.training.logging import Metrics, RunLogger, to_numbers
 from kl_vae.training.run_directory import RunDirectory
 from kl_vae.training.setup import Setup, set_up
-from kl_vae.training.validate import validate
+from kl_vae.training.validate import validate, warn_about_scale
 from kl_vae.visual.validation_images import draw_validation_images
 
 logger = logging.getLogger(__name__)
@@ -211,6 +211,8 @@ def _end(
     stopped_by = None
     if setup.is_finished:
         _write_status(run, ranks, setup, "finished")
+        if ranks.is_rank_zero:
+            warn_about_scale(state.model, metrics)
         logger.info("finished all %d steps; results in %s", setup.total_steps, run.path)
     else:
         stopped_by = next((name for name in ranks.gather(stop.signal) if name is not None), None)

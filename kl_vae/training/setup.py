@@ -27,10 +27,12 @@ from kl_vae.data import (
     validation_batches,
 )
 from kl_vae.data.transforms import as_written
+from kl_vae.latents import LatentNormalization
 from kl_vae.losses.equivariance import Equivariance
 from kl_vae.model import AutoEncoderKL
 from kl_vae.optim.config import learning_rate_at
 from kl_vae.runtime.distributed import Ranks
+from kl_vae.runtime.schema import from_mapping
 from kl_vae.training.config import RunConfig, TrainingConfig
 from kl_vae.training.ema import WeightAverage
 from kl_vae.training.guards import BadImages
@@ -121,11 +123,18 @@ def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks, on_purpose: bool 
     training = dataclasses.replace(training, accumulate_batches=accumulate)
     config = dataclasses.replace(config, training=training)
     model = build_model(config, ranks, resuming=found is not None)
+    if found is not None and model.latents is None:  # inherited from ckpt_path at the start
+        latents = content["config"]["model"]["params"].get("latents")
+        if latents is not None:
+            model.latents = from_mapping(LatentNormalization, latents, f"{path}: latents")
     metrics = dry_run(model, config, train_set.crop_size, val_set is not None, ranks)
     if model.monitor is not None and model.monitor not in metrics:
         model.monitor = f"val/{model.monitor}"
     val_fingerprint = "" if val_set is None else val_set.fingerprint
-    state = build_state(config, model, plain, train_set.fingerprint, val_fingerprint)
+    # checkpoints state the normalisation of latents that was inherited, config.yaml what was asked
+    stated = dataclasses.replace(config.model.params, latents=model.latents)
+    saved = {**plain, "model": {"params": dataclasses.asdict(stated)}}
+    state = build_state(config, model, saved, train_set.fingerprint, val_fingerprint)
     state.batches = {**batches, "accumulated": accumulate}
     if model.adversary is not None and before and before["accumulated"] != accumulate:
         logger.info(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,10 @@ from kl_vae.training.config import RunConfig
 from kl_vae.training.guards import BadImages, StopRequest
 from kl_vae.training.logging import Metrics, to_numbers
 from kl_vae.training.step import latent_moments, noise_to_device, posterior_noise, to_device
+
+logger = logging.getLogger(__name__)
+
+SCALE_TOLERANCE = 0.05  # relative change of the latents' scale that a run reports at its end
 
 
 @torch.no_grad()
@@ -92,6 +97,38 @@ def validate(
     totals = {name: sums.get(name, torch.zeros(shape).double()) for name, shape in names.items()}
     number = ranks.sum(torch.tensor(count))
     return to_numbers({name: ranks.sum(total) / number for name, total in totals.items()})
+
+
+def warn_about_scale(model: AutoEncoderKL, metrics: Metrics) -> None:
+    """Warn if training moved the scale of the latents away from the normalisation of the model.
+
+    Args:
+        model: the trained model.
+        metrics: of the last validation or, without any, of the last steps.
+    """
+    trains = any(
+        parameter.requires_grad
+        for name, parameter in model.named_parameters()
+        if name.startswith(("encoder.", "quant_conv."))
+    )
+    split = "val" if "val/latent_std" in metrics else "train"
+    if model.latents is None or not trains or f"{split}/latent_std" not in metrics:
+        return
+    mean, std = (
+        torch.tensor(metrics[f"{split}/latent_{name}"], dtype=torch.float64)
+        for name in ("mean", "std")
+    )
+    scale = model.latents.scale_of(mean, std)
+    if abs(scale - 1.0) > SCALE_TOLERANCE:
+        stated = (
+            "std" if model.latents.per_channel else f"scale_factor={model.latents.scale_factor}"
+        )
+        logger.warning(
+            "latents normalized by %s have a standard deviation of %.3g instead of 1: the trained "
+            "encoder has moved their scale; measure it with kl-vae encode --statistics",
+            stated,
+            scale,
+        )
 
 
 @contextmanager
