@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,6 +35,19 @@ _NOT_SHOWN = (
     *("norm_groups", "tanh_out", "norm_type", "block_type"),
     *("attn_type", "double_z", "resamp_with_conv"),
 )
+
+
+# models whose weights are often given in place of an autoencoder's, by the names of tensors
+_OTHER_MODELS = {
+    "a LoRA": re.compile(r"(^|[._])lora([._]|$)"),
+    "a diffusion model": re.compile(
+        r"(^|\.)(input_blocks|output_blocks|double_blocks|single_blocks|joint_blocks"
+        r"|transformer_blocks|single_transformer_blocks|time_embedding)\."
+    ),
+    "a language model": re.compile(
+        r"(^|\.)(embed_tokens|lm_head|wte|tok_embeddings|word_embeddings|token_embedding|shared)\."
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +207,16 @@ def not_stated(config: DDConfig) -> str:
     return f"norm_groups={config.norm_groups}, tanh_out={_format(config.tanh_out)}"
 
 
+def other_model(keys: Iterable[str]) -> str | None:
+    """Describe the model that tensors with these names belong to; None: unknown."""
+    ordered = sorted(keys)
+    for model, pattern in _OTHER_MODELS.items():
+        key = next((key for key in ordered if pattern.search(key)), None)
+        if key is not None:
+            return f"the weights of {model} ({ascii(key)[1:-1]}), not of a KL autoencoder"
+    return None
+
+
 class _Levels(NamedTuple):
     """Levels of the encoder or decoder, starting at full resolution."""
 
@@ -214,6 +237,8 @@ def _check_kind(shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
         )
     missing = [key for key in _CONVOLUTIONS if key not in shapes]
     if missing:
+        if (model := other_model(shapes)) is not None:
+            raise ValueError(f"{source}: {model}; give those of an autoencoder")
         some = ", ".join(ascii(key)[1:-1] for key in sorted(shapes)[:3])
         raise ValueError(
             f"{source}: not a complete KL autoencoder: {missing[0]} is missing; it has "

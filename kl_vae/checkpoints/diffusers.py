@@ -63,6 +63,9 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: The file is not a JSON object, is too large, or cannot be read.
     """
     try:
+        with open(path, "rb") as file:
+            if file.read(23) == b"version https://git-lfs":
+                raise ValueError("a Git LFS pointer; download it with `git lfs pull`")
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise ValueError(f"over {_MAX_JSON_BYTES} bytes")
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -15,6 +15,7 @@ from kl_vae.checkpoints.architecture import (
     check_stated,
     infer_architecture,
     not_stated,
+    other_model,
 )
 from kl_vae.checkpoints.reading import Weights
 from kl_vae.ddconfig import DDConfig, check_autoencoder
@@ -188,6 +189,8 @@ def _mismatch(
     missing: list[str],
 ) -> str:
     """Return an error message for weights that do not match the model."""
+    if own.keys().isdisjoint(given) and (model := other_model(given)) is not None:
+        return f"{model}; give those of an autoencoder"
     try:
         found, expected = infer_architecture(given, "the file"), infer_architecture(own, "model")
         if found != expected:

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,7 +170,8 @@ def find_autoencoder(folder: Path, ema: bool = True) -> FolderContent:
         if (place / CONFIG).is_file():
             config = read_json(place / CONFIG)
             # the config.json in a pipeline's folder may be that of another model
-            if place != folder or str(config.get("_class_name", "Auto")).startswith("Auto"):
+            default = "" if "architectures" in config else "Auto"  # of a model of transformers
+            if place != folder or str(config.get("_class_name", default)).startswith("Auto"):
                 return FolderContent(_weights_of(place, ema), config, place)
     files = _weight_files_in(folder)
     if len(files) == 1:
@@ -178,7 +180,26 @@ def find_autoencoder(folder: Path, ema: bool = True) -> FolderContent:
         raise ValueError(
             f"{folder}: contains {len(files)} weight files ({_names(files)}); give one"
         )
+    image = next((path for path in islice(folder.rglob("*"), 10_000) if _is_image(path)), None)
+    if image is not None:
+        raise ValueError(
+            f"{folder}: a folder of images ({image.name}), which contains no checkpoint; give "
+            "a run directory or a file of weights, and images with --images"
+        )
     raise ValueError(f"{folder}: contains no checkpoint; give a run directory or a file")
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in (
+        ".png",
+        ".jpg",
+        ".jpeg",
+        ".webp",
+        ".tif",
+        ".tiff",
+        ".bmp",
+        ".gif",
+    )
 
 
 def _weights_of(folder: Path, ema: bool) -> list[Path]:

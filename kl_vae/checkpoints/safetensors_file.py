@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kl_vae.checkpoints.torch_file import one_line
+from kl_vae.checkpoints.torch_file import check_is_weights, one_line
 from kl_vae.runtime.files import utf8_name
 
 _SUFFIX = ".safetensors"
@@ -57,6 +57,7 @@ def read_safetensors(
     """
     if not path.is_file():
         raise ValueError(f"no such checkpoint: {path}; give an existing file or run directory")
+    check_is_weights(path)
     try:
         from safetensors import safe_open
     except ImportError:

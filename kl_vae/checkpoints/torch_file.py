@@ -95,6 +95,7 @@ def read_torch_file(path: Path, *, mmap: bool = False) -> Any:
     """
     if not path.is_file():
         raise ValueError(f"no such checkpoint: {path}; give an existing file or run directory")
+    check_is_weights(path)
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's warnings about old formats
@@ -111,6 +112,50 @@ def read_torch_file(path: Path, *, mmap: bool = False) -> Any:
             f"{path}: cannot be read as a checkpoint ({one_line(error)}); it may be incomplete; "
             "copy or download it again"
         ) from None
+
+
+def check_is_weights(path: Path) -> None:
+    """Check that a file is not of a kind that is often in the place of weights.
+
+    Raises:
+        ValueError: It is empty, a Git LFS pointer, a web page, text or an image; the message names
+            the kind.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512)
+    except OSError:
+        return  # reading the weights will raise the error
+    if start[8:9] == b"{":
+        return  # safetensors, whose length may begin as an image does
+    kinds = {
+        "an empty file; download it again": not start,
+        "a Git LFS pointer, not the weights; download them with `git lfs pull`": start.startswith(
+            b"version https://git-lfs"
+        ),
+        "a web page, not weights; log in if it needs an account, and download the file itself": (
+            re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html|head|\?xml|!--)", start, re.I)
+        ),
+        "an image, not weights; give images with --images": _IMAGE.match(start),
+        f"text ({one_line(ascii(start[:40].decode(errors='replace')))}), not weights; download "
+        "the file itself": _is_text(start),
+    }
+    kind = next((words for words, is_kind in kinds.items() if is_kind), None)
+    if kind is not None:
+        raise ValueError(f"{path}: {kind}")
+
+
+# PNG, JPEG, GIF, BMP, TIFF, WebP, JPEG XL, AVIF and HEIC
+_IMAGE = re.compile(
+    rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a|BM.{4}\0{4}|II\*\0|MM\0\*|RIFF.{4}WEBP|\xff\x0a"
+    rb"|\0\0\0\x0cJXL |.{4}ftyp(avif|avis|heic|heix|mif1)",
+    re.S,
+)
+
+
+def _is_text(start: bytes) -> bool:
+    printable = bytes(range(32, 127)) + b"\t\r\n"
+    return not start.translate(None, printable)
 
 
 def check_within_file(tensors: Mapping[str, Tensor], size: int, source: str) -> None:

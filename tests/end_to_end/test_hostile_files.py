@@ -95,7 +95,7 @@ def wide_by_its_word(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         ),
         (
             of_another_kind,
-            ("encoder.conv_in.weight", "tensors", 1),
+            ("a diffusion model", "model.diffusion_model.input_blocks.0.0.weight"),
         ),
         (
             wide_by_its_word,

@@ -80,7 +80,7 @@ def test_hostile_files_are_refused(hostile: dict[str, Path], name: str) -> None:
 @pytest.mark.parametrize("kept", [0, 7, 8, 9, 50, 100, -1])
 def test_a_truncated_file_is_an_error(path: Path, kept: int) -> None:
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=mentions(path, " safetensors")):
+    with pytest.raises(ValueError, match=mentions(path, " safetensors" if kept else "empty")):
         read_safetensors(path, lambda keys: keys)
 
 
