@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kl_vae.checkpoints.diffusers import (
     CONFIG,
+    WEIGHTS,
     batch_norm,
     config_of_params,
     to_diffusers,

@@ -280,7 +280,7 @@ def evaluate(
             "fast": fast,
             "compile": compile,
             "images": source.fingerprint,
-            "modified": ranks.on_rank_zero(lambda: modification_times(source)),
+            "modification_times": ranks.on_rank_zero(lambda: modification_times(source)),
             "max_pixels": max_pixels,
             "range": source.pixel_format.value_range,
             "pages": source.pixel_format.pages,

@@ -242,7 +242,7 @@ def reconstruct(
             **about,
             "weights": model_fingerprint(model),
             "source": source.fingerprint,
-            "modified": ranks.on_rank_zero(lambda: modification_times(source)),
+            "modification_times": ranks.on_rank_zero(lambda: modification_times(source)),
             "lpips_files": [file and str(file) for file in (lpips_features, lpips_heads)],
             "gallery": gallery,
         }

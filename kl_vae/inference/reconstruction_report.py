@@ -1,11 +1,12 @@
 """The files of a reconstruction: where each image's go, and what all are summed up in.
 
 metrics.csv has one line per image: `path, output, width, height, psnr, ssim`, and `lpips` where it
-was measured. `output` is relative to the output folder; size and metrics are those of the image
-after resize and crop. psnr is `inf` where the reconstruction is exact; ssim is empty where a side
-is below its window, lpips where the image is too small or too large for it. These are left out of
-the means and counted. summary.json has the means, what was skipped and definitions; comparison.png
-shows the images with the lowest PSNR, the worst first; index.html, the gallery, shows all.
+was measured. `output` is relative to the output folder; `csv_cell` writes both names. Size and
+metrics are those of the image after resize and crop. psnr is `inf` where the reconstruction is
+exact; ssim is empty where a side is below its window, lpips where the image is too small or too
+large for it. These are left out of the means and counted. summary.json has the means, what was
+skipped and definitions; comparison.png shows the images with the lowest PSNR, the worst first;
+index.html, the gallery, shows all.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from kl_vae.data import MAX_PIXELS, ImageError, Source, read_image
 from kl_vae.inference.images import load_images
 from kl_vae.inference.progress import FOLDER
 from kl_vae.inference.sources import size_in_words
+from kl_vae.inference.tables import csv_cell
 from kl_vae.metrics.similarity import SSIM_DEFINITIONS
 from kl_vae.runtime.files import display_name, remove_temporaries
 from kl_vae.runtime.outputs import check_outputs, make_folder, plan_outputs, replace_file
@@ -310,8 +312,8 @@ def _lines(
     yield (*COLUMNS, "lpips") if with_lpips else COLUMNS
     for x in images:
         line = [
-            source.name(x.index),
-            display_name(files.outputs[x.index]),
+            csv_cell(source.name(x.index)),
+            csv_cell(display_name(files.outputs[x.index])),
             str(x.width),
             str(x.height),
             "inf" if x.psnr is None else f"{x.psnr:.4f}",

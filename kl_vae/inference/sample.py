@@ -177,7 +177,9 @@ def sample(
             "range": value_range if roots else None,
             "pages": pages,
             "max_pixels": max_pixels,
-            "modified": ranks.on_rank_zero(lambda: [modification_times(x) for x, _ in opened]),
+            "modification_times": ranks.on_rank_zero(
+                lambda: [modification_times(x) for x, _ in opened]
+            ),
             **work.identity,
         }
         progress = Progress(
