@@ -163,7 +163,8 @@ def flush_files(paths: Iterable[Path], root: Path) -> None:
 
 def flush_file(path: Path) -> None:
     """Wait until a file, or a folder's entries, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows flushes only files that are open for writing
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

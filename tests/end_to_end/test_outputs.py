@@ -19,7 +19,7 @@ import kl_vae
 from kl_vae.cli.main import main
 from kl_vae.inference.progress import Progress
 from tests.messages import is_about, mentions
-from tests.tiny import save_tiny_model
+from tests.tiny import save_tiny_model, tiny_model
 
 Files = dict[str, bytes]
 COMMANDS = {
@@ -234,6 +234,17 @@ def test_converted_and_exported_files(model: list[str], capsys: pytest.CaptureFi
     with pytest.raises(ValueError, match=mentions("vae")):
         kl_vae.convert(weights, "vae", "diffusers", config=config, overwrite=True)
     assert Path("vae/config.json").exists()
+
+
+def test_shards_of_an_overwritten_folder_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    vae = tiny_model()
+    vae.save_pretrained("vae", max_shard_size="300KB", variant="fp16")
+    assert len(list(Path("vae").iterdir())) > 3
+    vae.save_pretrained("vae", overwrite=True)
+    assert sorted(contents("vae")) == ["config.json", "diffusion_pytorch_model.safetensors"]
 
 
 @pytest.mark.parametrize("out", ["vae/diffusion_pytorch_model.safetensors", "vae", "link"])
