@@ -484,6 +484,7 @@ class AutoEncoderKL(nn.Module):
         *,
         max_shard_size: int | str | None = None,
         variant: str | None = None,
+        overwrite: bool = False,
     ) -> None:
         """Write a diffusers folder, for `diffusers.AutoencoderKL` and this class.
 
@@ -493,6 +494,7 @@ class AutoEncoderKL(nn.Module):
             max_shard_size: largest size of a file, in bytes or as in "500MB", above which the
                 weights are divided into several files; None: one file.
             variant: part of the file names, such as fp16, by which diffusers selects them.
+            overwrite: replace a diffusers folder of an autoencoder.
 
         Raises:
             ValueError: diffusers cannot represent this model, the folder exists or cannot be
@@ -505,19 +507,23 @@ class AutoEncoderKL(nn.Module):
             dtype,
             max_shard_size=max_shard_size,
             variant=variant,
+            overwrite=overwrite,
         )
 
-    def save_compvis(self, path: str | Path, dtype: str = "fp32") -> None:
+    def save_compvis(
+        self, path: str | Path, dtype: str = "fp32", *, overwrite: bool = False
+    ) -> None:
         """Write a safetensors file with the original key names, and `params` in its metadata.
 
         Args:
             path: the new .safetensors file.
             dtype: data type of the written weights: fp32, fp16 or bf16.
+            overwrite: replace an existing file.
 
         Raises:
             ValueError: the file exists or cannot be written, or a weight is too large for fp16.
         """
-        write_compvis(Path(path), self._own_tensors(), self.params, dtype)
+        write_compvis(Path(path), self._own_tensors(), self.params, dtype, overwrite)
 
     def _own_tensors(self) -> dict[str, Tensor]:
         return self.without_loss().state_dict()

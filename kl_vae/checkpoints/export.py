@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from kl_vae.checkpoints.diffusers import (
     CONFIG,
+    WEIGHTS,
     batch_norm,
     config_of_params,
     to_diffusers,
@@ -24,15 +28,28 @@ from kl_vae.checkpoints.pretrained import complete_params
 from kl_vae.checkpoints.reading import METADATA, read_weights
 from kl_vae.checkpoints.run_files import write_checkpoint
 from kl_vae.checkpoints.safetensors_file import safetensors_bytes
-from kl_vae.runtime.files import write_atomically, write_folder_atomically
+from kl_vae.runtime.files import (
+    flush_file,
+    remove_temporaries,
+    write_atomically,
+    write_folder_atomically,
+)
+from kl_vae.runtime.locks import hold_lock
 
 logger = logging.getLogger(__name__)
+
+# all that `write_diffusers` writes into a folder
+_DIFFUSERS_FILE = re.compile(rf"{CONFIG}|{WEIGHTS}[\w.-]*\.(safetensors|json)")
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def export_checkpoint(
-    source: str | Path, out: Path, ema: bool = True, given: Mapping[str, Any] | None = None
+    source: str | Path,
+    out: Path,
+    ema: bool = True,
+    given: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> str:
     """Export the weights and the config of an autoencoder to a kl_vae checkpoint.
 
@@ -41,6 +58,7 @@ def export_checkpoint(
         out: the file to write.
         ema: export the moving average of the weights, if there is one.
         given: as in `complete_params`.
+        overwrite: replace an existing file.
 
     Returns:
         A description of the exported weights.
@@ -53,7 +71,7 @@ def export_checkpoint(
     for key in ("ddconfig", "latents"):
         params[key] = params[key] and dataclasses.asdict(params[key])
     tensors = {key: x for key, x in weights.tensors.items() if not key.startswith("loss.")}
-    write_export(out, tensors, params, weights.step, weights.pixel_range)
+    write_export(out, tensors, params, weights.step, weights.pixel_range, overwrite)
     kind = "averaged weights" if weights.averaged else "weights"
     step = "" if weights.step is None else f" of step {weights.step}"
     return f"{kind}{step} ({len(tensors)} tensors)"
@@ -65,6 +83,7 @@ def write_export(
     params: Mapping[str, Any],
     step: int | None = None,
     pixel_range: Any = None,
+    overwrite: bool = False,
 ) -> None:
     """Write a kl_vae checkpoint that contains only an autoencoder.
 
@@ -74,21 +93,22 @@ def write_export(
         params: `model.params` as plain values.
         step: training step; None: unknown.
         pixel_range: `data.range` of the images that it was trained on; None: not stated.
+        overwrite: replace an existing file.
 
     Raises:
-        ValueError: `out` exists or cannot be written.
+        ValueError: `out` exists, cannot be written, or is being written by another process.
     """
-    if out.exists():
-        raise ValueError(f"{out}: already exists; give another path")
     config = {"model": {"params": params}, "data": {"range": pixel_range}}
-    try:
+    with _place_for_file(out, overwrite):
         write_checkpoint(out, {"model": dict(tensors), "config": config, "step": step})
-    except OSError as error:
-        raise ValueError(f"{out}: cannot be written ({error}); choose another place") from None
 
 
 def write_compvis(
-    out: Path, tensors: Mapping[str, Tensor], params: Mapping[str, Any], dtype: str = "fp32"
+    out: Path,
+    tensors: Mapping[str, Tensor],
+    params: Mapping[str, Any],
+    dtype: str = "fp32",
+    overwrite: bool = False,
 ) -> None:
     """Write a safetensors file in the CompVis layout, for ComfyUI and LDM trainers.
 
@@ -99,6 +119,7 @@ def write_compvis(
         tensors: state dict of an autoencoder, without a loss.
         params: complete `model.params`.
         dtype: fp32, fp16 or bf16.
+        overwrite: replace an existing file.
 
     Raises:
         ValueError: `out` exists, has another suffix or cannot be written, `dtype` is unknown or
@@ -106,14 +127,11 @@ def write_compvis(
     """
     if out.suffix != ".safetensors":
         raise ValueError(f"{out}: the output is a safetensors file; use {out.stem}.safetensors")
-    _check_new(out)
+    _check_new_file(out, overwrite)
     metadata = {"format": "pt", METADATA: json.dumps({"model": {"params": params}})}
     content = safetensors_bytes(_cast(tensors, dtype), metadata)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with _place_for_file(out, overwrite):
         write_atomically(out, lambda file: file.write(content))
-    except OSError as error:
-        raise ValueError(f"{out}: cannot be written ({error}); choose another place") from None
 
 
 def write_diffusers(
@@ -121,6 +139,7 @@ def write_diffusers(
     tensors: Mapping[str, Tensor],
     params: Mapping[str, Any],
     dtype: str = "fp32",
+    overwrite: bool = False,
     *,
     max_shard_size: int | str | None = None,
     variant: str | None = None,
@@ -132,6 +151,7 @@ def write_diffusers(
         tensors: state dict of an autoencoder, without a loss; `colorize` is not exported.
         params: complete `model.params`.
         dtype: fp32, fp16 or bf16.
+        overwrite: replace a diffusers folder of an autoencoder.
         max_shard_size: largest size of a file, in bytes or as in "500MB" or "2GiB", above which
             the weights are divided into several files; None: one file.
         variant: part of the file names, such as fp16, by which `from_pretrained` selects them.
@@ -140,7 +160,7 @@ def write_diffusers(
         ValueError: diffusers does not support the model, `out` exists or cannot be written, `dtype`
             is unknown or cannot represent the weights, or safetensors is not installed.
     """
-    _check_new(out)
+    _check_new_folder(out, overwrite)
     if variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", variant):
         raise ValueError(f"variant={variant!r}: give letters, digits, _ and -, such as fp16")
     limit = None if max_shard_size is None else _bytes_of(max_shard_size)
@@ -183,9 +203,35 @@ def write_diffusers(
     def write(folder: Path) -> None:
         for name, content in contents.items():
             (folder / name).write_bytes(content)
+            flush_file(folder / name)
+        for path in filter(_is_ours, out.iterdir() if out.is_dir() else ()):
+            path.unlink()  # only an empty folder can be replaced
 
-    try:
+    with _place(out):
+        _check_new_folder(out, overwrite)
         write_folder_atomically(out, write)
+
+
+@contextmanager
+def _place(out: Path) -> Iterator[None]:
+    """Context manager that makes the folder of `out`, and keeps other processes from writing `out`.
+
+    Temporary files of killed processes beside `out` are removed.
+
+    Raises:
+        ValueError: another process writes `out`, or it cannot be written.
+    """
+    # short: `out` may have the longest name that there is
+    digest = hashlib.blake2b(os.fsencode(out.name), digest_size=8).hexdigest()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with hold_lock(out.with_name(f".{digest}.lock")):
+            remove_temporaries(out.parent)
+            yield
+    except BlockingIOError:
+        raise ValueError(
+            f"{out}: another process is writing it; wait until it ends, or give another path"
+        ) from None
     except OSError as error:
         raise ValueError(f"{out}: cannot be written ({error}); choose another place") from None
 
@@ -221,13 +267,43 @@ def _json_bytes(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _check_new(out: Path) -> None:
+@contextmanager
+def _place_for_file(out: Path, overwrite: bool) -> Iterator[None]:
+    """`_place` for a new file, or one that is replaced."""
+    _check_new_file(out, overwrite)
+    with _place(out):
+        _check_new_file(out, overwrite)
+        yield
+
+
+def _check_new_file(out: Path, overwrite: bool) -> None:
     try:
-        exists = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+        exists, is_folder = out.exists(), out.is_dir()
     except OSError as error:  # such as a name that is too long, or missing permissions
         raise ValueError(f"{out}: cannot be written ({error}); choose another place") from None
-    if exists or not out.name:  # "." has no name, and cannot be replaced
+    if is_folder:
+        raise ValueError(f"{out}: already exists (Is a directory); give another path")
+    if exists and not overwrite:
+        raise ValueError(f"{out}: already exists; give --overwrite to replace it, or another path")
+
+
+def _check_new_folder(out: Path, overwrite: bool) -> None:
+    try:
+        files = list(out.iterdir()) if out.is_dir() else []
+        exists = out.exists() and not out.is_dir()
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written ({error}); choose another place") from None
+    if not out.name:  # "." has no name, and cannot be replaced
         raise ValueError(f"{out}: already exists; give another path")
+    if exists or not all(map(_is_ours, files)):
+        raise ValueError(f"{out}: already exists, with other content; give another path")
+    if files and not overwrite:
+        raise ValueError(f"{out}: already exists; give --overwrite to replace it, or another path")
+
+
+def _is_ours(path: Path) -> bool:
+    """Return whether a file in a diffusers folder is one that `write_diffusers` writes."""
+    return _DIFFUSERS_FILE.fullmatch(path.name) is not None and not path.is_dir()
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:

@@ -160,7 +160,14 @@ def add_work_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
         metavar="N",
         help=f"worker processes that read images, per process that {verb} them (default: 4)",
     )
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted command")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--resume", action="store_true", help="continue an interrupted command")
+    add_overwrite_argument(group, "a result of other arguments, or unfinished work")
+
+
+def add_overwrite_argument(parser: argparse._ActionsContainer, what: str) -> None:
+    """Add the argument that allows a command to replace `what`."""
+    parser.add_argument("--overwrite", action="store_true", help=f"replace {what}")
 
 
 def add_mode_argument(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from kl_vae.cli.arguments import CHECKPOINT, add_weights_arguments, keywords
+from kl_vae.cli.arguments import CHECKPOINT, add_overwrite_argument, add_weights_arguments, keywords
 
 HELP = "convert a checkpoint to a diffusers folder or to one file with the original names"
 
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="default: fp32"
     )
     add_weights_arguments(parser)
+    add_overwrite_argument(parser, "an existing file or diffusers folder")
 
 
 def run(args: argparse.Namespace) -> int:

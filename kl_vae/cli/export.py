@@ -2,7 +2,7 @@
 
 import argparse
 
-from kl_vae.cli.arguments import add_checkpoint_arguments, keywords
+from kl_vae.cli.arguments import add_checkpoint_arguments, add_overwrite_argument, keywords
 
 HELP = "write weights and architecture of a checkpoint, without optimizers and losses"
 
@@ -11,6 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add_checkpoint_arguments(parser)
     parser.add_argument("--out", required=True, metavar="FILE", help="output file, .pt")
+    add_overwrite_argument(parser, "an existing file")
 
 
 def run(args: argparse.Namespace) -> int:

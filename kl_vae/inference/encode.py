@@ -16,19 +16,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
 from kl_vae.checkpoints.export import write_export
+from kl_vae.checkpoints.run_files import read_checkpoint
 from kl_vae.checkpoints.safetensors_file import safetensors_bytes
 from kl_vae.data import (
     MAX_PIXELS,
     BadImage,
     Batch,
     ImageDataset,
+    JoinedSource,
     Key,
     ValueRange,
     batch_loader,
@@ -55,6 +57,7 @@ from kl_vae.metrics.moments import RunningMoments, latent_moments, latent_normal
 from kl_vae.model import AutoEncoderKL
 from kl_vae.runtime.device import PRECISIONS
 from kl_vae.runtime.distributed import Ranks
+from kl_vae.runtime.outputs import check_outside
 from kl_vae.runtime.published_config import ConfigSource
 from kl_vae.runtime.randomness import normal_noise
 
@@ -148,6 +151,7 @@ def encode_dataset(
     compile: bool = False,
     resume: bool = False,
     verify: bool = False,
+    overwrite: bool = False,
 ) -> EncodingResult:
     """Encode images into a latent folder for `kl_vae.data.LatentDataset`.
 
@@ -189,10 +193,11 @@ def encode_dataset(
         resume: continue an unfinished folder `out`, or verify and repair a complete one. Shards
             with images that have changed (by size and modification time) are encoded again.
         verify: with `resume`, compare the content of the images instead, which reads all of them.
+        overwrite: replace latents or unfinished work in `out`, and the file `statistics`.
 
     Raises:
         ValueError: an argument is invalid or the images are unusable; finished shards are kept for
-            `resume`.
+            `resume`. Or `out` contains latents, or another process writes to it.
         RunError: a rank or a data worker was lost.
     """
     settings = EncodeConfig(
@@ -213,7 +218,7 @@ def encode_dataset(
         raise ValueError("verify=True: compares latents with their images; give out and resume")
     with connect_ranks([checkpoint], device) as ranks:
         if statistics is not None:
-            ranks.on_rank_zero(lambda: _check_new(Path(statistics), resume))
+            ranks.on_rank_zero(lambda: _check_new(Path(statistics), resume, overwrite))
         model = load_model_on(ranks, checkpoint, config, ema, fast, compile)
         crop = model.config.resolution if crop is None else crop
         resize = crop if resize is None else resize
@@ -222,41 +227,46 @@ def encode_dataset(
         # list the files once, so that all ranks divide the same images
         value_range = range_of(model, value_range)
         channels = model.config.in_channels
-        source, _ = ranks.on_rank_zero(
-            lambda: open_sources(
-                as_roots(images),
-                channels,
-                include,
-                exclude,
-                max_pixels,
-                range_of(model, value_range),
-                pages,
+        folder = None if out is None else resolve_root(str(out))
+
+        def open_images() -> JoinedSource:
+            source, folders = open_sources(
+                as_roots(images), channels, include, exclude, max_pixels, value_range, pages
             )
-        )
+            if folder is not None:
+                check_outside(folder, folders)
+            if statistics is not None:
+                check_outside(Path(statistics).parent, folders)
+            return source
+
+        source = ranks.on_rank_zero(open_images)
         dataset = ImageDataset(source, crop, resize, flip=False, seed=0, training=False)
-        if out is None:
+        if folder is None:
             result = measure_latents(model, dataset, settings, ranks, per_channel)
         else:
             result = encode_folder(
                 model,
                 dataset,
-                resolve_root(str(out)),
+                folder,
                 settings,
                 ranks,
                 checkpoint=checkpoint_name(checkpoint),
                 per_channel=per_channel,
                 resume=resume,
                 verify=verify,
+                overwrite=overwrite,
             )
         if statistics is None:
             return result
-        return ranks.on_rank_zero(lambda: _export(model, Path(statistics), result))
+        return ranks.on_rank_zero(lambda: _export(model, Path(statistics), result, overwrite))
 
 
-def _check_new(path: Path, resume: bool) -> None:
+def _check_new(path: Path, resume: bool, overwrite: bool) -> None:
     """Raise ValueError unless a new file can be created at `path`, before hours of encoding."""
-    if path.exists() and not resume:
-        raise ValueError(f"statistics={path}: already exists; give a new file")
+    if path.exists() and not (resume or overwrite):
+        raise ValueError(
+            f"statistics={path}: already exists; give --overwrite to replace it, or a new file"
+        )
     if not path.parent.is_dir():
         raise ValueError(f"statistics={path}: no such folder: {path.parent}; create it")
 
@@ -268,17 +278,32 @@ def check_size(size: int, factor: int, name: str = "size") -> None:
         raise ValueError(f"{name}={size}: must be a multiple of {factor}; give {nearest}")
 
 
-def _export(model: AutoEncoderKL, path: Path, result: EncodingResult) -> EncodingResult:
-    if path.exists():  # only with `resume`: written by an earlier run of the same command
-        return result
+def _export(
+    model: AutoEncoderKL, path: Path, result: EncodingResult, overwrite: bool
+) -> EncodingResult:
     tensors = {key: x.cpu() for key, x in model.without_loss().state_dict().items()}
+    params = {**model.params, "latents": dataclasses.asdict(result.latents)}
+    if path.exists() and not overwrite:  # only with `resume`
+        _check_same(path, tensors, params)
+        return result
     try:
-        params = {**model.params, "latents": dataclasses.asdict(result.latents)}
-        write_export(path, tensors, params, pixel_range=model.pixel_range)
+        write_export(path, tensors, params, pixel_range=model.pixel_range, overwrite=overwrite)
     except ValueError:
         logger.error("could not write the measured statistics: %s", result.latents)
         raise
     return dataclasses.replace(result, exported=True)
+
+
+def _check_same(path: Path, tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a file contains these weights and statistics."""
+    content = read_checkpoint(path)
+    earlier = content["model"]
+    same = content["config"]["model"]["params"] == params and earlier.keys() == tensors.keys()
+    if not (same and all(torch.equal(earlier[key], x) for key, x in tensors.items())):
+        raise ValueError(
+            f"statistics={path}: contains other weights or statistics; give --overwrite to replace "
+            "it, or a new file"
+        )
 
 
 def measure_latents(
@@ -320,6 +345,7 @@ def encode_folder(
     per_channel: bool = False,
     resume: bool = False,
     verify: bool = False,
+    overwrite: bool = False,
 ) -> EncodingResult:
     """Encode a data set into a latent folder; all ranks must call this.
 
@@ -333,6 +359,7 @@ def encode_folder(
         per_channel: `per_channel` of the result's `latents`.
         resume: continue an unfinished folder, or verify a complete one.
         verify: compare the content of the images, not their size and modification time.
+        overwrite: replace the latents in the folder.
 
     Raises:
         ValueError: see `LatentFolder` and `encode_units`; or a label or the scale of the latents
@@ -348,14 +375,22 @@ def encode_folder(
     labels = ranks.on_rank_zero(lambda: class_labels(dataset.source) if config.labels else None)
     settings = ranks.on_rank_zero(lambda: latent_settings(model, dataset, config, labels))
     folder = LatentFolder(
-        out, settings, dataset.source, labels, ranks, resume=resume, verify=verify
+        out,
+        settings,
+        dataset.source,
+        labels,
+        ranks,
+        resume=resume,
+        verify=verify,
+        overwrite=overwrite,
     )
-    units = [folder.units[unit] for unit in folder.todo]
-    unusable = {} if labels is None else labels.unusable
-    shards = encode_units(model, dataset, units, config, ranks, unusable)
-    for unit, shard in zip(folder.todo, shards, strict=True):
-        folder.write(unit, shard)
-    index = folder.finish(checkpoint)
+    with folder:
+        units = [folder.units[unit] for unit in folder.todo]
+        unusable = {} if labels is None else labels.unusable
+        shards = encode_units(model, dataset, units, config, ranks, unusable)
+        for unit, shard in zip(folder.todo, shards, strict=True):
+            folder.write(unit, shard)
+        index = folder.finish(checkpoint)
     latents = LatentNormalization(**vars(index.statistics), per_channel=per_channel)
     return EncodingResult(index.number, index.skipped, latents, index, folder.verified)
 

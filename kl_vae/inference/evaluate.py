@@ -46,9 +46,15 @@ from kl_vae.inference.load import (
     load_model_on,
     model_fingerprint,
 )
-from kl_vae.inference.progress import Progress, units_of
+from kl_vae.inference.progress import Progress, read_identity, units_of
 from kl_vae.inference.reconstruct import MEASURED_ON_DEVICE, unit_size
-from kl_vae.inference.sources import as_roots, open_sources, range_of, size_in_words
+from kl_vae.inference.sources import (
+    as_roots,
+    modification_times,
+    open_sources,
+    range_of,
+    size_in_words,
+)
 from kl_vae.inference.tiling import Tiling
 from kl_vae.metrics.fid import find_inception, load_inception
 from kl_vae.metrics.perceptual import load_lpips
@@ -149,6 +155,7 @@ def evaluate(
     lpips_heads: str | Path | None = None,
     fid_weights: str | Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
 ) -> EvaluationResult:
     """Evaluate checkpoints on images: reconstruction metrics, KL and latent statistics.
 
@@ -193,10 +200,12 @@ def evaluate(
             once.
         fid_weights: weights file of the Inception network; None: downloaded once.
         resume: continue unfinished work in `out`.
+        overwrite: replace a result of other arguments, unfinished work and other files in `out`.
 
     Raises:
         ValueError: an argument is invalid or the images are unusable; finished units are kept in
-            `out` for `resume`.
+            `out` for `resume`. Or `out` contains a result of other arguments, or another process
+            writes to it.
         RunError: a rank or a data worker was lost.
     """
     given: list[Checkpoint]
@@ -241,7 +250,14 @@ def evaluate(
             )
             if folder is not None:
                 check_output_folder(folder, folders)
-                check_outputs(folder, FILES, source.files, earlier=RESULTS)
+                check_outputs(
+                    folder,
+                    FILES,
+                    source.files,
+                    earlier=RESULTS,
+                    image_folders=folders,
+                    overwrite=overwrite,
+                )
             _ = source.fingerprint  # cached, so that it is sent to the other ranks
             return source
 
@@ -260,7 +276,11 @@ def evaluate(
                 [x if isinstance(x, str) else checkpoint_name(x), model_fingerprint(model)]
                 for x, model in zip(given, models, strict=True)
             ],
+            "names": names,
+            "fast": fast,
+            "compile": compile,
             "images": source.fingerprint,
+            "modification_times": ranks.on_rank_zero(lambda: modification_times(source)),
             "max_pixels": max_pixels,
             "range": source.pixel_format.value_range,
             "pages": source.pixel_format.pages,
@@ -268,7 +288,19 @@ def evaluate(
             **networks,
         }
         units = units_of(len(source), unit_size(len(source)))
-        progress = Progress(folder or _temporary_folder(ranks, stack), identity, resume, ranks)
+        progress = stack.enter_context(
+            Progress(
+                folder or _temporary_folder(ranks, stack),
+                identity,
+                resume,
+                ranks,
+                overwrite=overwrite,
+                files=lambda unit, record: (
+                    [progress.path(unit, ".npy")] if inception and record["images"] else []
+                ),
+                finished=lambda: None if folder is None else read_identity(folder / RESULTS),
+            )
+        )
         _measure(evaluator, settings, source, units, progress, ranks, num_workers)
         ranks.gather(None)  # wait until all units are finished
 
@@ -311,6 +343,7 @@ def evaluate(
                     **asdict(settings),
                     "lpips_net": result.lpips_net,
                     "versions": {"kl_vae": __version__, "torch": torch.__version__},
+                    "identity": progress.identity,
                 }
                 about_models = [
                     {
@@ -330,7 +363,7 @@ def evaluate(
                     about=about,
                     about_models=about_models,
                 )
-            progress.close()
+            progress.close([] if folder is None else [folder / name for name in FILES])
             return result
 
         return ranks.on_rank_zero(finish)

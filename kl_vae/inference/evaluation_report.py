@@ -8,7 +8,8 @@ A record holds the results of one unit of images as plain values: `images`, a li
 results.md contains a table of all models, results.json all values and their `DEFINITIONS`, and
 per_image.csv one line per image and model: `checkpoint, path, width, height`, then the metrics.
 Width and height are measured after resize and crop. psnr is `inf` for an exact reconstruction;
-an undefined metric is an empty cell.
+an undefined metric is an empty cell. Names are written as `csv_cell` and `markdown_text` return
+them.
 
 Shapes: n images, d features per image.
 """
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from kl_vae.data import Source
 from kl_vae.distribution import DiagonalGaussianDistribution
+from kl_vae.inference.tables import csv_cell, markdown_text
 from kl_vae.latents import LatentNormalization
 from kl_vae.metrics.fid import FeatureStatistics, frechet_distance
 from kl_vae.metrics.moments import RunningMoments, latent_moments, latent_normalization
@@ -290,7 +292,7 @@ def write_files(
 
 
 def _page(heading: str, evaluations: Sequence[Evaluation], rows: Rows) -> str:
-    parts = [heading, as_markdown([x.name for x in evaluations], rows)]
+    parts = [markdown_text(heading), as_markdown([x.name for x in evaluations], rows)]
     parts.append(
         "Mean ± standard error of the mean, over the images. The definition of each metric is in "
         f"{RESULTS}. Latent statistics per channel:"
@@ -346,7 +348,8 @@ def write_per_image(
                         metrics = list(values)
                         writer.writerow(["checkpoint", "path", "width", "height", *metrics])
                     cells = ("" if x is None else f"{x:.8g}" for x in values.values())
-                    writer.writerow([name, source.name(index), width, height, *cells])
+                    texts = map(csv_cell, (name, source.name(index)))
+                    writer.writerow([*texts, width, height, *cells])
         text.flush()
         text.detach()  # the caller closes the file
 
@@ -450,8 +453,7 @@ def channel_rows(evaluation: Evaluation) -> Rows:
 
 
 def _line(cells: Sequence[str]) -> str:
-    escaped = (cell.replace("\\", "\\\\").replace("|", "\\|") for cell in cells)
-    return f"| {' | '.join(escaped)} |"
+    return f"| {' | '.join(map(markdown_text, cells))} |"
 
 
 def _mean(metric: Mean, digits: int) -> str:

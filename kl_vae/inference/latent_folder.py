@@ -11,8 +11,10 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import NamedTuple
 
 import torch
@@ -36,7 +38,7 @@ from kl_vae.data.paths import name_bytes
 from kl_vae.inference.progress import FOLDER, Progress, differences, units_of
 from kl_vae.metrics.moments import RunningMoments, latent_normalization
 from kl_vae.runtime.distributed import Ranks
-from kl_vae.runtime.files import display_name, remove_temporaries, write_atomically
+from kl_vae.runtime.files import display_name, write_atomically
 from kl_vae.runtime.schema import from_mapping
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ logger = logging.getLogger(__name__)
 _MAX_CLASS = torch.iinfo(torch.int64).max
 Images = list[tuple[int, int, str]] | None  # size, modification time and hash of each; unknown
 
+_SHARDS = "latents-*-of-*.safetensors"
 _NAMED = 20  # changed images per line of the log
 
 
@@ -155,6 +158,9 @@ class LatentFolder:
         ranks: the ranks that share the work.
         resume: continue an unfinished folder, or verify a complete one.
         verify: compare the content of the images, not their size and modification time.
+        overwrite: replace the latents in the folder.
+
+    As a context manager, it releases the lock of the folder at the end.
 
     Attributes:
         units: ranges of images in the source, one per shard.
@@ -176,12 +182,50 @@ class LatentFolder:
         *,
         resume: bool,
         verify: bool = False,
+        overwrite: bool = False,
     ) -> None:
         self.units = units_of(settings.images, settings.shard_size)
         self._out, self._settings, self._ranks = out, settings, ranks
         self._source, self._labels = source, labels
-        self._earlier = ranks.on_rank_zero(lambda: _open(out, settings, source, resume))
-        self._progress = Progress(out, dataclasses.asdict(settings), resume, ranks)
+        self._earlier: LatentIndex | None = None
+        unfinished = (out / FOLDER).exists()  # `Progress` creates it
+
+        def open_complete() -> None:
+            self._earlier = _open(out, settings, source, resume, unfinished)
+
+        with ExitStack() as stack:
+            self._progress = stack.enter_context(
+                Progress(
+                    out,
+                    dataclasses.asdict(settings),
+                    resume,
+                    ranks,
+                    overwrite=overwrite,
+                    finished=open_complete,
+                )
+            )
+            if overwrite:
+                ranks.on_rank_zero(lambda: _remove_latents(out))
+            self._earlier = ranks.on_rank_zero(lambda: self._earlier)
+            self.todo = self._find_todo(verify)
+            # before the images are read, so that a later change is noticed
+            self._states = {unit: list(map(source.state, self.units[unit])) for unit in self.todo}
+            self._lock = stack.pop_all()
+
+    def __enter__(self) -> LatentFolder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._lock.close()
+
+    def _find_todo(self, verify: bool) -> list[int]:
+        """Verify existing shards; return the units that this rank has to encode."""
+        ranks = self._ranks
         known = ranks.on_rank_zero(lambda: [self._find(unit) for unit in range(len(self.units))])
         if any(known):
             logger.info("verifying existing shards")
@@ -192,9 +236,7 @@ class LatentFolder:
                 missing.append(unit)
         todo = sorted(unit for units in ranks.gather(missing) for unit in units)
         self.verified = self._earlier is not None and not todo
-        self.todo = todo[ranks.rank :: ranks.world_size]
-        # before the images are read, so that a later change is noticed
-        self._states = {unit: list(map(source.state, self.units[unit])) for unit in self.todo}
+        return todo[ranks.rank :: ranks.world_size]
 
     def write(self, unit: int, shard: EncodedShard) -> None:
         """Write the shard of a unit, and record that it is finished.
@@ -369,8 +411,26 @@ def _read_sources(path: Path) -> list[Images]:
         ) from None
 
 
-def _open(out: Path, settings: LatentSettings, source: Source, resume: bool) -> LatentIndex | None:
-    """Check that latents may be written to `out`, and remove temporary files of killed processes.
+def _remove_latents(out: Path) -> None:
+    """Remove the latents in a folder, the index first.
+
+    Raises:
+        ValueError: a file cannot be removed.
+    """
+    for path in (out / INDEX, out / SOURCES, *out.glob(_SHARDS)):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"cannot remove {display_name(path)} ({error.strerror}); check its permissions, or "
+                "give another --out"
+            ) from error
+
+
+def _open(
+    out: Path, settings: LatentSettings, source: Source, resume: bool, unfinished: bool
+) -> LatentIndex | None:
+    """Check that latents may be written to `out`.
 
     Returns:
         The index of a complete folder; None if the folder is new or unfinished.
@@ -380,20 +440,17 @@ def _open(out: Path, settings: LatentSettings, source: Source, resume: bool) -> 
     """
     name = display_name(out)
     if not (out / INDEX).exists():
-        unfinished = (out / FOLDER).exists()
-        stray = sorted(out.glob("latents-*-of-*.safetensors"))
+        stray = sorted(out.glob(_SHARDS))
         if stray and not unfinished:
             raise ValueError(
-                f"{name}: contains {display_name(stray[0].name)} but no {INDEX}; remove the "
-                "latents there, or give another --out"
+                f"{name}: contains {display_name(stray[0].name)} but no {INDEX}; give --overwrite "
+                "to replace the latents there, or another --out"
             )
-        if unfinished and resume:
-            remove_temporaries(out)
         return None
     if not resume:
         raise ValueError(
-            f"{name}: already contains latents; give --resume to verify and repair them, or "
-            "another --out"
+            f"{name}: already contains latents; give --resume to verify and repair them, "
+            "--overwrite to replace them, or another --out"
         )
     index = read_index(out)
     before, now = (
@@ -406,9 +463,8 @@ def _open(out: Path, settings: LatentSettings, source: Source, resume: bool) -> 
     if changed:
         raise ValueError(
             f"{name}: contains latents with different settings ({changed}); use the same settings "
-            "to verify them, or another --out"
+            "to verify them, --overwrite to replace them, or another --out"
         )
-    remove_temporaries(out)
     return index
 
 

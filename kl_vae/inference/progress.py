@@ -6,26 +6,36 @@ that is killed and resumed on a different number of ranks therefore gives the sa
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
-import shutil
+import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from kl_vae.runtime.distributed import Ranks
-from kl_vae.runtime.files import display_name, remove_temporaries, write_text_atomically
+from kl_vae.runtime.files import (
+    display_name,
+    flush_files,
+    flush_folder,
+    remove_temporaries,
+    write_text_atomically,
+)
+from kl_vae.runtime.locks import lock_file, remove_lock
 
 logger = logging.getLogger(__name__)
 
 LOG_SECONDS = 30.0  # interval of log lines if no progress bar is shown
 FOLDER = ".unfinished"
 _IDENTITY = "identity.json"
+_LOCK = ".lock"
 
 
 def units_of(number: int, size: int) -> list[range]:
@@ -63,92 +73,223 @@ def show_progress(total: int, ranks: Ranks) -> Iterator[Callable[[int], None]]:
         yield update
 
 
+def is_unfinished(out: Path) -> bool:
+    """Return whether an output folder contains unfinished work."""
+    return (out / FOLDER / _IDENTITY).exists()
+
+
 class Progress:
     """Records of finished units, one file each in `OUT/.unfinished` until all units are finished.
 
+    As a context manager, it releases the lock of the output folder at the end.
+
     Args:
-        out: output folder of the command; rank 0 creates it.
+        out: output folder of the command; rank 0 creates and locks it.
         identity: everything that the results depend on, as plain values; resumed work must have
             the same identity.
         resume: continue unfinished work in `out`.
         ranks: the ranks of the command; all of them must call this.
+        overwrite: discard unfinished work, and replace a finished result.
+        files: returns the files of a finished unit in `out`, by its number and record.
+        finished: returns the identity of the finished result in `out`, empty if it is unknown, or
+            None if there is no result; called on rank 0 before anything is written, unless
+            `overwrite` is true.
+
+    Attributes:
+        identity: the identity as JSON values, to be stored in the result.
 
     Raises:
-        ValueError: `out` contains unfinished work and `resume` is false or the identity differs;
-            or `out` cannot be written to.
+        ValueError: `out` contains unfinished work and `resume` is false or the identity differs; or
+            a finished result of another identity; or another process works in it; or it cannot be
+            written to.
     """
 
-    def __init__(self, out: Path, identity: Mapping[str, Any], resume: bool, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        out: Path,
+        identity: Mapping[str, Any],
+        resume: bool,
+        ranks: Ranks,
+        *,
+        overwrite: bool = False,
+        files: Callable[[int, Any], Iterable[Path]] = lambda unit, record: (),
+        finished: Callable[[], Mapping[str, Any] | None] = lambda: None,
+    ) -> None:
+        if resume and overwrite:
+            raise ValueError("resume=True, overwrite=True: give only one of them")
+        self.identity: dict[str, Any] = json.loads(json.dumps(identity))
+        self._out = out
         self._folder = out / FOLDER
+        self._files = files
         self._ranks = ranks
-        ranks.on_rank_zero(lambda: self._begin(identity, resume))
+        self._lock: int | None = None  # a file descriptor, on rank 0
+        ranks.on_rank_zero(lambda: self._begin(resume, overwrite, finished))
 
     def share(self, number: int) -> list[int]:
-        """Return this rank's share of the unfinished units among 0 to `number` - 1."""
+        """Return this rank's share of the unfinished units among 0 to `number` - 1.
+
+        A unit is finished if all its files exist and have the recorded sizes.
+        """
         missing = self._ranks.on_rank_zero(
-            lambda: [unit for unit in range(number) if not self._record(unit).exists()]
+            lambda: [unit for unit in range(number) if not self._is_finished(unit)]
         )
         return missing[self._ranks.rank :: self._ranks.world_size]
 
     def write(self, unit: int, record: Any) -> None:
-        """Record that a unit is finished; call this after all other files of the unit are written.
+        """Record that a unit is finished, once its files are on disk; they have been written.
 
         Args:
             unit: number of the unit.
             record: JSON values; numbers must be finite.
 
         Raises:
-            ValueError: the file cannot be written.
+            ValueError: the record cannot be written, or a file cannot be written to disk.
         """
-        text = json.dumps(record, allow_nan=False)
+        files = list(self._files(unit, record))
         try:
+            flush_files(files, self._out)
+            sizes = {path.relative_to(self._out).as_posix(): path.lstat().st_size for path in files}
+            text = json.dumps({"result": record, "files": sizes}, allow_nan=False)
             write_text_atomically(self._record(unit), text)
         except OSError as error:
             raise _unwritable(self._folder, error) from error
 
     def find(self, unit: int) -> Any:
         """Return the record of a unit, or None if it is unfinished."""
-        path = self._record(unit)
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        record = self._load(unit)
+        return None if record is None else record["result"]
 
     def read(self, number: int) -> Iterator[Any]:
         """Yield the records of the units 0 to `number` - 1, all of which must be finished."""
         for unit in range(number):
-            yield json.loads(self._record(unit).read_text(encoding="utf-8"))
+            yield json.loads(self._record(unit).read_text(encoding="utf-8"))["result"]
 
     def path(self, unit: int, suffix: str) -> Path:
         """Return the path for non-JSON data of a unit, which is kept until `close`."""
         return self._record(unit).with_suffix(suffix)
 
-    def close(self) -> None:
-        """Delete the records; only rank 0 calls this."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+    def close(self, results: Iterable[Path] = ()) -> None:
+        """Delete the records, once the files of the result are on disk; only rank 0 calls this.
+
+        Raises:
+            ValueError: a file cannot be written to disk.
+        """
+        try:
+            flush_files(results, self._out)
+        except OSError as error:
+            raise _unwritable(self._out, error) from error
+        self._remove_records()
+        self._release()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._release()
 
     def _record(self, unit: int) -> Path:
         return self._folder / f"{unit:07d}.json"
 
-    def _begin(self, identity: Mapping[str, Any], resume: bool) -> None:
-        identity = json.loads(json.dumps(identity))
-        path = self._folder / _IDENTITY
+    def _load(self, unit: int) -> dict[str, Any] | None:
+        """Return what `write` recorded; None if that is missing, damaged or of version 0.1."""
+        try:
+            record = json.loads(self._record(unit).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return record if isinstance(record, dict) and record.keys() == {"result", "files"} else None
+
+    def _is_finished(self, unit: int) -> bool:
+        record = self._load(unit)
+        if record is None:
+            return False
+        for name, size in record["files"].items():
+            if _file_size(self._out / name) != size:
+                logger.warning(
+                    "%s: missing or incomplete; it will be written again", display_name(name)
+                )
+                return False
+        return True
+
+    def _begin(
+        self, resume: bool, overwrite: bool, finished: Callable[[], Mapping[str, Any] | None]
+    ) -> None:
+        try:
+            _make_folders(self._folder)
+            self._lock = lock_file(self._folder / _LOCK)
+        except BlockingIOError:
+            raise ValueError(
+                f"{display_name(self._out)}: another process is writing to this folder; wait until "
+                "it ends, or give another --out"
+            ) from None
+        except OSError as error:
+            raise _unwritable(self._folder, error) from error
+        try:
+            if overwrite:
+                self._remove_records()
+            else:
+                self._check(resume, finished())
+            try:
+                remove_temporaries(self._out)
+                remove_temporaries(self._folder)
+                write_text_atomically(self._folder / _IDENTITY, json.dumps(self.identity))
+            except OSError as error:
+                raise _unwritable(self._folder, error) from error
+        except BaseException:
+            self._release()
+            raise
+
+    def _check(self, resume: bool, finished: Mapping[str, Any] | None) -> None:
+        """Raise ValueError if unfinished work or a finished result must not be touched."""
         name = display_name(self._folder)
-        if path.exists():
+        if is_unfinished(self._out):
             if not resume:
                 raise ValueError(
                     f"{name}: an earlier command did not finish; give --resume to continue it, or "
-                    "remove this folder to start over"
+                    "--overwrite to start over"
                 )
-            changed = differences(_read_identity(path), identity)
+            changed = differences(_read_identity(self._folder / _IDENTITY), self.identity)
             if changed:
                 raise ValueError(
                     f"{name}: unfinished work with different settings ({changed}); use the same "
-                    "settings to resume it, or another --out"
+                    "settings to resume it, --overwrite to start over, or another --out"
                 )
+        elif finished is not None and finished != self.identity:
+            changed = differences(finished, self.identity) if finished else "it does not state any"
+            raise ValueError(
+                f"{display_name(self._out)}: contains a result with different settings "
+                f"({changed}); give --overwrite to replace it, or another --out"
+            )
+
+    def _remove_records(self) -> None:
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            remove_temporaries(self._folder)
-            write_text_atomically(path, json.dumps(identity))
+            for path in self._folder.iterdir():
+                if path.name != _LOCK:
+                    path.unlink()
         except OSError as error:
             raise _unwritable(self._folder, error) from error
+
+    def _release(self) -> None:
+        """Release the lock; remove the folder if it is empty."""
+        if self._lock is not None:
+            remove_lock(self._lock, self._folder / _LOCK)
+            self._lock = None
+            with suppress(OSError):
+                self._folder.rmdir()
+
+
+def read_identity(path: Path) -> dict[str, Any] | None:
+    """Return the identity in a JSON file of a result: empty if it has none, None without a file."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["identity"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return {}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -161,13 +302,32 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _read_identity(path: Path) -> dict[str, Any]:
+    """Return the identity of unfinished work."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
-            f"{display_name(path)}: cannot be read ({error}); remove {display_name(path.parent)} "
-            "to start over"
+            f"{display_name(path)}: cannot be read ({error}); give --overwrite to start over"
         ) from error
+
+
+def _make_folders(folder: Path) -> None:
+    """Create a folder with its parents, on disk. A symbolic link in its place is an OSError."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.is_symlink():
+        raise NotADirectoryError(errno.ENOTDIR, "is a symbolic link", str(folder))
+    for path in missing:
+        flush_folder(path.parent)
+
+
+def _file_size(path: Path) -> int:
+    """Return the size of a regular file, without following links; -1: there is none."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return -1
+    return status.st_size if stat.S_ISREG(status.st_mode) else -1
 
 
 def _unwritable(folder: Path, error: OSError) -> ValueError:

@@ -24,15 +24,17 @@ from kl_vae.inference.batches import Numbered, batches_of_a_size, latent_noise
 from kl_vae.inference.coding import Reconstruction, reconstruct_batch
 from kl_vae.inference.images import LoadedImage, loaded_units
 from kl_vae.inference.load import checkpoint_name, connect_ranks, load_model_on, model_fingerprint
-from kl_vae.inference.progress import Progress, units_of
+from kl_vae.inference.progress import Progress, read_identity, units_of
 from kl_vae.inference.reconstruction_report import (
+    RESERVED,
+    SUMMARY,
     ImageMetrics,
     OutputFiles,
     ReconstructionResult,
     begin_report,
     write_report,
 )
-from kl_vae.inference.sources import as_roots, open_sources, range_of
+from kl_vae.inference.sources import as_roots, modification_times, open_sources, range_of
 from kl_vae.inference.tiling import Mode, Tiling, check_tiling
 from kl_vae.metrics.perceptual import load_lpips
 from kl_vae.metrics.similarity import SSIM_VARIANTS, SSIMVariant, psnr, ssim
@@ -127,6 +129,7 @@ def reconstruct(
     grid_size: int = 8,
     gallery: bool = True,
     resume: bool = False,
+    overwrite: bool = False,
 ) -> ReconstructionResult:
     """Reconstruct images into files, with metrics.csv, summary.json, comparison.png and a gallery.
 
@@ -170,10 +173,12 @@ def reconstruct(
         grid_size: images in comparison.png, at most.
         gallery: write index.html and its images.
         resume: continue what is unfinished in `out`.
+        overwrite: replace a result of other arguments, unfinished work and other files in `out`.
 
     Raises:
         ValueError: an argument is impossible or the images cannot be used; nothing has been
-            written then, unless writing failed.
+            written then, unless writing failed. Or `out` contains a result of other arguments, or
+            another process writes to it.
         RunError: a rank or a data worker was lost.
     """
     settings = ReconstructConfig(
@@ -205,16 +210,18 @@ def reconstruct(
             perceptual = load_lpips(lpips, lpips_features, lpips_heads, ranks.device)
         value_range = range_of(model, value_range)
 
-        def open_images() -> JoinedSource:
+        def open_images() -> tuple[JoinedSource, list[Path]]:
             channels = model.config.in_channels
             source, folders = open_sources(
                 roots, channels, include, exclude, max_pixels, range_of(model, value_range), pages
             )
             check_output_folder(folder, folders)
             _ = source.fingerprint  # goes to the other ranks with it
-            return source
+            return source, folders
 
-        source = ranks.on_rank_zero(open_images)  # once, so that the ranks share out the same list
+        source, folders = ranks.on_rank_zero(
+            open_images
+        )  # once, so that the ranks share out the same list
         files = OutputFiles.of(folder, source, image_format, gallery)
         units = units_of(len(source), unit_size(len(source)))
         about = {
@@ -235,30 +242,43 @@ def reconstruct(
             **about,
             "weights": model_fingerprint(model),
             "source": source.fingerprint,
+            "modification_times": ranks.on_rank_zero(lambda: modification_times(source)),
+            "lpips_files": [file and str(file) for file in (lpips_features, lpips_heads)],
             "gallery": gallery,
         }
-        ranks.on_rank_zero(lambda: files.prepare(source))
-        progress = Progress(folder, identity, resume, ranks)
-        ranks.on_rank_zero(lambda: begin_report(files))
-        loading = loaded_units(
-            source, units, progress, ranks, resize=resize, crop=crop, num_workers=num_workers
+        ranks.on_rank_zero(lambda: files.prepare(source, folders, overwrite))
+        progress = Progress(
+            folder,
+            identity,
+            resume,
+            ranks,
+            overwrite=overwrite,
+            files=lambda _, record: (
+                folder / name for x in record["images"] for name in files.of_image(x["index"])
+            ),
+            finished=lambda: read_identity(folder / SUMMARY),
         )
-        with (
-            Background(num_workers) as background,
-            loading as loaded,
-        ):
-            reconstructor = Reconstructor(model, source, files, settings, perceptual, background)
-            for unit, unit_images in loaded:
-                progress.write(unit, reconstructor.do(unit_images))
-        ranks.gather(None)  # all units are done
+        with progress:
+            ranks.on_rank_zero(lambda: begin_report(files))
+            loading = loaded_units(
+                source, units, progress, ranks, resize=resize, crop=crop, num_workers=num_workers
+            )
+            with Background(num_workers) as background, loading as loaded:
+                reconstructor = Reconstructor(
+                    model, source, files, settings, perceptual, background
+                )
+                for unit, unit_images in loaded:
+                    progress.write(unit, reconstructor.do(unit_images))
+            ranks.gather(None)  # all units are done
+            about["identity"] = progress.identity
 
-        def finish() -> ReconstructionResult:
-            records = progress.read(len(units))
-            result = write_report(source, files, model.to_rgb, about, records, grid_size)
-            progress.close()
-            return result
+            def finish() -> ReconstructionResult:
+                records = progress.read(len(units))
+                result = write_report(source, files, model.to_rgb, about, records, grid_size)
+                progress.close(path for name in RESERVED if (path := folder / name).exists())
+                return result
 
-        return ranks.on_rank_zero(finish)
+            return ranks.on_rank_zero(finish)
 
 
 def unit_size(number: int) -> int:

@@ -1,11 +1,12 @@
 """The files of a reconstruction: where each image's go, and what all are summed up in.
 
 metrics.csv has one line per image: `path, output, width, height, psnr, ssim`, and `lpips` where it
-was measured. `output` is relative to the output folder; size and metrics are those of the image
-after resize and crop. psnr is `inf` where the reconstruction is exact; ssim is empty where a side
-is below its window, lpips where the image is too small or too large for it. These are left out of
-the means and counted. summary.json has the means, what was skipped and definitions; comparison.png
-shows the images with the lowest PSNR, the worst first; index.html, the gallery, shows all.
+was measured. `output` is relative to the output folder; `csv_cell` writes both names. Size and
+metrics are those of the image after resize and crop. psnr is `inf` where the reconstruction is
+exact; ssim is empty where a side is below its window, lpips where the image is too small or too
+large for it. These are left out of the means and counted. summary.json has the means, what was
+skipped and definitions; comparison.png shows the images with the lowest PSNR, the worst first;
+index.html, the gallery, shows all.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,9 @@ from torch import Tensor
 
 from kl_vae.data import MAX_PIXELS, ImageError, Source, read_image
 from kl_vae.inference.images import load_images
+from kl_vae.inference.progress import FOLDER
 from kl_vae.inference.sources import size_in_words
+from kl_vae.inference.tables import csv_cell
 from kl_vae.metrics.similarity import SSIM_DEFINITIONS
 from kl_vae.runtime.files import display_name, remove_temporaries
 from kl_vae.runtime.outputs import check_outputs, make_folder, plan_outputs, replace_file
@@ -82,48 +87,70 @@ class OutputFiles:
         suffix = image_format.suffix(source.channels)
         keys = [source.key(i) for i in range(len(source))]
         folders = (_ORIGINALS, _THUMBNAILS, _RECONSTRUCTIONS) if gallery else ()
-        outputs = plan_outputs(keys, suffix, [*RESERVED, *folders])
+        outputs = plan_outputs(keys, suffix, [*RESERVED, FOLDER, *folders])
         return cls(out, tuple(outputs), image_format, gallery)
 
     def original(self, index: int) -> str:
         """The image of the image as the model saw it, in the gallery."""
-        return self._in_gallery(_ORIGINALS, index, ".png")
+        return f"{_ORIGINALS}/{self._pngs[index]}"
 
     def thumbnail(self, index: int) -> str:
         """The small image of image and reconstruction in the gallery."""
-        return self._in_gallery(_THUMBNAILS, index, ".jpg")
+        return f"{_THUMBNAILS}/{self._jpgs[index]}"
 
     def shown(self, index: int) -> str:
         """The reconstruction as an image for the gallery; that of an array is one more file."""
         output = self.outputs[index]
-        apart = output.endswith(".npy")
-        return self._in_gallery(_RECONSTRUCTIONS, index, ".png") if apart else output
+        return f"{_RECONSTRUCTIONS}/{self._pngs[index]}" if output.endswith(".npy") else output
 
-    def prepare(self, source: Source) -> None:
+    def of_image(self, index: int) -> list[str]:
+        """All files of an image."""
+        output = self.outputs[index]
+        if not self.gallery:
+            return [output]
+        return list(
+            {
+                output: None,
+                self.original(index): None,
+                self.thumbnail(index): None,
+                self.shown(index): None,
+            }
+        )
+
+    def prepare(
+        self, source: Source, image_folders: Sequence[Path] = (), overwrite: bool = False
+    ) -> None:
         """Check that no foreign file will be replaced, and create the output folder.
 
         Raises:
             ValueError: it would be (see `check_outputs`), or the folder cannot be created.
         """
-        check_outputs(self.out, [*self._all(), *RESERVED], source.files, earlier=METRICS)
+        check_outputs(
+            self.out,
+            [*self._all(), *RESERVED],
+            source.files,
+            earlier=METRICS,
+            image_folders=image_folders,
+            overwrite=overwrite,
+        )
         make_folder(self.out)
 
     def remove_temporaries(self) -> None:
-        """Remove what a killed command left beside the images; no rank may be writing."""
+        """Remove what a killed command left beside the images."""
         for folder in {"", *(os.path.dirname(path) for path in self._all())}:
             remove_temporaries(self.out / folder)
 
     def _all(self) -> Iterator[str]:
-        for index, output in enumerate(self.outputs):
-            yield output
-            if self.gallery:
-                yield self.original(index)
-                yield self.thumbnail(index)
-                if self.shown(index) != output:
-                    yield self.shown(index)
+        return chain.from_iterable(map(self.of_image, range(len(self.outputs))))
 
-    def _in_gallery(self, folder: str, index: int, suffix: str) -> str:
-        return f"{folder}/{os.path.splitext(self.outputs[index])[0]}{suffix}"
+    # planned anew: beside the folder a.jpg, the thumbnail of a.png is a.png.jpg
+    @cached_property
+    def _pngs(self) -> list[str]:
+        return plan_outputs(self.outputs, ".png")
+
+    @cached_property
+    def _jpgs(self) -> list[str]:
+        return plan_outputs(self.outputs, ".jpg")
 
 
 @dataclass(frozen=True)
@@ -285,8 +312,8 @@ def _lines(
     yield (*COLUMNS, "lpips") if with_lpips else COLUMNS
     for x in images:
         line = [
-            source.name(x.index),
-            display_name(files.outputs[x.index]),
+            csv_cell(source.name(x.index)),
+            csv_cell(display_name(files.outputs[x.index])),
             str(x.width),
             str(x.height),
             "inf" if x.psnr is None else f"{x.psnr:.4f}",

@@ -11,7 +11,7 @@ from kl_vae.data import MAX_PIXELS, JoinedSource, ValueRange, resolve_root
 from kl_vae.inference.encode import check_size
 from kl_vae.inference.latent_folder import nothing_usable
 from kl_vae.inference.load import connect_ranks, load_model_on, model_fingerprint
-from kl_vae.inference.progress import FOLDER, Progress, show_progress
+from kl_vae.inference.progress import FOLDER, Progress, is_unfinished, show_progress
 from kl_vae.inference.sampled_images import (
     GRID,
     Canvas,
@@ -19,12 +19,12 @@ from kl_vae.inference.sampled_images import (
     SampledImages,
     interpolated_images,
     prior_images,
+    read_grid_identity,
 )
-from kl_vae.inference.sources import as_roots, open_sources, range_of
+from kl_vae.inference.sources import as_roots, modification_times, open_sources, range_of
 from kl_vae.inference.tiling import Tiling
 from kl_vae.model import AutoEncoderKL
 from kl_vae.runtime.distributed import Ranks
-from kl_vae.runtime.files import remove_temporaries
 from kl_vae.runtime.outputs import check_output_folder, check_outputs
 from kl_vae.runtime.published_config import ConfigSource
 
@@ -79,6 +79,7 @@ def sample(
     fast: str = "auto",
     compile: bool = False,
     resume: bool = False,
+    overwrite: bool = False,
 ) -> SamplingResult:
     """Decode latents into image files and a grid.png.
 
@@ -116,10 +117,12 @@ def sample(
         fast: auto, exact or off; see `accelerate_as`.
         compile: use `torch.compile`.
         resume: continue unfinished work in `out`.
+        overwrite: replace a result of other arguments, unfinished work and other files in `out`.
 
     Raises:
         ValueError: an argument is invalid or the images are unusable; images that were already
-            written are kept for `resume`.
+            written are kept for `resume`. Or `out` contains a result of other arguments, or another
+            process writes to it.
         RunError: a rank was lost.
     """
     if origin not in get_args(Origin):
@@ -158,7 +161,7 @@ def sample(
         else:
             opened = [open_images(roots)]
             work = PosteriorImages(canvas, opened[0][0], number, seed, num_workers)
-        ranks.on_rank_zero(lambda: _check_outputs(work, folder, opened))
+        ranks.on_rank_zero(lambda: _check_outputs(work, folder, opened, overwrite))
         identity = {
             "from": origin,
             "seed": seed,
@@ -171,25 +174,53 @@ def sample(
             "overlap": overlap,
             "model": model_fingerprint(model),
             "size": size,
+            "range": value_range if roots else None,
+            "pages": pages,
+            "max_pixels": max_pixels,
+            "modification_times": ranks.on_rank_zero(
+                lambda: [modification_times(x) for x, _ in opened]
+            ),
             **work.identity,
         }
-        return _draw(work, folder, Progress(folder, identity, resume, ranks), ranks)
+        progress = Progress(
+            folder,
+            identity,
+            resume,
+            ranks,
+            overwrite=overwrite,
+            files=lambda unit, record: (
+                [] if "skipped" in record else [folder / file for file in work.units[unit]]
+            ),
+            finished=lambda: read_grid_identity(folder / GRID),
+        )
+        with progress:
+            return _draw(work, folder, progress, ranks)
 
 
 def _check_outputs(
-    work: SampledImages, out: Path, opened: Sequence[tuple[JoinedSource, list[Path]]]
+    work: SampledImages,
+    out: Path,
+    opened: Sequence[tuple[JoinedSource, list[Path]]],
+    overwrite: bool,
 ) -> None:
     """Check that no input file or unrelated file would be overwritten."""
-    check_output_folder(out, [folder for _, folders in opened for folder in folders])
+    image_folders = [folder for _, folders in opened for folder in folders]
+    check_output_folder(out, image_folders)
     inputs = [file for source, _ in opened for file in source.files]
-    earlier = FOLDER if (out / FOLDER).exists() else GRID
+    earlier = FOLDER if is_unfinished(out) else GRID
     files = [file for unit in work.units for file in unit]
-    check_outputs(out, [*work.others, *files, GRID], inputs, earlier)
+    check_outputs(
+        out,
+        [*work.others, *files, GRID],
+        inputs,
+        earlier,
+        image_folders=image_folders,
+        overwrite=overwrite,
+    )
 
 
 def _draw(work: SampledImages, out: Path, progress: Progress, ranks: Ranks) -> SamplingResult:
     """Draw this rank's units, wait for the other ranks, and finish on rank 0."""
-    ranks.on_rank_zero(lambda: remove_temporaries(out))  # left by a killed command
     own = progress.share(len(work.units))
     with show_progress(sum(len(work.units[unit]) for unit in own), ranks) as update:
         for unit, record in zip(own, work.draw(own), strict=True):
@@ -198,14 +229,13 @@ def _draw(work: SampledImages, out: Path, progress: Progress, ranks: Ranks) -> S
     ranks.gather(None)  # all units are drawn
 
     def finish() -> SamplingResult:
-        # version 0.1 wrote null for units without a record
-        records = [record or {} for record in progress.read(len(work.units))]
+        records = list(progress.read(len(work.units)))
         drawn = [unit for unit, record in enumerate(records) if "skipped" not in record]
         if not drawn:
             progress.close()
             raise nothing_usable(len(records))
-        shown = work.finish(records)
-        progress.close()
+        shown = work.finish(records, progress.identity)
+        progress.close(out / file for file in [*work.others, GRID])
         return SamplingResult(
             folder=out,
             files=tuple(file for unit in drawn for file in work.units[unit]),

@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from kl_vae.data import Source, read_image
@@ -39,6 +40,7 @@ Record = dict[str, Any]  # JSON record of a unit; `skipped` is the reason for a 
 
 GRID = "grid.png"
 STATISTICS = "posterior.json"
+_IDENTITY = "kl_vae.identity"  # keyword of a text chunk
 
 _GRID_CELLS = 64  # maximum number of cells, except for a single row
 _GRID_WIDTH = 8192  # maximum width in pixels; more columns have smaller cells
@@ -84,11 +86,15 @@ class Canvas:
         """Write an image [C, H, W] in [-1, 1]."""
         write_image(self.out / file, as_saved(image))
 
-    def save_grid(self, files: Sequence[str], columns: int) -> int:
-        """Write the first images of `files` to grid.png, and return their number."""
+    def save_grid(self, files: Sequence[str], columns: int, identity: Mapping[str, Any]) -> int:
+        """Write the first images of `files` to grid.png, and return their number.
+
+        The file also contains the identity, for `read_grid_identity`.
+        """
         shown = files[: max(1, _GRID_CELLS // columns) * columns]
         side = min(MAX_SIDE, max(_SMALLEST_CELL, _GRID_WIDTH // columns))
-        save_png(self.out / GRID, image_grid(map(self._read, shown), columns, side))
+        grid = image_grid(map(self._read, shown), columns, side)
+        save_png(self.out / GRID, grid, {_IDENTITY: json.dumps(identity)})
         return len(shown)
 
     def _read(self, file: str) -> Tensor:
@@ -97,6 +103,17 @@ class Canvas:
         device = next(model.parameters()).device  # `to_rgb` has weights
         image = read_image(self.out / file, model.config.out_ch)
         return for_display(image, lambda x: model.to_rgb(x.to(device)).cpu())
+
+
+def read_grid_identity(path: Path) -> dict[str, Any] | None:
+    """Return the identity in a grid.png: empty if it has none, None if there is no such file."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return dict(json.loads(image.info[_IDENTITY]))
+    except FileNotFoundError:
+        return None
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
 
 
 class SampledImages(Protocol):
@@ -115,8 +132,12 @@ class SampledImages(Protocol):
     def draw(self, units: Sequence[int]) -> Iterator[Record]:
         """Draw units, and yield the record of each unit after its files are written."""
 
-    def finish(self, records: Sequence[Record]) -> int:
+    def finish(self, records: Sequence[Record], identity: Mapping[str, Any]) -> int:
         """Write grid.png and `others` from the records of all units.
+
+        Args:
+            records: the records of all units.
+            identity: the identity of the command, stored in grid.png.
 
         Returns:
             The number of images in grid.png.
@@ -160,9 +181,9 @@ class LatentSeries:
                 self._canvas.save(file, image)
             yield {}
 
-    def finish(self, records: Sequence[Record]) -> int:
+    def finish(self, records: Sequence[Record], identity: Mapping[str, Any]) -> int:
         """Write grid.png, and return the number of images in it."""
-        return self._canvas.save_grid(self._files, self._columns)
+        return self._canvas.save_grid(self._files, self._columns, identity)
 
 
 def prior_images(canvas: Canvas, number: int, seed: int) -> LatentSeries:
@@ -312,7 +333,7 @@ class PosteriorImages:
                 else:
                     yield self._draw_image(loaded.index, loaded.image)
 
-    def finish(self, records: Sequence[Record]) -> int:
+    def finish(self, records: Sequence[Record], identity: Mapping[str, Any]) -> int:
         """Write posterior.json and grid.png.
 
         A row of the grid shows an image, its decoded mode and up to 8 samples.
@@ -326,7 +347,7 @@ class PosteriorImages:
         replace_file(self._canvas.out / STATISTICS, text.encode())
         columns = 2 + min(self._number, _GRID_SAMPLES)
         shown = [file for image in usable for file in self.units[image][:columns]]
-        return self._canvas.save_grid(shown, columns)
+        return self._canvas.save_grid(shown, columns, identity)
 
     def _draw_image(self, number: int, image: Tensor) -> Record:
         canvas, posterior = self._canvas, self._canvas.encode(image)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from kl_vae.data import (
     MAX_PIXELS,
     FolderSource,
     JoinedSource,
+    Source,
     StoredSource,
     ValueRange,
     decide_format,
@@ -85,6 +87,14 @@ def open_sources(
             parts.append(part)
     pixel_format = decide_format(JoinedSource(parts), value_range, pages)
     return JoinedSource([with_format(part, pixel_format) for part in parts]), folders
+
+
+def modification_times(source: Source) -> str:
+    """Return a hash of the modification times of a source's images: 32 hex digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for index in range(len(source)):
+        digest.update(b"%d " % source.state(index)[1])
+    return digest.hexdigest()
 
 
 def size_in_words(resize: int | None, crop: int | None) -> str:

@@ -9,14 +9,18 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
+from kl_vae.runtime.locks import lock_temporary, temporary_lock
+
 logger = logging.getLogger(__name__)
 
+_FLUSHES = 8
 _NO_FLUSH = (errno.EINVAL, errno.ENOTSUP)
 _TEMPORARY = re.compile(r"\.\d+\.tmp")
 
@@ -36,10 +40,9 @@ def write_atomically(
     Raises:
         OSError: the file cannot be written.
     """
-    # short: `path` may be as long as names get; of no other process, on this machine or another
-    temporary = path.with_name(f".{secrets.randbits(63)}.tmp")
+    temporary, file = _open_temporary(path.parent)
     try:
-        with open(temporary, "wb") as file:
+        with file:
             write(file)
             if durable:
                 file.flush()
@@ -52,14 +55,33 @@ def write_atomically(
         flush_folder(path.parent)  # the rename itself
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in a folder.
+def _open_temporary(folder: Path) -> tuple[Path, BinaryIO]:
+    """Create a temporary file, locked until it is closed."""
+    while True:
+        # short: the final name may be as long as names get; of no other process on any machine
+        path = folder / f".{secrets.randbits(63)}.tmp"
+        file = open(path, "xb")
+        if lock_temporary(file.fileno(), path):
+            return path, file
+        file.close()  # `remove_temporaries` of another process was faster
 
-    No other process may write into the folder meanwhile.
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove the temporary files and folders that killed processes left in a folder.
+
+    Those that another process is writing are kept. Where there are no locks, no other process may
+    write into the folder meanwhile.
     """
     for path in folder.glob(".*.tmp"):
-        if _TEMPORARY.fullmatch(path.name):
-            _remove(path)
+        if not _TEMPORARY.fullmatch(path.name):
+            continue
+        with suppress(OSError):  # another process removes it as well
+            if path.is_symlink():
+                path.unlink()
+                continue
+            with temporary_lock(path) as unused:
+                if unused:
+                    _remove(path)
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -82,11 +104,12 @@ def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None
     _remove(temporary)  # of a killed process: in a container process ids repeat
     try:
         temporary.mkdir()
-        write(temporary)
-        for file in temporary.iterdir():
-            flush_file(file)
-        flush_folder(temporary)
-        os.replace(temporary, path)
+        with temporary_lock(temporary):
+            write(temporary)
+            for file in temporary.iterdir():
+                flush_file(file)
+            flush_folder(temporary)
+            os.replace(temporary, path)
     except BaseException:
         _remove(temporary)
         raise
@@ -125,9 +148,23 @@ def _log_once(text: str) -> None:
     logger.debug(text)
 
 
+def flush_files(paths: Iterable[Path], root: Path) -> None:
+    """Wait until files in a folder `root`, and their names, are on disk.
+
+    Raises:
+        OSError: a file is missing, or cannot be written to disk.
+    """
+    paths = list(paths)
+    folders = {folder for path in paths for folder in path.parents if folder.is_relative_to(root)}
+    with ThreadPoolExecutor(_FLUSHES) as pool:  # a disk writes several at once
+        list(pool.map(flush_file, paths))
+        list(pool.map(flush_folder, sorted(folders)))
+
+
 def flush_file(path: Path) -> None:
     """Wait until a file, or a folder's entries, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows flushes only files that are open for writing
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

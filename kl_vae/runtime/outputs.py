@@ -3,7 +3,7 @@
 import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
 
@@ -53,18 +53,33 @@ def check_output_folder(out: Path, image_folders: Iterable[Path] = ()) -> None:
     # os.path throughout: of a folder that cannot be read pathlib's methods are an error
     if os.path.exists(out) and not os.path.isdir(out):
         raise ValueError(f"the output folder {display_name(out)} is a file; give a folder")
-    resolved = Path(os.path.realpath(out))
-    existing = [folder for folder in (resolved, *resolved.parents) if os.path.exists(folder)]
-    for folder in image_folders:
-        if any(os.path.samefile(parent, folder) for parent in existing):
-            raise ValueError(
-                f"the output folder {display_name(out)} is in the image folder "
-                f"{display_name(folder)}, where its files would be read as images; "
-                "give a folder outside of it"
-            )
+    check_outside(out, image_folders)
 
 
-def check_outputs(out: Path, outputs: Iterable[str], inputs: Iterable[Path], earlier: str) -> None:
+def check_outside(out: Path, image_folders: Iterable[Path]) -> None:
+    """Check that an output folder is in none of the image folders.
+
+    Raises:
+        ValueError: it is.
+    """
+    folder = _containing(out, list(image_folders))
+    if folder is not None:
+        raise ValueError(
+            f"the output folder {display_name(out)} is in the image folder "
+            f"{display_name(folder)}, where its files would be read as images; "
+            "give a folder outside of it"
+        )
+
+
+def check_outputs(
+    out: Path,
+    outputs: Iterable[str],
+    inputs: Iterable[Path],
+    earlier: str,
+    *,
+    image_folders: Iterable[Path] = (),
+    overwrite: bool = False,
+) -> None:
     """Check that the outputs stay in `out` and do not overwrite other files.
 
     Args:
@@ -72,19 +87,29 @@ def check_outputs(out: Path, outputs: Iterable[str], inputs: Iterable[Path], ear
         outputs: paths relative to it.
         inputs: files that must not be overwritten.
         earlier: a file in `out` that an earlier run left; its outputs may be replaced.
+        image_folders: folders that must not be written to.
+        overwrite: other files may be replaced as well.
 
     Raises:
-        ValueError: an output is an input, a folder, or outside, or is there without `earlier`.
+        ValueError: an output is an input, a folder, outside, or in an image folder; or it is there
+            without `earlier` or `overwrite`.
     """
-    may_replace = os.path.exists(out / earlier)
+    may_replace = overwrite or os.path.exists(out / earlier)
     root = os.path.realpath(out)
     inside = cache(lambda folder: Path(os.path.realpath(folder)).is_relative_to(root))
+    image_folder = cache(partial(_containing, folders=list(image_folders)))
     input_files = {(status.st_dev, status.st_ino) for status in map(_status, inputs) if status}
     for output in outputs:
         path = out / output
         name = display_name(path)
         if not inside(path.parent):
             raise ValueError(f"{name} leads out of the output folder; give an empty folder")
+        folder = image_folder(path.parent)
+        if folder is not None:
+            raise ValueError(
+                f"{name} would be written to the image folder {display_name(folder)}, and read as "
+                "an image; give another output folder"
+            )
         status = _status(path)
         if status is None:
             continue
@@ -94,7 +119,8 @@ def check_outputs(out: Path, outputs: Iterable[str], inputs: Iterable[Path], ear
             raise ValueError(f"{name} is a folder where a file would go; give an empty folder")
         if not may_replace:
             raise ValueError(
-                f"{name} exists, and no {earlier} of an earlier run; give an empty folder"
+                f"{name} exists, and no {earlier} of an earlier run; give an empty folder, or "
+                "--overwrite to replace files"
             )
 
 
@@ -126,6 +152,16 @@ def replace_file(path: Path, content: bytes) -> None:
             f"cannot write {display_name(path)} ({error.strerror}); "
             "make room and permission for it, or give another folder"
         ) from error
+
+
+def _containing(path: Path, folders: Sequence[Path]) -> Path | None:
+    """Return the first of the folders that is `path` or contains it; None: no folder does."""
+    resolved = Path(os.path.realpath(path))
+    existing = [folder for folder in (resolved, *resolved.parents) if os.path.exists(folder)]
+    for folder in folders:
+        if any(os.path.samefile(parent, folder) for parent in existing):
+            return folder
+    return None
 
 
 def _candidates(path: str, suffix: str) -> Iterator[str]:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -37,12 +36,8 @@ from kl_vae.checkpoints.run_files import (
 from kl_vae.runtime.config_file import dump_config, parse_file, parse_yaml
 from kl_vae.runtime.errors import RunError
 from kl_vae.runtime.files import remove_temporaries, write_text_atomically
+from kl_vae.runtime.locks import lock_file
 from kl_vae.training.state import TrainingState
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -175,13 +170,14 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise self._unwritable(error) from None
-        self._lock_file()
-        try:
+            self._lock = lock_file(self.path / LOCK)
             os.ftruncate(self._lock, 0)
             os.write(self._lock, self._token.encode())
+        except BlockingIOError:
+            raise ValueError(
+                f"{self.path}: another process is training in it; wait until it ends, or choose "
+                "another --run-dir"
+            ) from None
         except OSError as error:
             raise self._unwritable(error) from None
 
@@ -204,21 +200,6 @@ class RunDirectory:
                 f"{self.path}: was removed, or is now the directory of another run; nothing more "
                 "is written to it"
             )
-
-    def _lock_file(self) -> None:
-        if fcntl is None:
-            return
-        assert self._lock is not None
-        try:
-            # of the process, not of the file: the data workers do not inherit it
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return  # this file system has no locks
-            raise ValueError(
-                f"{self.path}: another process is training in it; wait until it ends, or choose "
-                "another --run-dir"
-            ) from None
 
     def prepare(
         self,

@@ -3,14 +3,16 @@
 Images are uint8 [3, H, W].
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from kl_vae.runtime.outputs import replace_file
@@ -134,15 +136,23 @@ def _tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def save_png(path: Path, image: Tensor) -> None:
+def save_png(path: Path, image: Tensor, texts: Mapping[str, str] = MappingProxyType({})) -> None:
     """Write uint8 [C, H, W] with C = 1, 3 or 4 as a PNG; the file is there whole or not at all.
+
+    Args:
+        path: the file.
+        image: the image.
+        texts: ASCII texts to store, by their keywords of up to 79 characters.
 
     Raises:
         ValueError: the file cannot be written.
     """
     pixels = image.permute(1, 2, 0).squeeze(2).cpu().numpy()  # [H, W, C], or [H, W] where C is 1
     stream = BytesIO()
-    Image.fromarray(pixels).save(stream, format="PNG")
+    chunks = PngInfo()
+    for keyword, text in texts.items():
+        chunks.add_text(keyword, text)
+    Image.fromarray(pixels).save(stream, format="PNG", pnginfo=chunks)
     replace_file(path, stream.getvalue())
 
 

@@ -118,6 +118,7 @@ def test_max_pixels(tmp_path: Path, model: list[str], capsys: pytest.CaptureFixt
     picture().save(tmp_path / "a.png")  # 24 x 20
     command = ["reconstruct", *model, "--images", f"{tmp_path}/a.png", "--out", f"{tmp_path}/out"]
     assert main([*command, "--max-pixels", "480"]) == 0
+    command += ["--overwrite"]
     assert main([*command, "--max-pixels", "479"]) == 1
     assert is_about(capsys.readouterr().err, f"{tmp_path}/a.png", "24 x 20", "max_pixels=479")
     assert main(command) == 0

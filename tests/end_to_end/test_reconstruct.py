@@ -264,7 +264,7 @@ def test_special_files_are_skipped(tmp_path, model, images, caplog):
     assert is_about(second, names[1], "Too many levels of symbolic links")
 
 
-def test_formats_and_no_gallery(tmp_path, model, images):
+def test_formats_and_no_gallery(tmp_path, model, images, capsys):
     out = tmp_path / "out"
     command = [*RECONSTRUCT, *model, "--out", str(out), "--images", str(images), "--no-gallery"]
     assert main([*command, "--format", "webp", "--quality", "100"]) == 0
@@ -272,7 +272,10 @@ def test_formats_and_no_gallery(tmp_path, model, images):
     assert tree(out) == names
     with Image.open(out / "a.webp") as picture:
         assert (picture.format, picture.size) == ("WEBP", (21, 16))
-    assert main([*command, "--format", "jpg"]) == 0
+    assert main([*command, "--format", "jpg"]) == 2
+    assert is_about(capsys.readouterr().err, out, "format", "'webp'", "'jpg'", "--overwrite")
+    assert tree(out) == names
+    assert main([*command, "--format", "jpg", "--overwrite"]) == 0
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     assert (summary["format"], summary["quality"]) == ("jpg", 90)
     assert (summary["fast"], summary["compile"]) == ("auto", False)

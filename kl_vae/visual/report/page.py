@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from kl_vae import __version__
 from kl_vae.checkpoints.run_files import SAMPLES
-from kl_vae.runtime.files import display_name
+from kl_vae.runtime.files import display_name, remove_temporaries
 from kl_vae.runtime.outputs import replace_file
 from kl_vae.visual.report.comparison import (
     best_metrics,
@@ -88,6 +88,7 @@ def write_page(
             images = linked_images(reading, path.parent)
         contents.append(page_content(reading, metrics, images, MAX_NUMBERS // len(runs)))
     content = contents[0] if len(runs) == 1 else comparison_content(runs, contents)
+    remove_temporaries(path.parent)  # of a killed process
     replace_file(path, render(content, linked=not embed))
 
 

@@ -289,3 +289,20 @@ def test_temporary_files_of_a_killed_command_are_removed(tmp_path: Path) -> None
     (tmp_path / "out" / "a.png").touch()
     files.remove_temporaries()
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "out" / "a.png"]
+
+
+def test_an_image_folder_with_the_name_of_the_records_is_an_error(tmp_path: Path) -> None:
+    source = FolderSource(tmp_path, [".unfinished/a.jpg"], channels=3)
+    with pytest.raises(ValueError, match=mentions(".unfinished")):
+        OutputFiles.of(tmp_path / "out", source, PNG, gallery=True)
+
+
+def test_the_files_of_an_image_are_of_no_other(tmp_path: Path) -> None:
+    names = ["a.jpeg", "a.jpg/x.png", "A.jpg", "b.png/x.png", "b.webp", "c.jpg.png", "c.jpg/y.jpg"]
+    source = FolderSource(tmp_path, names, channels=3)
+    for image_format in (PNG, ImageFormat("webp"), ImageFormat("jpg")):
+        files = OutputFiles.of(tmp_path / "out", source, image_format, gallery=True)
+        written = [name.casefold() for i in range(len(names)) for name in files.of_image(i)]
+        folders = {str(folder) for name in written for folder in Path(name).parents}
+        assert len(written) == len(set(written)) == 3 * len(names)
+        assert not folders & set(written)

@@ -103,6 +103,25 @@ def test_only_files_of_an_earlier_run_are_replaced(tmp_path):
         check_outputs(tmp_path, ["d.png"], [], earlier="metrics.csv")
 
 
+def test_no_output_goes_into_an_image_folder(tmp_path):
+    (tmp_path / "images").mkdir()
+    folders = [tmp_path / "images"]
+    check_outputs(tmp_path, ["a.png", "new/a.png"], [], "metrics.csv", image_folders=folders)
+    (tmp_path / "link").symlink_to("images")
+    for output in ("images/a.png", "images/new/a.png", "link/a.png"):
+        with pytest.raises(ValueError, match=mentions(tmp_path / output, tmp_path / "images")):
+            check_outputs(
+                tmp_path, [output], [], "metrics.csv", image_folders=folders, overwrite=True
+            )
+
+
+def test_overwrite_replaces_other_files_but_no_input(tmp_path):
+    (tmp_path / "a.png").write_text("foreign")
+    check_outputs(tmp_path, ["a.png"], [], "metrics.csv", overwrite=True)
+    with pytest.raises(ValueError, match=mentions(tmp_path / "a.png")):
+        check_outputs(tmp_path, ["a.png"], [tmp_path / "a.png"], "metrics.csv", overwrite=True)
+
+
 @pytest.mark.parametrize("output", ["../a.png", "elsewhere/a.png", "elsewhere/new/a.png"])
 def test_outputs_stay_in_the_output_folder(tmp_path, output):
     out = tmp_path / "out"

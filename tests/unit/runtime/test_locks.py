@@ -1,0 +1,101 @@
+"""Locks between processes, and temporary files that a process still writes."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from kl_vae.runtime import locks
+from kl_vae.runtime.files import remove_temporaries, write_atomically, write_folder_atomically
+from kl_vae.runtime.locks import hold_lock, lock_file
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from kl_vae.runtime.locks import hold_lock
+with hold_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+WRITE = """
+import sys
+from pathlib import Path
+from kl_vae.runtime.files import write_atomically, write_folder_atomically
+def wait(*_):
+    print("writing", flush=True)
+    sys.stdin.read()
+{}(Path(sys.argv[1]), wait)
+"""
+
+
+@contextmanager
+def running(code: str, path: Path) -> Iterator[subprocess.Popen[str]]:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, path], text=True, **pipes) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        yield process
+
+
+def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    with running(HOLD, lock) as first:
+        with pytest.raises(BlockingIOError), hold_lock(lock):
+            pass
+        assert lock.exists()
+        first.kill()
+        first.wait()
+    with hold_lock(lock):  # the file is left, without a lock
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / ".lock").symlink_to("elsewhere")
+    with pytest.raises(OSError, match="symbolic links"), hold_lock(tmp_path / ".lock"):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("missing", ["system", "file system"])
+def test_without_locks_a_debug_message_says_so(
+    missing: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if missing == "system":
+        monkeypatch.setattr(locks, "fcntl", None)
+    else:
+        monkeypatch.setattr(fcntl, "lockf", refuse)
+    with caplog.at_level(logging.DEBUG):
+        os.close(lock_file(tmp_path / ".lock"))
+        with hold_lock(tmp_path / ".lock"):
+            assert (tmp_path / ".lock").exists()
+    assert {record.levelname for record in caplog.records} == {"DEBUG"}
+    assert str(tmp_path / ".lock") in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("write", [write_atomically, write_folder_atomically])
+def test_temporaries_of_a_living_process_are_kept(write: object, tmp_path: Path) -> None:
+    code = WRITE.format(write.__name__)  # type: ignore[attr-defined]
+    with running(code, tmp_path / "result") as process:
+        remove_temporaries(tmp_path)
+        (temporary,) = tmp_path.iterdir()
+        process.kill()
+        process.wait()
+    assert temporary.exists()
+    remove_temporaries(tmp_path)
+    assert list(tmp_path.iterdir()) == []
