@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from kl_vae import __version__
 from kl_vae.runtime.errors import RunError
+from kl_vae.runtime.imports import allow_import
 
 COMMANDS = (
     "train",
@@ -62,6 +63,10 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     # all ranks open the same images: rank 0 reports on them
     logging.getLogger("kl_vae.data").setLevel(logging.ERROR if rank > 0 else logging.NOTSET)
     try:
+        if args.modules or args.allowed:
+            sys.path.insert(0, os.getcwd())
+        for prefix in args.allowed:
+            allow_import(prefix)
         for module_name in args.modules:
             _import(module_name)
         return run_command(name, args)
@@ -95,7 +100,6 @@ def _module(name: str):  # type: ignore[no-untyped-def]
 
 def _import(name: str) -> None:
     """Import a user's module from the working directory or Python's path."""
-    sys.path.insert(0, os.getcwd())
     try:
         importlib.import_module(name)
     except ImportError as error:
@@ -115,5 +119,14 @@ def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         default=[],
         metavar="MODULE",
         help="import this module first, to register your own blocks, attention kinds or losses",
+    )
+    parser.add_argument(
+        "--allow-import",
+        dest="allowed",
+        action="append",
+        default=[],
+        metavar="PREFIX",
+        help="allow the config to name your own loss below this module or package, by its dotted "
+        "path; without it nothing that a config names is imported",
     )
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
