@@ -7,11 +7,15 @@ import importlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from kl_vae import __version__
 from kl_vae.runtime.errors import RunError
 from kl_vae.runtime.imports import allow_import
+
+_UNDER_TORCHRUN = "TORCHELASTIC_ERROR_FILE"  # set by torchrun for each rank
+SHARED_SECONDS = 2.0  # within which torchrun ends the other ranks of one that failed
 
 COMMANDS = (
     "train",
@@ -69,10 +73,15 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
             allow_import(prefix)
         for module_name in args.modules:
             _import(module_name)
-        return run_command(name, args)
+        outcome = run_command(name, args)
+        if isinstance(outcome, int):
+            return outcome
+        raise outcome
     except (ValueError, RunError) as error:
         if args.traceback:
             raise
+        if rank and _UNDER_TORCHRUN in os.environ:
+            time.sleep(SHARED_SECONDS)  # rank 0 reports an error of all; torchrun ends the others
         where = f"kl-vae {name}" + (f" [rank {rank}]" if rank else "")
         lines = str(error).splitlines() or [type(error).__name__]
         sys.stderr.writelines(f"{where}: error: {line}\n" for line in lines)
@@ -84,14 +93,22 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
         return 130
 
 
-def run_command(name: str, args: argparse.Namespace) -> int:
-    """Run a command whose arguments are parsed; return its exit code."""
-    run = _module(name).run
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun, which then shows a failing rank's error
+def run_command(name: str, args: argparse.Namespace) -> int | ValueError | RunError:
+    """Run a command whose arguments are parsed; return its exit code, or its error to report."""
+
+    def run() -> int | ValueError | RunError:
+        try:
+            return int(_module(name).run(args))
+        except (ValueError, RunError) as error:
+            return error
+
+    if _UNDER_TORCHRUN in os.environ:  # it then shows the traceback of an unexpected error
         from torch.distributed.elastic.multiprocessing.errors import record
 
-        run = record(run)
-    return int(run(args))
+        recorded = record(run)()
+        assert recorded is not None  # `record` raises what it records
+        return recorded
+    return run()
 
 
 def _module(name: str):  # type: ignore[no-untyped-def]
