@@ -15,7 +15,7 @@ from kl_vae.runtime.errors import RunError
 from kl_vae.runtime.imports import allow_import
 
 _UNDER_TORCHRUN = "TORCHELASTIC_ERROR_FILE"  # set by torchrun for each rank
-SHARED_SECONDS = 2.0  # within which torchrun ends the other ranks of one that failed
+SHARED_SECONDS = 10.0  # within which torchrun ends the other ranks of one that failed
 
 COMMANDS = (
     "train",

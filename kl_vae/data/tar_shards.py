@@ -29,6 +29,7 @@ from kl_vae.data.decoding import (
     MAX_PIXELS,
     ImageError,
     inspect_from,
+    open_below,
     read_image_from,
     read_size_from,
 )
@@ -198,7 +199,8 @@ class TarSource:
                 "not a regular file: pack the targets of links with tar --dereference "
                 "--hard-dereference"
             )
-        return _open_part(self._shards[self._shard_indices[index]], offset, size)
+        shard = self._shards[self._shard_indices[index]]
+        return open_below(shard.path.parent, partial(_open_part, shard, offset, size))
 
 
 def open_shards(

@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from kl_vae.runtime.device import choose_device
-from kl_vae.runtime.errors import RunError
+from kl_vae.runtime.errors import RunError, StorageError
 
 Result = TypeVar("Result")
 
@@ -137,7 +137,8 @@ def connect(
 
     Raises:
         ValueError: the device does not exist, or several processes were started without torchrun.
-        RunError: a rank was lost, a data worker ended, out of memory or disk space.
+        RunError: a rank was lost, a data worker ended, the storage of the images failed, too many
+            open files, out of memory or disk space.
     """
     _check_launcher()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -235,13 +236,16 @@ def explain(
 
 def _explain(error: Exception, monitor: RankMonitor | None, hints: Hints) -> Exception:
     text = _one_line(error)
-    if isinstance(error, (RunError, ValueError)):
+    storage_failed = isinstance(error, StorageError)
+    if not storage_failed and isinstance(error, (RunError, ValueError)):
         return error
     if _is_file_limit(error):
         return RunError(
             f"too many open files ({text}): raise the limit with ulimit -n 4096, or lower "
             f"{hints.workers}; {hints.resume}"
         )
+    if storage_failed:
+        return RunError(f"the storage failed: {text}; check {hints.images}; {hints.resume}")
     # a collective operation fails if a rank is lost; gloo's errors name its source files
     if monitor is not None and (
         isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text)
@@ -278,7 +282,11 @@ def _is_file_limit(error: BaseException | None) -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    text = str(error).strip()
+    if text.startswith("Caught "):  # torch's report of a data worker: the traceback, then its error
+        name, _, reason = text.splitlines()[-1].partition(": ")
+        text = reason or name
+    return " ".join(text.split())
 
 
 # in which the other ranks leave their reasons; they fail at about the same time
