@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kl_vae.inference.sample import SamplingResult, sample
     from kl_vae.losses import register_loss
     from kl_vae.model import AutoEncoderKL, AutoencoderKL
+    from kl_vae.runtime.imports import allow_import
     from kl_vae.training.loop import TrainingResult, train
     from kl_vae.visual.image_files import load_image, save_image
     from kl_vae.visual.report import report
@@ -43,6 +44,7 @@ __all__ = [
     "TrainingResult",
     "__version__",
     "accelerate",
+    "allow_import",
     "convert",
     "encode_dataset",
     "evaluate",
@@ -76,6 +78,7 @@ _MODULES = {
     "SamplingResult": "inference.sample",
     "TrainingResult": "training.loop",
     "accelerate": "accel.accelerate",
+    "allow_import": "runtime.imports",
     "convert": "inference.convert",
     "encode_dataset": "inference.encode",
     "evaluate": "inference.evaluate",

@@ -128,6 +128,7 @@ def bombs() -> dict[str, bytes]:
         "no_width.png": png(0, 4, zeros(4)),
         "pixels.jpg": _resized_jpeg(65_500, 65_500),
         "no_height.jpg": _resized_jpeg(9, 0),
+        "scans.jpg": jpeg_of_scans(101),
         "canvas.gif.png": gif((65_535, 65_535), (9, 9)),
         "frame.gif.png": gif((9, 9), (65_535, 65_535)),
         "disposal.gif.png": gif((13_000, 13_000), (13_000, 13_000)),
@@ -148,6 +149,16 @@ def bombs() -> dict[str, bytes]:
         ),
         "strips.tif": tiff({273: [200] * 300_000, 278: 1}),
     }
+
+
+def jpeg_of_scans(scans: int, thumbnail: bytes = b"") -> bytes:
+    """A progressive JPEG of so many scans: the last is repeated; with a JPEG in its metadata."""
+    stream = BytesIO()
+    Image.new("L", (40, 30), 99).save(stream, "JPEG", progressive=True, exif=thumbnail)
+    content = stream.getvalue()
+    written = content.count(b"\xff\xda", content.rindex(b"\xff\xc2"))
+    last = content.rindex(b"\xff\xda")
+    return content[:-2] + content[last:-2] * (scans - written) + content[-2:]
 
 
 def zeros(number: int) -> bytes:

@@ -155,7 +155,8 @@ def faulty_loss(project: Path) -> list[str]:
     target = project / "faulty_loss.py"
     if not target.exists():  # a run may be reading it
         shutil.copy(HERE / "faulty_loss.py", target)
-    return ["--import", "faulty_loss", "model.params.lossconfig.target=faulty_loss.FaultyELBO"]
+    loss = "model.params.lossconfig.target=faulty_loss.FaultyELBO"
+    return ["--allow-import", "faulty_loss", loss]
 
 
 def metrics(run: str | Path) -> list[dict[str, Any]]:

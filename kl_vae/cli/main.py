@@ -7,10 +7,15 @@ import importlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from kl_vae import __version__
 from kl_vae.runtime.errors import RunError
+from kl_vae.runtime.imports import allow_import
+
+_UNDER_TORCHRUN = "TORCHELASTIC_ERROR_FILE"  # set by torchrun for each rank
+SHARED_SECONDS = 10.0  # within which torchrun ends the other ranks of one that failed
 
 COMMANDS = (
     "train",
@@ -62,12 +67,21 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     # all ranks open the same images: rank 0 reports on them
     logging.getLogger("kl_vae.data").setLevel(logging.ERROR if rank > 0 else logging.NOTSET)
     try:
+        if args.modules or args.allowed:
+            sys.path.insert(0, os.getcwd())
+        for prefix in args.allowed:
+            allow_import(prefix)
         for module_name in args.modules:
             _import(module_name)
-        return run_command(name, args)
+        outcome = run_command(name, args)
+        if isinstance(outcome, int):
+            return outcome
+        raise outcome
     except (ValueError, RunError) as error:
         if args.traceback:
             raise
+        if rank and _UNDER_TORCHRUN in os.environ:
+            time.sleep(SHARED_SECONDS)  # rank 0 reports an error of all; torchrun ends the others
         where = f"kl-vae {name}" + (f" [rank {rank}]" if rank else "")
         lines = str(error).splitlines() or [type(error).__name__]
         sys.stderr.writelines(f"{where}: error: {line}\n" for line in lines)
@@ -79,14 +93,22 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
         return 130
 
 
-def run_command(name: str, args: argparse.Namespace) -> int:
-    """Run a command whose arguments are parsed; return its exit code."""
-    run = _module(name).run
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun, which then shows a failing rank's error
+def run_command(name: str, args: argparse.Namespace) -> int | ValueError | RunError:
+    """Run a command whose arguments are parsed; return its exit code, or its error to report."""
+
+    def run() -> int | ValueError | RunError:
+        try:
+            return int(_module(name).run(args))
+        except (ValueError, RunError) as error:
+            return error
+
+    if _UNDER_TORCHRUN in os.environ:  # it then shows the traceback of an unexpected error
         from torch.distributed.elastic.multiprocessing.errors import record
 
-        run = record(run)
-    return int(run(args))
+        recorded = record(run)()
+        assert recorded is not None  # `record` raises what it records
+        return recorded
+    return run()
 
 
 def _module(name: str):  # type: ignore[no-untyped-def]
@@ -95,7 +117,6 @@ def _module(name: str):  # type: ignore[no-untyped-def]
 
 def _import(name: str) -> None:
     """Import a user's module from the working directory or Python's path."""
-    sys.path.insert(0, os.getcwd())
     try:
         importlib.import_module(name)
     except ImportError as error:
@@ -115,5 +136,14 @@ def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         default=[],
         metavar="MODULE",
         help="import this module first, to register your own blocks, attention kinds or losses",
+    )
+    parser.add_argument(
+        "--allow-import",
+        dest="allowed",
+        action="append",
+        default=[],
+        metavar="PREFIX",
+        help="allow the config to name your own loss below this module or package, by its dotted "
+        "path; without it nothing that a config names is imported",
     )
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")

@@ -6,15 +6,19 @@ its numbers. `kl_vae.data.pixels` converts the decoded pixels to tensors.
 Shapes: C channels, H height, W width.
 """
 
+import errno
+import logging
 import os
+import re
 import stat
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,10 +44,19 @@ from kl_vae.data.pixels import (
 )
 from kl_vae.data.png import PngReader, read_16_bits, stated_bits
 from kl_vae.data.tiff import TiffReader, oriented, page_numbers, read_bands, tags_of
+from kl_vae.runtime.errors import StorageError
 from kl_vae.runtime.files import display_name
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+Stream = TypeVar("Stream", bound=BinaryIO)
 
 # same limit as Pillow's: 512 MiB as RGB
 MAX_PIXELS = 178_956_970
+# of a JPEG, each decoded over all pixels; progressive files have 5 to 18, and 100 empty ones of
+# `MAX_PIXELS` take 9 s
+MAX_SCANS = 100
 
 TRANSPOSE_BY_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -55,6 +68,19 @@ TRANSPOSE_BY_ORIENTATION = {
     8: Image.Transpose.ROTATE_90,
 }
 
+
+# seconds before each further attempt to read from a storage that failed
+RETRY_SECONDS = (1.0, 2.0, 4.0)
+# errors of a device, a network file system or this process, which say nothing about the file
+_NOT_OF_THE_FILE = {
+    getattr(errno, name)
+    for name in (
+        *("EIO", "ENXIO", "ENODEV", "ESTALE", "EREMOTEIO", "ENOLINK", "ENOTCONN", "ETIMEDOUT"),
+        *("ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH"),
+        *("ENETDOWN", "ENETUNREACH", "EMFILE", "ENFILE"),
+    )
+    if hasattr(errno, name)
+}
 
 PIXEL_FORMAT = PixelFormat()  # no ranges but those that files state, and no file of several pages
 
@@ -100,7 +126,7 @@ def read_image(
         ImageError: The file cannot be read, is damaged, has more than `max_pixels` pixels, bands
             that are not `channels`, or values outside its range.
     """
-    opened = partial(_open_file, Path(path))
+    opened = partial(open_file, Path(path))
     return read_image_from(opened, display_name(path), channels, max_pixels, wanted, pixel_format)
 
 
@@ -110,7 +136,7 @@ def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     Raises:
         ImageError: The file cannot be read or is not in a format that `read_image` supports.
     """
-    return read_size_from(partial(_open_file, Path(path)), display_name(path))
+    return read_size_from(partial(open_file, Path(path)), display_name(path))
 
 
 def read_image_from(
@@ -134,13 +160,13 @@ def read_image_from(
     Raises:
         ImageError: as in `read_image`.
     """
-    with _image_errors(name), open_stream() as stream:
-        _check_not_empty(stream)
+
+    def read(stream: BinaryIO) -> Tensor:
         if _is_array(name):
             array = _read_array(stream, max_pixels)
             return wanted.cut(array_to_tensor(array, channels, pixel_format))
         image = _open_image(stream)
-        _check_size(image, max_pixels)
+        _check_size(image, stream, max_pixels)
         if wanted.short_side is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
             _draft(image, wanted.short_side)
         decoded = _decode(image, stream, channels, pixel_format)
@@ -148,20 +174,20 @@ def read_image_from(
             return stored_to_tensor(decoded, channels, wanted, pixel_format, name)
         return pil_to_tensor(decoded, channels, wanted, pixel_format, name)
 
+    return _read_stream(open_stream, name, read)
+
 
 def tiff_pages(path: str | os.PathLike[str]) -> list[int]:
     """Return the numbers of the pages of a TIFF file that are images; [0] for other files."""
+
+    def pages(stream: BinaryIO) -> list[int]:
+        image = _open_image(stream)
+        return page_numbers(image) if isinstance(image, TiffReader) else [0]
+
     try:
-        with _image_errors(display_name(path)), _open_file(Path(path)) as stream:
-            image = _open_image(stream)
-            return page_numbers(image) if isinstance(image, TiffReader) else [0]
+        return _read_stream(partial(open_file, Path(path)), display_name(path), pages)
     except ImageError:  # reported when the file is read
         return [0]
-
-
-def inspect_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Inspected:
-    """Return what a file states about its numbers; see `inspect_from`."""
-    return inspect_from(partial(_open_file, Path(path)), display_name(path), max_pixels)
 
 
 def inspect_from(
@@ -172,13 +198,13 @@ def inspect_from(
     Raises:
         ImageError: as in `read_image`.
     """
-    with _image_errors(name), open_stream() as stream:
-        _check_not_empty(stream)
+
+    def inspect(stream: BinaryIO) -> Inspected:
         if _is_array(name):
             array = _read_array(stream, max_pixels)
             return Inspected(None if array.dtype == np.uint8 else _measured(array))
         image = _open_image(stream)
-        _check_size(image, max_pixels)
+        _check_size(image, stream, max_pixels)
         if isinstance(image, TiffReader):
             pages = len(page_numbers(image))
             tags = tags_of(image)
@@ -201,6 +227,8 @@ def inspect_from(
         image.load()
         return Inspected(_measured(Stored.of(image).values), animated=animated)
 
+    return _read_stream(open_stream, name, inspect)
+
 
 def _measured(values: NDArray[Any]) -> Measured:
     return Measured(kind_of(values.dtype), *extremes(values))
@@ -208,8 +236,8 @@ def _measured(values: NDArray[Any]) -> Measured:
 
 def read_size_from(open_stream: Callable[[], BinaryIO], name: str) -> tuple[int, int]:
     """Return (height, width) of the image in a stream; see `read_image_from` and `read_size`."""
-    with _image_errors(name), open_stream() as stream:
-        _check_not_empty(stream)
+
+    def read(stream: BinaryIO) -> tuple[int, int]:
         if _is_array(name):
             shape, _, _ = _read_array_header(stream)
             return shape[0], shape[1]
@@ -217,8 +245,49 @@ def read_size_from(open_stream: Callable[[], BinaryIO], name: str) -> tuple[int,
         width, height = image.size
         return (width, height) if _orientation(image) >= 5 else (height, width)
 
+    return _read_stream(open_stream, name, read)
 
-def _open_file(path: Path) -> BinaryIO:
+
+def _read_stream(
+    open_stream: Callable[[], BinaryIO], name: str, read: Callable[[BinaryIO], Result]
+) -> Result:
+    """Return `read(stream)`; if the storage fails, try again after some seconds.
+
+    Raises:
+        ImageError: The file cannot be used.
+        StorageError: The storage still fails after the last wait.
+    """
+    for seconds in RETRY_SECONDS:
+        try:
+            with _image_errors(name), open_stream() as stream:
+                _check_not_empty(stream)
+                return read(stream)
+        except StorageError as error:
+            logger.warning("the storage failed: %s; trying again in %g s", error, seconds)
+            time.sleep(seconds)
+    with _image_errors(name), open_stream() as stream:
+        _check_not_empty(stream)
+        return read(stream)
+
+
+def open_below(root: Path, open_stream: Callable[[], Stream]) -> Stream:
+    """Return `open_stream()`; where its file is missing, check that the folder `root` is there.
+
+    Raises:
+        OSError: The file cannot be opened. With ESTALE: the folder is missing or empty, as the
+            mount point of an unmounted file system is.
+    """
+    try:
+        return open_stream()
+    except FileNotFoundError:
+        if not root.is_dir() or next(os.scandir(root), None) is None:
+            text = f"the folder {display_name(root)} is missing or empty"
+            raise OSError(errno.ESTALE, text) from None
+        raise
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a regular file; ValueError: it is another kind of file."""
     # checked before opening, because opening a named pipe blocks until it has a writer
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError("not a regular file")
@@ -227,7 +296,10 @@ def _open_file(path: Path) -> BinaryIO:
 
 @contextmanager
 def _image_errors(name: str) -> Iterator[None]:
-    """Convert every error to an `ImageError` with the file name; suppress Pillow's warnings."""
+    """Convert every error to an `ImageError` or `StorageError` with the file name.
+
+    Pillow's warnings are suppressed.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -238,6 +310,11 @@ def _image_errors(name: str) -> Iterator[None]:
             "does not change: make the image smaller, save it as PNG, or exclude the file"
         ) from error
     except Exception as error:  # Pillow raises many different types for damaged files
+        cause: BaseException | None = error  # readers wrap the errors of a stream
+        while cause is not None and getattr(cause, "errno", None) not in _NOT_OF_THE_FILE:
+            cause = cause.__cause__ or cause.__context__
+        if isinstance(cause, OSError):
+            raise StorageError(f"{name}: {cause.strerror}") from error
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         # the reason may contain unprintable bytes of the file
         reason = display_name(" ".join(reason.split()))
@@ -291,10 +368,35 @@ def _open_image(stream: BinaryIO) -> ImageFile.ImageFile:
     raise ValueError(f"not an image: the bytes are none of {', '.join(FORMATS)}")
 
 
-def _check_size(image: ImageFile.ImageFile, max_pixels: int) -> None:
+def _check_size(image: ImageFile.ImageFile, stream: BinaryIO, max_pixels: int) -> None:
+    """Check what bounds the time and memory of decoding."""
     _check_pixels(image.height, image.width, max_pixels)
     if isinstance(image, TiffReader):
         _check_tiles(image, max_pixels)
+    if isinstance(image, JpegImagePlugin.JpegImageFile):
+        _check_scans(stream)
+
+
+# a JPEG marker; in the data of a scan, 0xFF is followed by 0 or by a restart marker
+_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
+_START_OF_IMAGE, _END_OF_IMAGE, _START_OF_SCAN = b"\xd8", b"\xd9", b"\xda"
+
+
+def _check_scans(stream: BinaryIO) -> None:
+    """Check the number of scans of a JPEG; libjpeg decodes each over the whole image."""
+    stream.seek(0)
+    content = stream.read()
+    at, scans = 0, 0
+    while (marker := _MARKER.search(content, at)) and marker[1] != _END_OF_IMAGE:
+        scans += marker[1] == _START_OF_SCAN
+        at = marker.end()
+        if marker[1] != _START_OF_IMAGE:  # of the others the length follows
+            at += int.from_bytes(content[at : at + 2], "big")
+    if scans > MAX_SCANS:
+        raise ValueError(
+            f"{scans} scans are more than {MAX_SCANS}, and take long to decode: save the image "
+            "again, or exclude the file"
+        )
 
 
 def _decode(

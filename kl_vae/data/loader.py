@@ -20,11 +20,19 @@ from kl_vae.data.dataset import BadImage, ImageDataset, Sample
 from kl_vae.data.pixels import normalized
 from kl_vae.data.sampler import Key
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 logger = logging.getLogger(__name__)
 
 # start method of workers: with a fork server, PR_SET_PDEATHSIG would refer to the server instead
 # of the main process
 START_METHOD = "fork" if sys.platform == "linux" else None
+
+_OPEN_FILES = 64  # of a process without workers
+_OPEN_FILES_PER_WORKER = 32  # pipes, and batches in shared memory, of training and validation
 
 _PR_SET_PDEATHSIG = 1  # Linux: signal sent to a process when its parent dies
 
@@ -97,6 +105,7 @@ def batch_loader(
         persistent: keep the workers for the next iteration.
     """
     num_workers = workers_that_fit(num_workers)
+    check_open_files(num_workers)
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -118,6 +127,29 @@ def workers_that_fit(num_workers: int) -> int:
         return num_workers
     logger.info("num_workers=%d: reduced to %d, the number of available cores", num_workers, cores)
     return cores
+
+
+def check_open_files(num_workers: int) -> None:
+    """Raise this process's limit on open files to what the workers need, if it can be.
+
+    A worker that reaches the limit loses its batch, for which the main process then waits.
+
+    Raises:
+        ValueError: the limit is too low.
+    """
+    if resource is None:  # Windows
+        return
+    needed = _OPEN_FILES + num_workers * _OPEN_FILES_PER_WORKER
+    limit, maximum = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY or limit >= needed:
+        return
+    if maximum != resource.RLIM_INFINITY and maximum < needed:
+        raise ValueError(
+            f"num_workers={num_workers}: needs {needed} open files, and the limit is {maximum}; "
+            "raise it with ulimit -n 4096, or lower num_workers"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, maximum))
+    logger.info("the limit on open files (ulimit -n) is raised from %d to %d", limit, needed)
 
 
 def start_worker(_worker: int, parent: int) -> None:

@@ -5,17 +5,25 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kl_vae.data.decoding import MAX_PIXELS, inspect_image, read_image, read_size, tiff_pages
+from kl_vae.data.decoding import (
+    MAX_PIXELS,
+    inspect_from,
+    open_below,
+    open_file,
+    read_image_from,
+    read_size_from,
+    tiff_pages,
+)
 from kl_vae.data.paths import PathList, file_state, fingerprint, fingerprint_of, hash_of
 from kl_vae.data.pixel_format import Inspected, PixelFormat
 from kl_vae.data.pixels import WHOLE_IMAGE, Wanted
@@ -174,16 +182,28 @@ class FolderSource:
         pixel_format = self.pixel_format
         if self.pages is not None:
             pixel_format = pixel_format._replace(page=int(self.pages[index]))
-        path = self.root / self.paths[index]
-        return read_image(path, self.channels, self.max_pixels, wanted, pixel_format)
+        return read_image_from(
+            partial(self._open, index),
+            self._file_name(index),
+            self.channels,
+            self.max_pixels,
+            wanted,
+            pixel_format,
+        )
 
     def inspect(self, index: int) -> Inspected:
         """Return what a file states about its numbers."""
-        return inspect_image(self.root / self.paths[index], self.max_pixels)
+        return inspect_from(partial(self._open, index), self._file_name(index), self.max_pixels)
 
     def size(self, index: int) -> tuple[int, int]:
         """Return (height, width) from the file's header; see `read_size`."""
-        return read_size(self.root / self.paths[index])
+        return read_size_from(partial(self._open, index), self._file_name(index))
+
+    def _open(self, index: int) -> BinaryIO:
+        return open_below(self.root, partial(open_file, self.root / self.paths[index]))
+
+    def _file_name(self, index: int) -> str:
+        return display_name(self.root / self.paths[index])
 
     def name(self, index: int) -> str:
         """Return the path of the file, printable, and its page."""

@@ -29,6 +29,7 @@ from kl_vae.data.decoding import (
     MAX_PIXELS,
     ImageError,
     inspect_from,
+    open_below,
     read_image_from,
     read_size_from,
 )
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 LABEL = ".cls"  # extension of the member that contains the class of an image
 MAX_LABEL = 2**24  # bytes
 _MAX_HEADER = 2**20  # bytes of an extended header
+MAX_MEMBERS = 3_000_000  # per shard, whose headers take about 60 s
 _INDEX_THREADS = 8  # indexing mostly waits for the file system
 _BUFFER = 2**18  # bytes; most images fit into it
 _NO_SPAN = (-1, 0)
@@ -197,7 +199,8 @@ class TarSource:
                 "not a regular file: pack the targets of links with tar --dereference "
                 "--hard-dereference"
             )
-        return _open_part(self._shards[self._shard_indices[index]], offset, size)
+        shard = self._shards[self._shard_indices[index]]
+        return open_below(shard.path.parent, partial(_open_part, shard, offset, size))
 
 
 def open_shards(
@@ -344,7 +347,12 @@ def _index_shard(path: Path) -> _Index:
     try:
         with _HeaderFile(path) as file:
             status = os.fstat(file.fileno())
-            for member in _members(file, status.st_size, path):
+            for number, member in enumerate(_members(file, status.st_size, path)):
+                if number >= MAX_MEMBERS:
+                    raise ValueError(
+                        f"{display_name(path)}: more than {MAX_MEMBERS:,} members; pack them into "
+                        "several shards"
+                    )
                 if member.issparse() or "GNU.sparse.major" in member.pax_headers:
                     raise ValueError(
                         f"{display_name(path)}/{display_name(member.name)}: a sparse member; "

@@ -14,7 +14,6 @@ its own optimiser.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from kl_vae.losses.adversarial import LPIPSWithDiscriminator
 from kl_vae.losses.elbo import ELBO, default_loss
+from kl_vae.runtime.imports import import_named
 from kl_vae.runtime.registry import Registry
 from kl_vae.runtime.schema import plain, suggest
 
@@ -64,12 +64,12 @@ def build_loss(lossconfig: Mapping[str, Any] | Loss | None) -> Loss | None:
 
     Args:
         lossconfig: `{target: NAME, params: {...}}` with a registered name, or the dotted path of a
-            class or function. A dotted path is imported, so a lossconfig must come from the user
-            (Python, or a config file given on the command line), never from a checkpoint. The
-            names of LDM and sgm mean `lpips_with_discriminator`, without training logvar.
+            class or function below a prefix given to `allow_import`. The names of LDM and sgm
+            mean `lpips_with_discriminator`, without training logvar.
 
     Raises:
-        ValueError: the target cannot be found, or does not accept the params.
+        ValueError: the target cannot be found, its import is not allowed, or it does not accept
+            the params.
     """
     if lossconfig is None or callable(lossconfig):
         return lossconfig
@@ -89,7 +89,8 @@ def build_loss(lossconfig: Mapping[str, Any] | Loss | None) -> Loss | None:
         defaults = _SGM_DEFAULTS if target.startswith("sgm.") else _LDM_DEFAULTS
         params = {**defaults, **params}
     name = _PUBLISHED_NAMES.get(target, target)
-    constructor = LOSSES[name] if name in LOSSES else _import(target)
+    registered = name in LOSSES or "." not in name
+    constructor = LOSSES[name] if registered else import_named(target, LOSSES.key)
     signature = inspect.signature(constructor)
     try:
         signature.bind(**params)
@@ -99,19 +100,3 @@ def build_loss(lossconfig: Mapping[str, Any] | Loss | None) -> Loss | None:
         raise ValueError(f"lossconfig.params: {error}; {hint}") from None
     loss: Loss = constructor(**params)
     return loss
-
-
-def _import(target: str) -> Callable[..., Any]:
-    module, _, name = target.rpartition(".")
-    if not module:
-        LOSSES[target]  # raises an error that lists the known names
-    try:
-        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"lossconfig.target={target}: cannot be imported ({error}); choose one of "
-            f"{', '.join(LOSSES)}, or the dotted path of a class on PYTHONPATH (or --import it)"
-        ) from None
-    if not callable(found):
-        raise ValueError(f"lossconfig.target={target}: not callable; give a class or function")
-    return found

@@ -17,15 +17,23 @@ from kl_vae.runtime.published_config import (
     section_at,
     translate,
 )
-from kl_vae.runtime.schema import suggest
+from kl_vae.runtime.schema import show, suggest
 
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 1 << 20
+_INT = "tag:yaml.org,2002:int"
+_FLOAT = "tag:yaml.org,2002:float"
+_TIMESTAMP = "tag:yaml.org,2002:timestamp"
+_MAX_DIGITS = 100  # of a number
+_OCTAL = re.compile(r"[-+]?0[0-7_]+")
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without duplicate keys, without aliases, and without Python objects."""
+    """YAML without duplicate keys, aliases, tags, dates, and numbers that mean another value.
+
+    YAML 1.1 reads 1:30 as 90 (base 60) and 0256 as 174 (base 8).
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -34,7 +42,27 @@ class _StrictLoader(yaml.SafeLoader):
                 f"line {mark.line + 1}: aliases (*name) are refused; write it out, or quote a "
                 'pattern: "*.png"'
             )
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            raise ValueError(f"line {event.start_mark.line + 1}: tags ({tag}) are refused; drop it")
         return super().compose_node(parent, index)
+
+    def construct_scalar(self, node: Any) -> Any:
+        text = node.value
+        if node.tag in (_INT, _FLOAT):
+            line = node.start_mark.line + 1
+            if len(text) > _MAX_DIGITS:
+                raise ValueError(
+                    f"line {line}: {show(text)}: a number of {len(text)} characters; give at most "
+                    f"{_MAX_DIGITS}, or quote a text"
+                )
+            if ":" in text or (node.tag == _INT and _OCTAL.fullmatch(text)):
+                raise ValueError(
+                    f"line {line}: {text}: YAML reads another number (base 60 or 8); write it in "
+                    "decimal without leading zeros, or quote a text"
+                )
+        return super().construct_scalar(node)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -45,6 +73,12 @@ class _StrictLoader(yaml.SafeLoader):
                 raise ValueError(f"line {line}: {key} is given twice; keep one")
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _TIMESTAMP]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def load_config(config: ConfigSource, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -119,7 +153,7 @@ def parse_file(path: Path) -> Any:
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Parse YAML strictly: no duplicate keys, no aliases, no Python objects.
+    """Parse YAML strictly: no duplicate keys, aliases, tags, or numbers in base 60 or 8.
 
     Raises:
         ValueError: naming `source`, the line, and the fix.
@@ -134,7 +168,9 @@ def parse_yaml(text: str, source: str) -> Any:
                 f"{source}: YAML takes a word that begins with * for an alias; quote it: '{quoted}'"
             ) from None
         raise ValueError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise ValueError(f"{source}: nested too deeply; a config has a few levels") from None
+    except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
 
 

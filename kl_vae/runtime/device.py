@@ -12,19 +12,27 @@ DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+def choose_device(
+    name: str = "auto", local_rank: int = 0, local_world_size: int = 1
+) -> torch.device:
     """Return the device called `name`; `auto`: cuda, else mps, else cpu.
 
     Args:
         name: auto, cuda, mps, cpu, or one GPU such as cuda:1.
         local_rank: which GPU of this machine `auto` and `cuda` mean.
+        local_world_size: number of ranks on this machine.
 
     Raises:
-        ValueError: this machine has no such device.
+        ValueError: this machine has no such device, or several ranks would use one GPU.
     """
     kind, _, index = name.partition(":")
     if kind not in DEVICES or (index and (kind != "cuda" or not index.isdigit())):
         raise ValueError(f"device {name!r}: choose one of {', '.join(DEVICES)}, or cuda:INDEX")
+    if index and local_world_size > 1:
+        raise ValueError(
+            f"device {name}: all {local_world_size} ranks of this machine would use this GPU; give "
+            "cuda, and choose the GPUs with CUDA_VISIBLE_DEVICES"
+        )
     if kind in ("auto", "cuda") and torch.cuda.is_available():
         number = int(index) if index else local_rank
         if number >= torch.cuda.device_count():

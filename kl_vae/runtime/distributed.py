@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,7 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from kl_vae.runtime.device import choose_device
-from kl_vae.runtime.errors import RunError
+from kl_vae.runtime.errors import RunError, StorageError
 
 Result = TypeVar("Result")
 
@@ -133,11 +136,17 @@ def connect(
         hints: what the errors tell the user to change.
 
     Raises:
-        ValueError: the device does not exist.
-        RunError: a rank was lost, a data worker ended, out of memory or disk space.
+        ValueError: the device does not exist, or several processes were started without torchrun.
+        RunError: a rank was lost, a data worker ended, the storage of the images failed, too many
+            open files, out of memory or disk space.
     """
+    _check_launcher()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank, local_size = (
+        int(os.environ.get(key, default))
+        for key, default in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
+    )
+    device = choose_device(device_name, local_rank, local_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     ranks = Ranks(0, 1, device) if world_size == 1 else _join(device, timeout_seconds, hints)
@@ -155,6 +164,38 @@ def connect(
             # DDP lies in reference cycles; freed after its process group it can deadlock (2.6)
             gc.collect()
             dist.destroy_process_group()
+
+
+# the process's number and the number of processes, of launchers that do not set WORLD_SIZE
+_LAUNCHERS = {
+    "srun": ("SLURM_PROCID", "SLURM_NTASKS"),
+    "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    "mpiexec": ("PMI_RANK", "PMI_SIZE"),
+}
+
+
+def _check_launcher() -> None:
+    """Check that several processes were started by torchrun; without it each would train alone."""
+    if {"RANK", "WORLD_SIZE"} & os.environ.keys():
+        return
+    for launcher, (rank, number) in _LAUNCHERS.items():
+        if rank not in os.environ or int(os.environ.get(number, "1")) < 2:
+            continue
+        arguments = shlex.join(sys.argv[1:])
+        nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
+        if launcher == "srun" and nodes != "1":
+            fix = (
+                f"srun --ntasks-per-node=1 torchrun --nnodes {nodes} --nproc-per-node gpu "
+                '--rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$(scontrol show '
+                f'hostnames "$SLURM_JOB_NODELIST" | head -n 1):29500" -m kl_vae {arguments}'
+            )
+        else:
+            fix = f"torchrun --nproc-per-node {os.environ[number]} -m kl_vae {arguments}"
+        raise ValueError(
+            f"{number}={os.environ[number]}: {launcher} started this as process "
+            f"{os.environ[rank]} of several, which cannot find each other; start one torchrun per "
+            f"machine: {fix}"
+        )
 
 
 def _join(device: torch.device, timeout_seconds: int, hints: Hints) -> Ranks:
@@ -195,8 +236,16 @@ def explain(
 
 def _explain(error: Exception, monitor: RankMonitor | None, hints: Hints) -> Exception:
     text = _one_line(error)
-    if isinstance(error, (RunError, ValueError)):
+    storage_failed = isinstance(error, StorageError)
+    if not storage_failed and isinstance(error, (RunError, ValueError)):
         return error
+    if _is_file_limit(error):
+        return RunError(
+            f"too many open files ({text}): raise the limit with ulimit -n 4096, or lower "
+            f"{hints.workers}; {hints.resume}"
+        )
+    if storage_failed:
+        return RunError(f"the storage failed: {text}; check {hints.images}; {hints.resume}")
     # a collective operation fails if a rank is lost; gloo's errors name its source files
     if monitor is not None and (
         isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text)
@@ -221,8 +270,23 @@ def _explain(error: Exception, monitor: RankMonitor | None, hints: Hints) -> Exc
     return error
 
 
+def _is_file_limit(error: BaseException | None) -> bool:
+    """Return whether the limit on open files caused an error; torch names it in several ways."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+            return True
+        if any(text in str(error) for text in ("Too many open files", "items of ancdata")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    text = str(error).strip()
+    if text.startswith("Caught "):  # torch's report of a data worker: the traceback, then its error
+        name, _, reason = text.splitlines()[-1].partition(": ")
+        text = reason or name
+    return " ".join(text.split())
 
 
 # in which the other ranks leave their reasons; they fail at about the same time

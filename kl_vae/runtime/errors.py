@@ -1,4 +1,4 @@
-"""The error of a run that cannot continue; a user's mistake is a ValueError."""
+"""The errors of a run that cannot continue; a user's mistake is a ValueError."""
 
 
 class RunError(RuntimeError):
@@ -6,3 +6,7 @@ class RunError(RuntimeError):
 
     The command prints it as one line and exits with 1. Checkpoints saved before remain.
     """
+
+
+class StorageError(RunError):
+    """A failure of the storage of the images; the files themselves may be good."""

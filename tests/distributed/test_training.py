@@ -109,10 +109,9 @@ def test_a_run_goes_on_with_another_number_of_ranks(project: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_error_ends_all_ranks_with_one_line_each(project: Path) -> None:
+def test_an_error_of_all_ranks_is_one_line(project: Path) -> None:
     done = torchrun(str(SCRIPTS / "train.py"), "tiny.yaml", "--run-dir", "images")
     assert done.returncode != 0
-    for prefix in ("kl-vae train: error: ", "kl-vae train [rank 1]: error: "):
-        (line,) = [line for line in done.stderr.splitlines() if line.startswith(prefix)]
-        assert is_about(line, "images", "--run-dir")
+    (line,) = [line for line in done.stderr.splitlines() if "--run-dir" in line]
+    assert line.startswith("kl-vae train: error: ") and is_about(line, "images")
     assert not Path("images/config.yaml").exists()

@@ -468,7 +468,7 @@ class OnlyMSE(nn.Module):
 """
     )
     own = ["model.params.ddconfig.attn_type=gate", "training.max_steps=2"]
-    own += ["model.params.lossconfig={target: my_parts.OnlyMSE}"]
+    own += ["model.params.lossconfig={target: my_parts.OnlyMSE}", "--allow-import", "my_parts"]
     assert train("--run-dir", "run", *own) == 2
     assert is_about(capsys.readouterr().err, "attn_type='gate'", "linear, none, vanilla")
     assert train("--run-dir", "run", "--import", "my_parts", *own) == 0
@@ -479,6 +479,14 @@ class OnlyMSE(nn.Module):
     assert main(["reconstruct", "--images", "images", *others]) == 0
     assert train("--run-dir", "run", "--import", "no_such_parts", *own) == 2
     assert is_about(capsys.readouterr().err, "--import no_such_parts", "No module named")
+
+
+def test_a_config_runs_no_command(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = "model.params.lossconfig={target: os.system, params: {command: touch executed}}"
+    assert train("--run-dir", "run", command) == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert is_about(line, "lossconfig.target=os.system", "--allow-import os")
+    assert not (project / "executed").exists() and not (project / "run").exists()
 
 
 def test_the_quickstart_trains_on_another_folder(project: Path, caplog: Any) -> None:

@@ -20,7 +20,7 @@ SOURCES = sorted(Path(kl_vae.__file__).parent.rglob("*.py"))
 EXECUTES = {"eval", "exec", "__import__", "pickle.load", "pickle.loads", "os.system"}
 IMPORTS = {
     "__init__.py": "the package's own modules, by name",
-    "losses/__init__.py": "lossconfig.target of a config that the user passed",
+    "runtime/imports.py": "what a config names below a prefix that the user allowed",
     "cli/main.py": "commands, and --import",
     "data/file_types.py": "plugins of Pillow, by name",
 }

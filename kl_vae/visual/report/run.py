@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kl_vae.checkpoints.run_files import (
     BAD_IMAGES,
     BEST,
@@ -26,6 +24,7 @@ from kl_vae.checkpoints.run_files import (
     STATUS,
     list_checkpoints,
 )
+from kl_vae.runtime.config_file import parse_yaml
 from kl_vae.runtime.files import display_name
 from kl_vae.visual.report.metrics import MetricsFile
 
@@ -149,9 +148,9 @@ def _read_text(reading: RunReading, name: str) -> str:
 def _read_config(reading: RunReading) -> None:
     text = reading.config_text = _read_text(reading, CONFIG)
     try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reading.notes.append(f"{CONFIG}: not YAML ({str(error).splitlines()[0]})")
+        content = parse_yaml(text, CONFIG)
+    except ValueError as error:
+        reading.notes.append(str(error))
         return
     if isinstance(content, dict):
         reading.config = content

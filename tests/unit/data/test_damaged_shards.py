@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kl_vae.data import open_root
+from kl_vae.data import open_root, tar_shards
 from tests.messages import is_about, mentions
 from tests.shards import picture, write_shard
 
@@ -141,6 +141,14 @@ def test_names_outside_the_folder(tmp_path: Path, name: str) -> None:
 def test_duplicate_names(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "a.tar", {"a/0.png": IMAGE, "./a/0.png": IMAGE})
     assert is_about(refusal(path), "a/0.png", 0, f"{BLOCKS * BLOCK:,}")
+
+
+def test_the_number_of_members_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_shard(tmp_path / "a.tar", {f"{i}.txt": b"" for i in range(9)} | {"a.png": b"x"})
+    monkeypatch.setattr(tar_shards, "MAX_MEMBERS", 10)
+    assert len(open_root(str(path), 3)) == 1
+    monkeypatch.setattr(tar_shards, "MAX_MEMBERS", 9)
+    assert is_about(refusal(path), 9, "members")
 
 
 def test_sparse_members(tmp_path: Path) -> None:

@@ -174,3 +174,21 @@ def test_workers_end_when_the_main_process_is_killed() -> None:
         assert main.stdout.read() == ""  # end of file when the worker has ended
         assert time.monotonic() - killed < 3.0
     main.wait()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+def test_the_limit_on_open_files_is_raised_or_named() -> None:
+    code = (
+        "import resource, sys; from kl_vae.data.loader import check_open_files\n"
+        "soft, hard = map(int, sys.argv[1:])\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))\n"
+        "check_open_files(2)\n"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    for limits, expected in (((64, 256), "(128, 256)"), ((130, 256), "(130, 256)")):
+        command = [sys.executable, "-c", code, *map(str, limits)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.stdout.strip() == expected, done.stderr
+    command = [sys.executable, "-c", code, "64", "64"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert is_about(done.stderr.splitlines()[-1], "num_workers=2", 128, 64, "ulimit -n")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from kl_vae.data import ImageError, read_image, read_size
 from kl_vae.runtime.files import display_name
-from tests.bad_files import bombs, png, zeros
+from tests.bad_files import bmp, bombs, jpeg_of_scans, png, tiff, zeros
 from tests.messages import is_about, mentions
 
 GREY = np.array([[0, 40, 80], [120, 160, 200]], np.uint8)
@@ -105,6 +105,7 @@ def test_flipped_bytes_raise_image_errors_only(tmp_path: Path, suffix: str) -> N
     [
         ("tile.tif", ("tiles", "16384 x 16384", "max_pixels=178956970")),
         ("tile_of_no_size.tif", ("tile", "size")),
+        ("scans.jpg", ("101 scans", 100)),
         ("strips.tif", ("strips", 300000, 262144)),
         ("frame.gif.png", ("Pillow", "max_pixels", "PNG")),
     ],
@@ -119,6 +120,26 @@ def test_too_many_pixels_are_refused_before_decoding(tmp_path: Path) -> None:
     parts = (tmp_path / "a.png", "20000 x 30000", "max_pixels=178956970")
     assert is_about(refusal(tmp_path / "a.png"), *parts)
     assert read_size(tmp_path / "a.png") == (30_000, 20_000)
+
+
+def test_scans_of_a_jpeg_are_counted_outside_of_its_metadata(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    for scans, thumbnail in ((100, b""), (100, jpeg_of_scans(150)), (6, b"\xff\xda" * 200)):
+        path.write_bytes(jpeg_of_scans(scans, b"Exif\0\0" + thumbnail if thumbnail else b""))
+        assert read_image(path, 1).unique().tolist() == [99]
+    path.write_bytes(jpeg_of_scans(2_000, b"Exif\0\0" + jpeg_of_scans(6)))
+    assert is_about(refusal(path, 1), path, "2000 scans", 100)
+    assert read_size(path) == (30, 40)
+
+
+def test_images_of_2_to_the_31_pixels(tmp_path: Path) -> None:
+    for name, content in (
+        ("a.png", png(2**16, 2**15, zeros(100))),
+        ("a.bmp", bmp(2**16, 2**15, b"")),
+        ("a.tif", tiff({256: 2**16, 257: 2**15, 273: [200], 278: 1})),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert is_about(refusal(tmp_path / name), "65536 x 32768", "max_pixels=178956970")
 
 
 def test_an_image_without_pixels(tmp_path: Path) -> None:

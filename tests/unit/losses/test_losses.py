@@ -1,13 +1,15 @@
 """How a lossconfig selects its loss."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from kl_vae import AutoEncoderKL
+from kl_vae import AutoEncoderKL, allow_import
 from kl_vae.losses import ELBO, LPIPSWithDiscriminator, build_loss, register_loss
+from kl_vae.runtime import imports
 from kl_vae.runtime.config_file import load_model_params
 from tests.messages import mentions
 
@@ -43,23 +45,67 @@ def test_users_register_their_own() -> None:
         register_loss("elbo")(Double)
 
 
-def test_a_dotted_path_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def allowed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The allowed prefixes, restored after the test."""
+    prefixes: set[str] = set()
+    monkeypatch.setattr(imports, "_PREFIXES", prefixes)
+    return prefixes
+
+
+def test_a_dotted_path_is_imported_below_an_allowed_prefix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: set[str]
+) -> None:
     (tmp_path / "my_own_losses.py").write_text(
+        "from os import system\nfrom subprocess import Popen\nfrom torch import nn\n"
         "class Loss:\n    def __init__(self, weight=1.0):\n        self.weight = weight\nrate = 3\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=mentions("my_own_losses.Loss", "--allow-import")):
+        build_loss({"target": "my_own_losses.Loss"})
+    assert "my_own_losses" not in sys.modules
+    allow_import("my_own_losses")
     loss: Any = build_loss({"target": "my_own_losses.Loss", "params": {"weight": 2.0}})
     assert (type(loss).__module__, loss.weight) == ("my_own_losses", 2.0)
     with pytest.raises(ValueError, match=mentions("my_own_losses.rate", "class")):
         build_loss({"target": "my_own_losses.rate"})
+    for name in ("system", "Popen", "nn.Identity", "no_such_loss", "Loss.__init__"):
+        with pytest.raises(ValueError, match=mentions(f"my_own_losses.{name}")):
+            build_loss({"target": f"my_own_losses.{name}"})
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        *("os.system", "os.path.os.system", "subprocess.run", "builtins.exec", "my.packages.Loss"),
+        *("pathlib.Path.touch", "torch.hub.load", "kl_vae.train", "no_such.Loss", "torch.NoLoss"),
+    ],
+)
+def test_nothing_is_imported_without_an_allowed_prefix(target: str, allowed: set[str]) -> None:
+    allow_import("my.package")
+    with pytest.raises(ValueError, match=mentions(f"lossconfig.target={target}", "--allow-import")):
+        build_loss({"target": target, "params": {}})
+
+
+@pytest.mark.parametrize(
+    "target", ["my..Loss", ".Loss", "my.", "my.Lo ss", "my.Loss()", "a/b.Loss"]
+)
+def test_what_is_no_dotted_path_is_named(target: str, allowed: set[str]) -> None:
+    allow_import("my")
+    with pytest.raises(ValueError, match=mentions(f"lossconfig.target={target!r}")):
+        build_loss({"target": target})
+
+
+@pytest.mark.parametrize("prefix", ["", ".", "my.", "*", "my package"])
+def test_a_prefix_is_a_dotted_name(prefix: str) -> None:
+    with pytest.raises(ValueError, match=mentions("allow_import", repr(prefix))):
+        allow_import(prefix)
 
 
 @pytest.mark.parametrize(
     ("lossconfig", "parts"),
     [
         ({"target": "elbow"}, ("lossconfig.target='elbow'", "elbo", "lpips_with_discriminator")),
-        ({"target": "no_such.Loss"}, ("lossconfig.target=no_such.Loss", "elbo")),
-        ({"target": "torch.NoLoss"}, ("lossconfig.target=torch.NoLoss", "elbo")),
         (
             {"target": "elbo", "params": {"temperature": 1}},
             ("lossconfig.params", "temperature", "elbo", "reconstruction", "kl_weight"),

@@ -75,13 +75,21 @@ def test_a_file_is_read_as_plain_values(file: Path) -> None:
         ("a: 1\na: 1\n", ("line 2", "a", "twice")),
         ("a: &name [1]\nb: *name\n", ("line 2", "aliases", "*name")),
         ("a: &x {b: 1}\nc:\n  <<: *x\n", ("line 3", "aliases")),
-        ("a: !!python/object/apply:os.getcwd []\n", ("YAML", "python/object/apply")),
-        ("a: !!python/name:os.getcwd\n", ("YAML", "python/name")),
+        ("a: !!python/object/apply:os.getcwd []\n", ("line 1", "tags", "python/object/apply")),
+        ("a: !!python/name:os.getcwd\n", ("line 1", "tags", "python/name")),
         ("a: [1\n", ("YAML", "line 2")),
         ("a: 1\n---\nb: 2\n", ("YAML", "another document")),
         ("a: \0\n", ("YAML",)),
-        ("a: 2020-13-45\n", ("month must be in 1..12",)),
-        ("[" * 5000, ("recursion",)),
+        ("a: !!float 3\n", ("line 1", "tags", "float")),
+        ("a: 1\nb: !own {c: 1}\n", ("line 2", "tags", "!own")),
+        ("a: !!binary aGVsbG8=\n", ("line 1", "tags", "binary")),
+        ("a: 1:30:00\n", ("line 1", "1:30:00", "base 60", "quote")),
+        ("a: {b: -1:30.5}\n", ("line 1", "-1:30.5", "base 60", "quote")),
+        ("a:\n- 0256\n", ("line 2", "0256", "8", "quote")),
+        ("a: " + "1:" * 200_000 + "1\n", ("line 1", "400001", "quote")),
+        ("a: 0x" + "f" * 200_000 + "\n", ("line 1", "200002", "quote")),
+        ("? " + "9" * 5000 + "\n: 1\n", ("line 1", "5000", "quote")),
+        ("[" * 5000, ("nested",)),
         ("", ("keys", "docs/config.md")),
         ("- 1\n", ("keys", "docs/config.md")),
         ("5\n", ("keys", "docs/config.md")),
@@ -92,6 +100,21 @@ def test_invalid_yaml(tmp_path: Path, text: str, parts: tuple[str, ...]) -> None
     path.write_text(text)
     with pytest.raises(ValueError, match=mentions(path, *parts)):
         load_config(path)
+
+
+def test_an_error_of_yaml_is_one_short_line(tmp_path: Path) -> None:
+    for text in ("a: 0x" + "f" * 200_000, "a: 1\n  b: 2", "a: !!python/name:os.getcwd\n"):
+        with pytest.raises(ValueError) as caught:
+            parse_yaml(text, "it")
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_numbers_and_dates_that_are_texts_stay_texts() -> None:
+    text = "{root: 2020-01-31, time: '1:30:00', mode: '0256', day: 08, count: 1_000, sign: 0x10}"
+    expected = {"root": "2020-01-31", "time": "1:30:00", "mode": "0256", "day": "08"}
+    expected |= {"count": 1000, "sign": 16}  # type: ignore[dict-item]
+    assert parse_yaml(text, "it") == expected
+    assert parse_yaml(dump_config(expected), "it") == expected
 
 
 def test_files_that_are_too_large_or_not_utf8_are_rejected(tmp_path: Path) -> None:

@@ -18,6 +18,12 @@ def test_an_unknown_device_is_an_error_that_names_the_choices(name: str) -> None
         choose_device(name)
 
 
+def test_several_ranks_do_not_share_one_gpu() -> None:
+    with pytest.raises(ValueError, match=mentions("cuda:0", 2, "CUDA_VISIBLE_DEVICES")):
+        choose_device("cuda:0", 1, 2)
+    assert choose_device("cpu", 1, 2) == torch.device("cpu")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_an_unavailable_gpu_is_an_error() -> None:
     with pytest.raises(ValueError, match=mentions("cuda", "cpu")) as caught:

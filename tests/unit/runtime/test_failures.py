@@ -17,6 +17,10 @@ KNOWN: list[tuple[Exception, list[str]]] = [
     (EOFError(), ["EOFError", "workers"]),
     (RuntimeError("DataLoader timed out after 3 seconds"), ["after 3", "timeout", "images"]),
     (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), ["2 GiB", "memory"]),
+    (OSError(24, "Too many open files", "a/b"), ["a/b", "ulimit -n", "workers"]),
+    (OSError(23, "Too many open files in system"), ["ulimit -n", "workers"]),
+    (RuntimeError("received 0 items of ancdata"), ["ancdata", "ulimit -n", "resume"]),
+    (RuntimeError("unable to open </torch_1>: Too many open files (24)"), ["ulimit -n"]),
     (OSError(28, "No space left on device", "a/b"), ["No space left on device: 'a/b'"]),
 ]
 
@@ -28,6 +32,17 @@ def test_known_errors_name_the_setting(error: Exception, named: list[str], hints
     assert isinstance(explained, RunError)
     for name in named:
         assert getattr(hints, name, name) in str(explained)
+
+
+def test_the_limit_on_open_files_is_named_behind_the_error_that_it_caused() -> None:
+    try:
+        try:
+            raise OSError(24, "Too many open files")
+        except OSError:
+            raise EOFError from None
+    except EOFError as error:
+        text = str(explain(error))
+    assert is_about(text, "ulimit -n") and "/dev/shm" not in text
 
 
 @pytest.mark.parametrize(
