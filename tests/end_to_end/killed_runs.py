@@ -251,7 +251,7 @@ class _Saves:
             fsync(descriptor)
 
         def watched_open(path: Any, mode: str = "r", *others: Any, **options: Any) -> Any:
-            writes = self._operations is not None and mode == "wb"
+            writes = self._operations is not None and mode in ("wb", "xb")
             if writes:
                 self.meet("open")
             file = plain_open(path, mode, *others, **options)
