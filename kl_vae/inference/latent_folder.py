@@ -340,7 +340,7 @@ class LatentFolder:
                 ", ".join(changed[:_NAMED]),
                 more,
             )
-        elif verify:  # of the same content, at whatever time
+        elif verify:  # same content, another time
             pairs = zip(states, images, strict=True)
             self._record(unit, entry, [(*now, then[2]) for now, then in pairs])
         return not changed
