@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import secrets
 import shlex
 import time
 from collections.abc import Mapping
@@ -96,7 +95,6 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: int | None = None  # a file descriptor
-        self._token = secrets.token_hex(16)  # in the lock file: it names the owner
         self._failed_saves = 0  # in a row
         self._whole: list[Path] = []  # checkpoints known to be intact, newest first
 
@@ -171,8 +169,6 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = lock_file(self.path / LOCK)
-            os.ftruncate(self._lock, 0)
-            os.write(self._lock, self._token.encode())
         except BlockingIOError:
             raise ValueError(
                 f"{self.path}: another process is training in it; wait until it ends, or choose "
@@ -189,11 +185,11 @@ class RunDirectory:
         """
         if self._lock is None:
             return
-        try:
-            same = (self.path / LOCK).read_text() == self._token
+        try:  # without opening it: closing any descriptor of the file would release the lock
+            same = os.path.samestat(os.stat(self.path / LOCK), os.fstat(self._lock))
         except FileNotFoundError:
             same = False
-        except (OSError, ValueError):  # a storage outage: the save itself reports it
+        except OSError:  # a storage outage: the save itself reports it
             return
         if not same:
             raise RunError(

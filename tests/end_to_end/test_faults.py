@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -182,6 +182,18 @@ def test_a_second_sigterm_ends_at_once(project: Path) -> None:
     assert not Path("runs/tiny/checkpoints").exists()
 
 
+def take_lease(file: BinaryIO) -> None:
+    """Take a write lease of a file, as soon as no other process has it open."""
+    while True:
+        try:
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            return
+        except BlockingIOError:
+            time.sleep(0.001)
+        except OSError:
+            pytest.skip("the file system of the temporary folder has no leases")
+
+
 @pytest.mark.slow
 def test_a_data_worker_that_is_killed_or_hangs(
     project: Path, make_images: Callable[..., Path]
@@ -192,17 +204,14 @@ def test_a_data_worker_that_is_killed_or_hangs(
     with ExitStack() as stack:
         killed = stack.enter_context(Running(*command, "--run-dir", "killed"))
         slow = make_images(project / "slow", 24)
+        hangs = [*command, "data.train.root=slow", "training.timeout_seconds=2"]
+        hanging = stack.enter_context(Running(*hangs, "--run-dir", "hanging"))
+        hanging.wait_until(lambda: len(metrics("hanging")) > 1)
         # opening one of these files blocks, as on a server that does not respond
         before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # sent when a process opens a file
         stack.callback(signal.signal, signal.SIGIO, before)
         for path in slow.iterdir():
-            file = stack.enter_context(path.open("r+b"))
-            try:
-                fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-            except OSError:
-                pytest.skip("the file system of the temporary folder has no leases")
-        hangs = [*command, "data.train.root=slow", "training.timeout_seconds=2"]
-        hanging = stack.enter_context(Running(*hangs, "--run-dir", "hanging"))
+            take_lease(stack.enter_context(path.open("r+b")))
 
         killed.wait_until(lambda: len(metrics("killed")) > 1)
         victim, other = children(killed.pid)
@@ -219,7 +228,8 @@ def test_a_data_worker_that_is_killed_or_hangs(
 
         timeout = "DataLoader timed out after 2 seconds"
         keys = ("training.timeout_seconds", "data.train.root")
-        assert_failed("hanging", hanging, 0, timeout, *keys)
+        assert hanging.end() == 1
+        assert_failed("hanging", hanging, status("hanging")["step"], timeout, *keys)
 
 
 @pytest.mark.slow
