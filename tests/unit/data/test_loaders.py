@@ -131,12 +131,13 @@ class Probe(ImageDataset):
 
 
 def test_workers_leave_signals_to_the_main_process(root: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
     probe = Probe(FolderSource(root, ["a.png"], 3), 16, None, flip=True, seed=0, training=True)
     (batch,) = loader_of(probe, [[(0, 0, 0)]], 1)
     pid, rest = batch.names[0].split(" ", 1)
     assert int(pid) != os.getpid()
     assert rest == "True 1"
-    assert signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_no_more_workers_than_cores(root: Path, caplog: pytest.LogCaptureFixture) -> None:
