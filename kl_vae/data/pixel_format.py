@@ -8,6 +8,7 @@ sample of its files, or by the user (`data.range`, `data.pages`).
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, Protocol, get_args
@@ -123,10 +124,12 @@ def decide_format(source: Inspectable, value_range: ValueRange, pages: str | Non
             pages and `pages` is None.
     """
     given, pages = parse_ranges(value_range), check_pages(pages)
-    measured: dict[str, list[Measured]] = {}
+    measured: list[Measured] = []
     animated = 0
     count = min(len(source), SAMPLED)
-    for index in (i * len(source) // count for i in range(count)):
+    stride = SAMPLED // DECODED  # the first `DECODED` are spread over the whole data set, too
+    for i in (i for start in range(stride) for i in range(start, count, stride)):
+        index = i * len(source) // count
         try:
             found = source.inspect(index)
         except ValueError:  # reported when the image is read
@@ -135,20 +138,19 @@ def decide_format(source: Inspectable, value_range: ValueRange, pages: str | Non
             raise ValueError(f"{source.name(index)}: {found.pages} pages; {HOW_TO_SET_PAGES}")
         animated += found.animated
         if found.measured is not None:
-            values = found.measured._replace(name=source.name(index))
-            measured.setdefault(values.kind, []).append(values)
-            if ALL in given or sum(map(len, measured.values())) >= DECODED:
+            measured.append(found.measured._replace(name=source.name(index)))
+            if ALL in given or len(measured) >= DECODED:
                 break
     ranges = dict(given)
     if ALL not in given:
-        new = {kind: images for kind, images in measured.items() if kind not in given}
-        ranges |= decide_ranges(values for images in new.values() for values in images)
-        for kind in new:
+        new = [values for values in measured if values.kind not in given]
+        ranges |= decide_ranges(new)
+        for kind, number in Counter(values.kind for values in new).items():
             logger.info(
                 "%s images: black is %g, white is %g (from %d sampled files; see data.range)",
                 kind,
                 *ranges[kind],
-                len(new[kind]),
+                number,
             )
     if animated:
         logger.warning(

@@ -94,18 +94,16 @@ def train(
         deterministic(config.training.deterministic),
         connect(device, config.training.timeout_seconds) as ranks,
         stop_on_signals() as stop,
-        RunDirectory(Path(run_dir)) as run,
+        RunDirectory(Path(run_dir), on_purpose=resumed is not None) as run,
         workers_killed_on_error(),
     ):
         # a function of its own, so that DDP is freed before its process group (see `connect`)
-        return _train(config, run, ranks, stop, on_purpose=resumed is not None)
+        return _train(config, run, ranks, stop)
 
 
-def _train(
-    config: RunConfig, run: RunDirectory, ranks: Ranks, stop: StopRequest, on_purpose: bool
-) -> TrainingResult:
+def _train(config: RunConfig, run: RunDirectory, ranks: Ranks, stop: StopRequest) -> TrainingResult:
     """Run the remaining steps: step, log, save, validate."""
-    setup = set_up(config, run, ranks, on_purpose)
+    setup = set_up(config, run, ranks)
     state, training = setup.state, setup.config.training
     if setup.is_finished:
         logger.info("nothing to do: all %d steps are complete", state.step)

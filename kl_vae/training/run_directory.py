@@ -90,20 +90,18 @@ class RunDirectory:
 
     Args:
         path: the directory; it is created by `lock`.
+        on_purpose: whether changes of its config were given as `kl-vae train RUN KEY=VALUE`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, on_purpose: bool = False) -> None:
         self.path = path
+        self._on_purpose = on_purpose
         self._lock: int | None = None  # a file descriptor
         self._failed_saves = 0  # in a row
         self._whole: list[Path] = []  # checkpoints known to be intact, newest first
 
-    def check(self, config: dict[str, Any], on_purpose: bool = False) -> dict[str, Any]:
-        """Compare the config with that of the run to resume, without writing.
-
-        Args:
-            config: the resolved config.
-            on_purpose: whether changes were given as `kl-vae train RUN KEY=VALUE`.
+    def check(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Compare the resolved config with that of the run to resume, without writing.
 
         Returns:
             The changed keys, and pairs of the value before and now; empty if there is no run.
@@ -120,10 +118,7 @@ class RunDirectory:
             if any(not path.name.startswith(".") for path in run.iterdir()):
                 raise ValueError(f"{run}: not empty and not a run; choose another --run-dir")
             return {}
-        written = parse_file(run / CONFIG)
-        if "data" in written:
-            written["data"].setdefault("range", "auto")  # not in version 0.1
-        before = flatten(written)
+        before = flatten(self._written_config())
         before.pop("data.listing_cache", None)  # of version 0.1, without effect on the data
         now = flatten(parse_yaml(dump_config(config), "this config"))
         changed = {
@@ -131,12 +126,12 @@ class RunDirectory:
             for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key)
         }
-        self._check_changes(changed, on_purpose)
+        self._check_changes(changed)
         for key, values in changed.items():
             logger.info("resuming: %s", _change(key, values))
         return changed
 
-    def _check_changes(self, changed: dict[str, Any], on_purpose: bool) -> None:
+    def _check_changes(self, changed: dict[str, Any]) -> None:
         """Raise ValueError, with the command that does it, for changes that are not allowed."""
         run = self.path
         changed = {key: values for key, values in changed.items() if key not in HARMLESS}
@@ -146,7 +141,7 @@ class RunDirectory:
                 f"({'; '.join(map(_change, changed, changed.values()))}); to start a new run "
                 f"from its weights: kl-vae train CONFIG --run-dir NEW model.params.ckpt_path={run}"
             )
-        if changed and not on_purpose:
+        if changed and not self._on_purpose:
             overrides = " ".join(_override(key, now) for key, (_, now) in changed.items())
             raise ValueError(
                 f"{run}: made with another config "
@@ -158,7 +153,21 @@ class RunDirectory:
         """Return `data.range` of the run to resume; None: there is none."""
         if not (self.path / CONFIG).is_file():
             return None
-        return parse_file(self.path / CONFIG).get("data", {}).get("range")
+        return self._written_config().get("data", {}).get("range")
+
+    def _written_config(self) -> dict[str, Any]:
+        """Return the config of the run to resume.
+
+        Raises:
+            ValueError: config.yaml is damaged.
+        """
+        path = self.path / CONFIG
+        config = parse_file(path)
+        if not isinstance(config, dict) or not isinstance(config.get("data", {}), dict):
+            raise ValueError(f"{path}: damaged; restore it, or choose another --run-dir")
+        if "data" in config:
+            config["data"].setdefault("range", "auto")  # not in version 0.1
+        return config
 
     def lock(self) -> None:
         """Create the directory and lock it, if its file system can.

@@ -92,14 +92,8 @@ class Setup:
         return self.is_last_step and not self.validation_is_due
 
 
-def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks, on_purpose: bool = False) -> Setup:
+def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks) -> Setup:
     """Build and check what a run needs, then lock and prepare its directory.
-
-    Args:
-        config: of the run.
-        run: its directory.
-        ranks: all of them call this.
-        on_purpose: whether changes of the config were given as `kl-vae train RUN KEY=VALUE`.
 
     Raises:
         ValueError: a user's mistake; nothing has been written.
@@ -107,14 +101,14 @@ def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks, on_purpose: bool 
     training = config.training
     config = with_range(config, ranks.on_rank_zero(run.pixel_range) or config.data.range)
     check_same_config(config, ranks)
-    changes = ranks.on_rank_zero(lambda: run.check(dataclasses.asdict(config), on_purpose))
+    changes = ranks.on_rank_zero(lambda: run.check(dataclasses.asdict(config)))
     if training.compile:
         check_compiler(ranks.device)
     train_set, val_set = build_data(config, ranks)
     config = with_range(config, train_set.source.pixel_format.value_range)
     plain = dataclasses.asdict(config)
     steps_per_epoch = len(train_set) // training.global_batch_size
-    total_steps = training.max_steps or (training.epochs or 0) * steps_per_epoch
+    total_steps = number_of_steps(training, steps_per_epoch)
 
     found = ranks.on_rank_zero(lambda: newest_checkpoint(run.path))
     path, content = found or (None, {})
@@ -147,11 +141,12 @@ def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks, on_purpose: bool 
         state.restore(content, source=str(path))
         same_images = content["validation_fingerprint"] == val_fingerprint
         restore_validation(state, run, ranks, same_images)
+        if changes:
+            before_changes = RunConfig.load(content["config"])
+            log_learning_rates(before_changes, config, state.step, steps_per_epoch)
         del found, content  # as large as the state itself
 
     ranks.on_rank_zero(run.lock)
-    if changes and state.step:
-        log_learning_rates(changes, config, state, total_steps, steps_per_epoch)
     ranks.on_rank_zero(lambda: run.prepare(plain, path, state, changes))
     if training.compile:
         compile_parts(model, dynamic=training.equivariance > 0)
@@ -216,27 +211,21 @@ def check_same_config(config: RunConfig, ranks: Ranks) -> None:
 
 
 def log_learning_rates(
-    changes: Mapping[str, Any],
-    config: RunConfig,
-    state: TrainingState,
-    total_steps: int,
-    steps_per_epoch: int,
+    before: RunConfig, config: RunConfig, step: int, steps_per_epoch: int
 ) -> None:
     """Log how the changes of a resumed run change the learning rate of its next step."""
-    plain = dataclasses.asdict(config)
-    for key, (value, _) in changes.items():
-        *sections, last = key.split(".")
-        section = plain
-        for name in sections:
-            section = section[name]
-        section[last] = value
-    before = RunConfig.load(plain)
-    length = before.training.max_steps or (before.training.epochs or 0) * steps_per_epoch
-    old = learning_rate_at(state.step, length, before.optimizer)
-    new = learning_rate_at(state.step, total_steps, config.optimizer)
+    old, new = (
+        learning_rate_at(step, number_of_steps(of.training, steps_per_epoch), of.optimizer)
+        for of in (before, config)
+    )
     if old != new:
         factor = f", {new / old:.3g} times as high" if old else ""
         logger.warning("learning rate of the next step: %.3g instead of %.3g%s", new, old, factor)
+
+
+def number_of_steps(training: TrainingConfig, steps_per_epoch: int) -> int:
+    """Return the number of steps of a run."""
+    return training.max_steps or (training.epochs or 0) * steps_per_epoch
 
 
 def with_range(config: RunConfig, value_range: Any) -> RunConfig:

@@ -25,7 +25,7 @@ from kl_vae.data import (
     read_size,
     to_float,
 )
-from kl_vae.data.pixel_format import Measured, decide_ranges, parse_ranges
+from kl_vae.data.pixel_format import Inspected, Measured, decide_ranges, parse_ranges
 from kl_vae.inference.images import load_images
 from kl_vae.inference.sources import open_sources
 from tests.image_kinds import (
@@ -116,6 +116,30 @@ def test_a_dark_image_is_read_with_the_depth_of_the_others(
     assert is_about(caplog.text, "uint16", 0, 4095, 2)
     dark = read_image(tmp_path / "dark.png", 1, pixel_format=decided)
     assert dark[0, 0, ::STEP].tolist() == [0, 6, 12]
+
+
+class Deep:
+    """A source of 16-bit images whose values fit into 12 bits, except for the last eighth."""
+
+    channels = 1
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __len__(self) -> int:
+        return self._number
+
+    def inspect(self, index: int) -> Inspected:
+        high = 65535 if index >= self._number * 7 // 8 else 4095
+        return Inspected(Measured("uint16", 0, high))
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+
+@pytest.mark.parametrize("number", [8, 100, 512, 5000])
+def test_the_sample_is_spread_over_the_whole_data_set(number: int) -> None:
+    assert decide_format(Deep(number), "auto", None).value_range == {"uint16": [0, 65535]}
 
 
 def test_values_beyond_a_detected_range_are_an_error_of_the_file(tmp_path: Path) -> None:

@@ -358,3 +358,11 @@ def test_damaged_lines_of_metrics_are_skipped(tmp_path: Path) -> None:
     lines = [b'{"step": 1}', b"\xff\xfe", b"[" * 100_000, b'{"step": 2, "x": "\xff"}', b"", b"{"]
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("content", ["- a list", "data: null", "text"])
+def test_a_damaged_config_is_named(run: Path, content: str) -> None:
+    (run / "config.yaml").write_text(content)
+    for call in (lambda: RunDirectory(run).check(CONFIG), RunDirectory(run).pixel_range):
+        with pytest.raises(ValueError, match=mentions(run / "config.yaml", "--run-dir")):
+            call()
