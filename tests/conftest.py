@@ -36,6 +36,12 @@ TINY_DDCONFIG: dict[str, Any] = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--moments", type=int, default=10, help="how often test_interruptions.py kills each command"
+    )
+
+
 @pytest.fixture(autouse=True)
 def forget_registered_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers, such as an example of the README, is gone after it."""
@@ -62,22 +68,23 @@ def images() -> Tensor:
     return 2.0 * torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) - 1.0
 
 
+def write_images(
+    folder: Path, number: int, size: tuple[int, int] = (24, 20), mode: str = "RGB"
+) -> Path:
+    """Write smooth random images, 000.png and so on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for i in range(number):
+        small = rng.integers(0, 256, (5, 6, len(mode)), dtype=np.uint8).squeeze()
+        picture = Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+        picture.save(folder / f"{i:03d}.png")
+    return folder
+
+
 @pytest.fixture
 def make_images() -> Callable[..., Path]:
-    """Write smooth random images, 000.png and so on."""
-
-    def make(
-        folder: Path, number: int, size: tuple[int, int] = (24, 20), mode: str = "RGB"
-    ) -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        rng = np.random.default_rng(0)
-        for i in range(number):
-            small = rng.integers(0, 256, (5, 6, len(mode)), dtype=np.uint8).squeeze()
-            picture = Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
-            picture.save(folder / f"{i:03d}.png")
-        return folder
-
-    return make
+    """`write_images`."""
+    return write_images
 
 
 @pytest.fixture

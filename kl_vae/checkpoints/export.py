@@ -127,10 +127,9 @@ def write_compvis(
     """
     if out.suffix != ".safetensors":
         raise ValueError(f"{out}: the output is a safetensors file; use {out.stem}.safetensors")
-    _check_new_file(out, overwrite)
-    metadata = {"format": "pt", METADATA: json.dumps({"model": {"params": params}})}
-    content = safetensors_bytes(_cast(tensors, dtype), metadata)
     with _place_for_file(out, overwrite):
+        metadata = {"format": "pt", METADATA: json.dumps({"model": {"params": params}})}
+        content = safetensors_bytes(_cast(tensors, dtype), metadata)
         write_atomically(out, lambda file: file.write(content))
 
 
@@ -160,7 +159,29 @@ def write_diffusers(
         ValueError: diffusers does not support the model, `out` exists or cannot be written, `dtype`
             is unknown or cannot represent the weights, or safetensors is not installed.
     """
-    _check_new_folder(out, overwrite)
+
+    def write(folder: Path) -> None:
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
+            flush_file(folder / name)
+        for path in filter(_is_ours, out.iterdir() if out.is_dir() else ()):
+            path.unlink()  # only an empty folder can be replaced
+
+    with _place(out):
+        _check_new_folder(out, overwrite)
+        contents = _diffusers_files(out, tensors, params, dtype, max_shard_size, variant)
+        write_folder_atomically(out, write)
+
+
+def _diffusers_files(
+    out: Path,
+    tensors: Mapping[str, Tensor],
+    params: Mapping[str, Any],
+    dtype: str,
+    max_shard_size: int | str | None,
+    variant: str | None,
+) -> dict[str, bytes]:
+    """Return the files of a diffusers folder."""
     if variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", variant):
         raise ValueError(f"variant={variant!r}: give letters, digits, _ and -, such as fp16")
     limit = None if max_shard_size is None else _bytes_of(max_shard_size)
@@ -199,17 +220,7 @@ def write_diffusers(
                 },
             }
         )
-
-    def write(folder: Path) -> None:
-        for name, content in contents.items():
-            (folder / name).write_bytes(content)
-            flush_file(folder / name)
-        for path in filter(_is_ours, out.iterdir() if out.is_dir() else ()):
-            path.unlink()  # only an empty folder can be replaced
-
-    with _place(out):
-        _check_new_folder(out, overwrite)
-        write_folder_atomically(out, write)
+    return contents
 
 
 @contextmanager
@@ -221,6 +232,8 @@ def _place(out: Path) -> Iterator[None]:
     Raises:
         ValueError: another process writes `out`, or it cannot be written.
     """
+    if not out.name:  # "." has no name, and cannot be replaced
+        raise ValueError(f"{out}: already exists; give another path")
     # short: `out` may have the longest name that there is
     digest = hashlib.blake2b(os.fsencode(out.name), digest_size=8).hexdigest()
     try:
@@ -270,7 +283,6 @@ def _json_bytes(content: Mapping[str, Any]) -> bytes:
 @contextmanager
 def _place_for_file(out: Path, overwrite: bool) -> Iterator[None]:
     """`_place` for a new file, or one that is replaced."""
-    _check_new_file(out, overwrite)
     with _place(out):
         _check_new_file(out, overwrite)
         yield
@@ -293,8 +305,6 @@ def _check_new_folder(out: Path, overwrite: bool) -> None:
         exists = out.exists() and not out.is_dir()
     except OSError as error:
         raise ValueError(f"{out}: cannot be written ({error}); choose another place") from None
-    if not out.name:  # "." has no name, and cannot be replaced
-        raise ValueError(f"{out}: already exists; give another path")
     if exists or not all(map(_is_ours, files)):
         raise ValueError(f"{out}: already exists, with other content; give another path")
     if files and not overwrite:

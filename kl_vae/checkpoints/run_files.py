@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,7 +43,7 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
         with ThreadPoolExecutor(1) as thread:
             stream = _HashingFile(file, digest, thread)
             try:
-                torch.save({"format": FORMAT, **content}, cast(BinaryIO, stream))
+                torch.save(_unshared({"format": FORMAT, **content}), cast(BinaryIO, stream))
             except RuntimeError:  # torch replaces an OSError by a RuntimeError
                 if stream.error is None:
                     raise
@@ -71,6 +72,22 @@ def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint, then its SHA-256, so that a damaged file keeps its SHA-256."""
     path.unlink(missing_ok=True)
     _digest_path(path).unlink(missing_ok=True)
+
+
+def remove_orphans(run: Path) -> None:
+    """Remove the SHA-256 files whose checkpoint is removed already."""
+    for digest in (run / FOLDER).glob("step_*.pt.sha256"):
+        if not digest.with_suffix("").exists():
+            digest.unlink(missing_ok=True)
+
+
+def is_intact(path: Path) -> bool:
+    """Return whether a checkpoint has a SHA-256 that it matches."""
+    try:
+        check_digest(path)
+    except ValueError:
+        return False
+    return _digest_path(path).is_file()
 
 
 def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
@@ -113,6 +130,19 @@ def check_digest(path: Path) -> None:
 def is_checkpoint(content: object) -> bool:
     """Return whether the content of a file is a kl_vae checkpoint."""
     return isinstance(content, Mapping) and content.get("format") == FORMAT
+
+
+def _unshared(tree: Any) -> Any:
+    """Copy nested containers, so that equal contents are written as equal bytes.
+
+    pickle writes an object once however often it occurs, and which objects are the same one depends
+    on whether they have been restored.
+    """
+    if isinstance(tree, Mapping):
+        return {_unshared(key): _unshared(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map(_unshared, tree))
+    return sys.intern(tree) if type(tree) is str else tree
 
 
 class _HashingFile:

@@ -46,7 +46,7 @@ from kl_vae.inference.load import (
     load_model_on,
     model_fingerprint,
 )
-from kl_vae.inference.progress import Progress, read_identity, units_of
+from kl_vae.inference.progress import UNFINISHED, Progress, read_identity, units_of
 from kl_vae.inference.reconstruct import MEASURED_ON_DEVICE, unit_size
 from kl_vae.inference.sources import (
     as_roots,
@@ -254,7 +254,7 @@ def evaluate(
                     folder,
                     FILES,
                     source.files,
-                    earlier=RESULTS,
+                    earlier=(RESULTS, UNFINISHED),
                     image_folders=folders,
                     overwrite=overwrite,
                 )

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 LOG_SECONDS = 30.0  # interval of log lines if no progress bar is shown
 FOLDER = ".unfinished"
-_IDENTITY = "identity.json"
+UNFINISHED = f"{FOLDER}/identity.json"  # in an output folder, while there is unfinished work
 _LOCK = ".lock"
 
 
@@ -71,11 +71,6 @@ def show_progress(total: int, ranks: Ranks) -> Iterator[Callable[[int], None]]:
 
     with logging_redirect_tqdm(), bar:
         yield update
-
-
-def is_unfinished(out: Path) -> bool:
-    """Return whether an output folder contains unfinished work."""
-    return (out / FOLDER / _IDENTITY).exists()
 
 
 class Progress:
@@ -236,7 +231,7 @@ class Progress:
             try:
                 remove_temporaries(self._out)
                 remove_temporaries(self._folder)
-                write_text_atomically(self._folder / _IDENTITY, json.dumps(self.identity))
+                write_text_atomically(self._out / UNFINISHED, json.dumps(self.identity))
             except OSError as error:
                 raise _unwritable(self._folder, error) from error
         except BaseException:
@@ -246,13 +241,13 @@ class Progress:
     def _check(self, resume: bool, finished: Mapping[str, Any] | None) -> None:
         """Raise ValueError if unfinished work or a finished result must not be touched."""
         name = display_name(self._folder)
-        if is_unfinished(self._out):
+        if (self._out / UNFINISHED).exists():
             if not resume:
                 raise ValueError(
                     f"{name}: an earlier command did not finish; give --resume to continue it, or "
                     "--overwrite to start over"
                 )
-            changed = differences(_read_identity(self._folder / _IDENTITY), self.identity)
+            changed = differences(_read_identity(self._out / UNFINISHED), self.identity)
             if changed:
                 raise ValueError(
                     f"{name}: unfinished work with different settings ({changed}); use the same "

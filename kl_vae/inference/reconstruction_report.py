@@ -28,7 +28,7 @@ from torch import Tensor
 
 from kl_vae.data import MAX_PIXELS, ImageError, Source, read_image
 from kl_vae.inference.images import load_images
-from kl_vae.inference.progress import FOLDER
+from kl_vae.inference.progress import FOLDER, UNFINISHED
 from kl_vae.inference.sources import size_in_words
 from kl_vae.inference.tables import csv_cell
 from kl_vae.metrics.similarity import SSIM_DEFINITIONS
@@ -129,7 +129,7 @@ class OutputFiles:
             self.out,
             [*self._all(), *RESERVED],
             source.files,
-            earlier=METRICS,
+            earlier=(METRICS, UNFINISHED),
             image_folders=image_folders,
             overwrite=overwrite,
         )

@@ -11,7 +11,7 @@ from kl_vae.data import MAX_PIXELS, JoinedSource, ValueRange, resolve_root
 from kl_vae.inference.encode import check_size
 from kl_vae.inference.latent_folder import nothing_usable
 from kl_vae.inference.load import connect_ranks, load_model_on, model_fingerprint
-from kl_vae.inference.progress import FOLDER, Progress, is_unfinished, show_progress
+from kl_vae.inference.progress import UNFINISHED, Progress, show_progress
 from kl_vae.inference.sampled_images import (
     GRID,
     Canvas,
@@ -207,13 +207,12 @@ def _check_outputs(
     image_folders = [folder for _, folders in opened for folder in folders]
     check_output_folder(out, image_folders)
     inputs = [file for source, _ in opened for file in source.files]
-    earlier = FOLDER if is_unfinished(out) else GRID
     files = [file for unit in work.units for file in unit]
     check_outputs(
         out,
         [*work.others, *files, GRID],
         inputs,
-        earlier,
+        earlier=(GRID, UNFINISHED),
         image_folders=image_folders,
         overwrite=overwrite,
     )

@@ -75,7 +75,7 @@ def check_outputs(
     out: Path,
     outputs: Iterable[str],
     inputs: Iterable[Path],
-    earlier: str,
+    earlier: Sequence[str],
     *,
     image_folders: Iterable[Path] = (),
     overwrite: bool = False,
@@ -86,7 +86,8 @@ def check_outputs(
         out: the output folder.
         outputs: paths relative to it.
         inputs: files that must not be overwritten.
-        earlier: a file in `out` that an earlier run left; its outputs may be replaced.
+        earlier: files of an earlier run of the command: if one is in `out`, its outputs may be
+            replaced.
         image_folders: folders that must not be written to.
         overwrite: other files may be replaced as well.
 
@@ -94,7 +95,7 @@ def check_outputs(
         ValueError: an output is an input, a folder, outside, or in an image folder; or it is there
             without `earlier` or `overwrite`.
     """
-    may_replace = overwrite or os.path.exists(out / earlier)
+    may_replace = overwrite or any(os.path.exists(out / file) for file in earlier)
     root = os.path.realpath(out)
     inside = cache(lambda folder: Path(os.path.realpath(folder)).is_relative_to(root))
     image_folder = cache(partial(_containing, folders=list(image_folders)))
@@ -119,7 +120,7 @@ def check_outputs(
             raise ValueError(f"{name} is a folder where a file would go; give an empty folder")
         if not may_replace:
             raise ValueError(
-                f"{name} exists, and no {earlier} of an earlier run; give an empty folder, or "
+                f"{name} exists, and no {earlier[0]} of an earlier run; give an empty folder, or "
                 "--overwrite to replace files"
             )
 

@@ -208,6 +208,8 @@ def _end(
     state = setup.state
     stopped_by = None
     if setup.is_finished:
+        # a process that was killed after the last save or validation may have left old checkpoints
+        ranks.on_rank_zero(lambda: run.prune(state, setup.config.training.keep_checkpoints))
         _write_status(run, ranks, setup, "finished")
         if ranks.is_rank_zero:
             warn_about_scale(state.model, metrics)

@@ -27,9 +27,11 @@ from kl_vae.checkpoints.run_files import (
     best_checkpoint,
     checkpoint_path,
     complete_checkpoint,
+    is_intact,
     list_checkpoints,
     read_status,
     remove_checkpoint,
+    remove_orphans,
     write_checkpoint,
 )
 from kl_vae.runtime.config_file import dump_config, parse_file, parse_yaml
@@ -230,6 +232,7 @@ class RunDirectory:
         try:
             for folder in (self.path, self.path / SAMPLES, self.path / FOLDER):
                 remove_temporaries(folder)
+            remove_orphans(self.path)
             write_text_atomically(self.path / CONFIG, dump_config(config))
             with suppress(FileExistsError):  # a file in its place: each image is a warning
                 (self.path / SAMPLES).mkdir(exist_ok=True)
@@ -302,7 +305,7 @@ class RunDirectory:
                 last,
             )
             return
-        self._prune(state, keep)
+        self.prune(state, keep)
 
     def write_best(self, state: TrainingState, keep: int | None = None) -> None:
         """Write which checkpoint is the best; then remove those that are not kept, if `keep`."""
@@ -316,7 +319,7 @@ class RunDirectory:
         except OSError as error:  # the next validation writes it again
             logger.warning("%s cannot be written (%s)", path, error.strerror)
         if keep is not None:
-            self._prune(state, keep)
+            self.prune(state, keep)
 
     def write_status(
         self, status: str, step: int, total_steps: int, reason: str | None = None
@@ -352,11 +355,14 @@ class RunDirectory:
         if self._lock is not None:
             os.close(self._lock)
 
-    def _prune(self, state: TrainingState, keep: int) -> None:
-        """Remove checkpoints other than the best and the newest, once enough are intact.
+    def prune(self, state: TrainingState, keep: int) -> None:
+        """Remove checkpoints other than the best and the newest, if `keep` of these are intact.
 
         One that cannot be removed is a warning.
         """
+        for path in list_checkpoints(self.path):
+            if len(self._whole) < keep and path not in self._whole and is_intact(path):
+                self._whole.append(path)  # of an earlier process
         if len(self._whole) < keep:
             return
         self._whole = self._whole[:keep]

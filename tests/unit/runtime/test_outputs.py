@@ -72,7 +72,7 @@ def test_the_output_folder_is_not_within_the_images(tmp_path, out):
 def test_a_symlink_loop_is_an_error(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     check_output_folder(tmp_path / "loop" / "out")
-    check_outputs(tmp_path / "loop" / "out", ["a.png"], [], earlier="metrics.csv")
+    check_outputs(tmp_path / "loop" / "out", ["a.png"], [], earlier=["metrics.csv"])
     with pytest.raises(ValueError, match=mentions(tmp_path / "loop" / "out")):
         make_folder(tmp_path / "loop" / "out")
 
@@ -89,37 +89,37 @@ def test_an_image_is_not_overwritten(tmp_path):
     image.write_text("image")
     (tmp_path / "metrics.csv").write_text("")
     with pytest.raises(ValueError, match=mentions(image)):
-        check_outputs(tmp_path, ["a.png"], [image], earlier="metrics.csv")
+        check_outputs(tmp_path, ["a.png"], [image], earlier=["metrics.csv"])
 
 
 def test_only_files_of_an_earlier_run_are_replaced(tmp_path):
     (tmp_path / "a.png").write_text("foreign")
     with pytest.raises(ValueError, match=mentions("a.png", "metrics.csv")):
-        check_outputs(tmp_path, ["a.png"], [], earlier="metrics.csv")
+        check_outputs(tmp_path, ["a.png"], [], earlier=["metrics.csv"])
     (tmp_path / "metrics.csv").write_text("")
-    check_outputs(tmp_path, ["a.png", "b/c.png"], [], earlier="metrics.csv")
+    check_outputs(tmp_path, ["a.png", "b/c.png"], [], earlier=["metrics.csv"])
     (tmp_path / "d.png").mkdir()
     with pytest.raises(ValueError, match=mentions("d.png", "folder")):
-        check_outputs(tmp_path, ["d.png"], [], earlier="metrics.csv")
+        check_outputs(tmp_path, ["d.png"], [], earlier=["metrics.csv"])
 
 
 def test_no_output_goes_into_an_image_folder(tmp_path):
     (tmp_path / "images").mkdir()
     folders = [tmp_path / "images"]
-    check_outputs(tmp_path, ["a.png", "new/a.png"], [], "metrics.csv", image_folders=folders)
+    check_outputs(tmp_path, ["a.png", "new/a.png"], [], ["metrics.csv"], image_folders=folders)
     (tmp_path / "link").symlink_to("images")
     for output in ("images/a.png", "images/new/a.png", "link/a.png"):
         with pytest.raises(ValueError, match=mentions(tmp_path / output, tmp_path / "images")):
             check_outputs(
-                tmp_path, [output], [], "metrics.csv", image_folders=folders, overwrite=True
+                tmp_path, [output], [], ["metrics.csv"], image_folders=folders, overwrite=True
             )
 
 
 def test_overwrite_replaces_other_files_but_no_input(tmp_path):
     (tmp_path / "a.png").write_text("foreign")
-    check_outputs(tmp_path, ["a.png"], [], "metrics.csv", overwrite=True)
+    check_outputs(tmp_path, ["a.png"], [], ["metrics.csv"], overwrite=True)
     with pytest.raises(ValueError, match=mentions(tmp_path / "a.png")):
-        check_outputs(tmp_path, ["a.png"], [tmp_path / "a.png"], "metrics.csv", overwrite=True)
+        check_outputs(tmp_path, ["a.png"], [tmp_path / "a.png"], ["metrics.csv"], overwrite=True)
 
 
 @pytest.mark.parametrize("output", ["../a.png", "elsewhere/a.png", "elsewhere/new/a.png"])
@@ -129,7 +129,7 @@ def test_outputs_stay_in_the_output_folder(tmp_path, output):
     (tmp_path / "target").mkdir()
     (out / "elsewhere").symlink_to(tmp_path / "target")
     with pytest.raises(ValueError, match=mentions("a.png", "output folder")):
-        check_outputs(out, [output], [], earlier="metrics.csv")
+        check_outputs(out, [output], [], earlier=["metrics.csv"])
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
