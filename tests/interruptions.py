@@ -1,10 +1,11 @@
-"""Commands that are killed at any moment, and file systems that lose what was not flushed.
+"""Commands that are disturbed at any moment, and file systems that lose what was not flushed.
 
 torch is imported once, by multiprocessing's fork server; each command is a process forked from it.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -24,15 +25,20 @@ _CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate")
 
 @dataclass(frozen=True)
 class Moment:
-    """When a command is killed; exactly one of the two is given.
+    """When a command is disturbed, and how.
 
     Args:
-        seconds: after its start.
+        disturbance: a signal, or the error of all later writes.
         operation: before this operation on its output, counted from 0.
+        seconds: instead, after its start; a signal only.
     """
 
-    seconds: float | None = None
+    disturbance: signal.Signals | OSError
     operation: int | None = None
+    seconds: float | None = None
+
+
+KILL, CTRL_C, DISK_FULL = signal.SIGKILL, signal.SIGINT, OSError(errno.ENOSPC, "disk full")
 
 
 @dataclass(frozen=True)
@@ -52,31 +58,32 @@ def run_command(
     Args:
         arguments: of `kl-vae`.
         folder: the working directory.
-        moment: when it is killed, unless it ends before.
+        moment: when it is disturbed, unless it ends before.
         disk: a folder that receives what is flushed, for `lose_power`.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.interruptions", "kl_vae.training.loop"])
     receiver, sender = context.Pipe(duplex=False)
-    last = None if moment is None else moment.operation
-    process = context.Process(target=_command, args=(arguments, folder, last, disk, sender))
+    process = context.Process(target=_command, args=(arguments, folder, moment, disk, sender))
     process.start()
     sender.close()
     assert receiver.poll(PATIENCE_SECONDS) and receiver.recv() == "ready"
     start = time.monotonic()
     if moment is not None and moment.seconds is not None:
+        assert isinstance(moment.disturbance, signal.Signals) and process.pid is not None
         process.join(moment.seconds)
-        process.kill()
+        if process.exitcode is None:
+            os.kill(process.pid, moment.disturbance)
     process.join(PATIENCE_SECONDS)
     if process.exitcode is None:
         process.kill()
         raise TimeoutError(f"{arguments} does not end")
     seconds = time.monotonic() - start
-    return Outcome(process.exitcode, seconds, receiver.recv() if process.exitcode >= 0 else 0)
+    return Outcome(process.exitcode, seconds, receiver.recv() if process.exitcode == 0 else 0)
 
 
 def _command(
-    arguments: list[str], folder: Path, last: int | None, disk: Path | None, sender: Any
+    arguments: list[str], folder: Path, moment: Moment | None, disk: Path | None, sender: Any
 ) -> None:
     import torch
 
@@ -87,20 +94,21 @@ def _command(
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(1)
-    watch = _Watch(Path.cwd(), last, None if disk is None else _Disk(disk))
+    watch = _Watch(Path.cwd(), moment, None if disk is None else _Disk(disk))
     watch.start()
     sender.send("ready")
     code = main(arguments)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python itself is not ready for it at its exit
     sender.send(watch.operations)
     sys.exit(code)
 
 
 class _Watch:
-    """Counts the operations on the files below a folder, and ends the process before one."""
+    """Counts the operations on the files below a folder, and disturbs one of them."""
 
-    def __init__(self, folder: Path, last: int | None, disk: _Disk | None) -> None:
+    def __init__(self, folder: Path, moment: Moment | None, disk: _Disk | None) -> None:
         self._folder = str(folder) + os.sep
-        self._last = last
+        self._moment = moment
         self._disk = disk
         self.operations = 0
 
@@ -109,7 +117,7 @@ class _Watch:
 
         def watched_fsync(descriptor: int) -> None:
             path = os.readlink(f"/proc/self/fd/{descriptor}")
-            self._meet(path)
+            self._meet(path, needs_space=True)
             fsync(descriptor)
             if self._disk is not None and (path + os.sep).startswith(self._folder):
                 self._disk.flush(Path(path))
@@ -119,18 +127,26 @@ class _Watch:
             if (writes or event in _CHANGES) and isinstance(
                 arguments[0], (str, bytes, os.PathLike)
             ):
-                self._meet(os.path.abspath(os.fsdecode(arguments[0])))
+                path = os.path.abspath(os.fsdecode(arguments[0]))
+                self._meet(path, needs_space=event in ("open", "os.mkdir"))
 
         if self._disk is not None:
             self._disk.flush_all(Path(self._folder))
         os.fsync = watched_fsync
         sys.addaudithook(audit)
 
-    def _meet(self, path: str) -> None:
-        if path.startswith(self._folder):
-            if self.operations == self._last:
-                os.kill(os.getpid(), signal.SIGKILL)
-            self.operations += 1
+    def _meet(self, path: str, needs_space: bool) -> None:
+        if not path.startswith(self._folder):
+            return
+        self.operations += 1
+        if self._moment is None or self._moment.operation is None:
+            return
+        disturbance = self._moment.disturbance
+        if isinstance(disturbance, signal.Signals):
+            if self.operations == self._moment.operation + 1:
+                os.kill(os.getpid(), disturbance)
+        elif self.operations > self._moment.operation and needs_space:
+            raise disturbance
 
 
 class _Disk:

@@ -31,12 +31,13 @@ FORMAT = "kl_vae.checkpoint.1"
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a checkpoint atomically, then its SHA-256 to `NAME.sha256`.
+    """Write a checkpoint atomically, and its SHA-256 to `NAME.sha256`.
 
     Raises:
         OSError: The file cannot be written; an existing file is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
     digest = hashlib.sha256()
 
     def write(file: BinaryIO) -> None:
@@ -50,6 +51,9 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
                 raise stream.error from None
         file.flush()
         os.fsync(file.fileno())
+        if is_new:
+            _write_digest(path, digest.hexdigest())  # a file without it would be unfinished
+            return
         # remove the old SHA-256; remove a damaged old file first, because without its SHA-256 the
         # damage would not be detected
         try:
@@ -59,7 +63,8 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
         _digest_path(path).unlink(missing_ok=True)
 
     write_atomically(path, write)
-    _write_digest(path, digest.hexdigest())
+    if not is_new:
+        _write_digest(path, digest.hexdigest())
 
 
 def complete_checkpoint(path: Path) -> None:

@@ -40,33 +40,13 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
         The exit code: 0, 1 for a run that failed, 2 for a mistake, each named by the
         message on stderr, or the command's own.
     """
-    if command is None:
-        parser = argparse.ArgumentParser(prog="kl-vae", description="A KL autoencoder for images.")
-        parser.add_argument("--version", action="version", version=f"kl-vae {__version__}")
-        commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-        for name in COMMANDS:
-            _add_arguments(commands.add_parser(name, help=_module(name).HELP), name)
-    else:
-        parser = argparse.ArgumentParser(prog=f"kl-vae {command}")
-        _add_arguments(parser, command)
-    args, rest = parser.parse_known_args(argv)
-    if rest and hasattr(args, "overrides") and not any(text.startswith("-") for text in rest):
-        args.overrides += rest  # argparse takes no second group of them behind an option
-    elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    name = command or args.command
-    if name is None:
-        parser.print_help()
-        return 0
     rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING,
-        format="%(message)s" if rank == 0 else f"[rank {rank}] %(message)s",
-        stream=sys.stderr,
-    )
-    # all ranks open the same images: rank 0 reports on them
-    logging.getLogger("kl_vae.data").setLevel(logging.ERROR if rank > 0 else logging.NOTSET)
+    name, args = command, argparse.Namespace()
     try:
+        name, args = _parse(argv, command)
+        if name is None:
+            return 0
+        _configure_logging(rank)
         if args.modules or args.allowed:
             sys.path.insert(0, os.getcwd())
         for prefix in args.allowed:
@@ -89,8 +69,42 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     except KeyboardInterrupt:
         if rank == 0:
             resume = "; the same command with --resume continues" if hasattr(args, "resume") else ""
-            sys.stderr.write(f"kl-vae {name}: interrupted{resume}\n")
+            sys.stderr.write(f"kl-vae {name or ''}: interrupted{resume}\n".replace(" :", ":"))
         return 130
+
+
+def _parse(
+    argv: Sequence[str] | None, command: str | None
+) -> tuple[str | None, argparse.Namespace]:
+    """Return the command and its arguments; without a command print the help and return None."""
+    if command is None:
+        parser = argparse.ArgumentParser(prog="kl-vae", description="A KL autoencoder for images.")
+        parser.add_argument("--version", action="version", version=f"kl-vae {__version__}")
+        commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+        for name in COMMANDS:
+            _add_arguments(commands.add_parser(name, help=_module(name).HELP), name)
+    else:
+        parser = argparse.ArgumentParser(prog=f"kl-vae {command}")
+        _add_arguments(parser, command)
+    args, rest = parser.parse_known_args(argv)
+    if rest and hasattr(args, "overrides") and not any(text.startswith("-") for text in rest):
+        args.overrides += rest  # argparse takes no second group of them behind an option
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    chosen = command or args.command
+    if chosen is None:
+        parser.print_help()
+    return chosen, args
+
+
+def _configure_logging(rank: int) -> None:
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format="%(message)s" if rank == 0 else f"[rank {rank}] %(message)s",
+        stream=sys.stderr,
+    )
+    # all ranks open the same images: rank 0 reports on them
+    logging.getLogger("kl_vae.data").setLevel(logging.ERROR if rank > 0 else logging.NOTSET)
 
 
 def run_command(name: str, args: argparse.Namespace) -> int | ValueError | RunError:
