@@ -96,8 +96,12 @@ def write_export(
         overwrite: replace an existing file.
 
     Raises:
-        ValueError: `out` exists, cannot be written, or is being written by another process.
+        ValueError: `out` exists, cannot be written, or is being written by another process; or a
+            tensor is not finite.
     """
+    for key, x in tensors.items():
+        if not x.isfinite().all():
+            raise ValueError(f"{key}: contains NaN or infinity; use other weights")
     config = {"model": {"params": params}, "data": {"range": pixel_range}}
     with _place_for_file(out, overwrite):
         write_checkpoint(out, {"model": dict(tensors), "config": config, "step": step})

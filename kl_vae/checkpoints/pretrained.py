@@ -135,7 +135,7 @@ def match(
     Raises:
         ValueError: Tensors are missing, unexpected or of another shape and not in `ignore_keys`.
             Tensors of a loss may be missing or unexpected, except those of a discriminator if both
-            have one.
+            have one. Or a tensor contains NaN or infinity.
     """
     prefixes = tuple(ignore_keys)
     both = all(any(key.startswith(_ADVERSARY[0]) for key in keys) for keys in (own, tensors))
@@ -158,6 +158,9 @@ def match(
     ]
     if misshapen or unexpected or missing:
         raise ValueError(f"{source}: {_mismatch(own, given, misshapen, unexpected, missing)}")
+    for key, x in fitting.items():
+        if not x.isfinite().all():
+            raise ValueError(f"{source}: {key} contains NaN or infinity; use other weights")
     not_used = [key for key in tensors if key not in given]
     not_set = [key for key in own if key not in fitting]
     logger.info(

@@ -237,6 +237,6 @@ def _tensorboard(folder: Path, step: int) -> Any:
         return None
     try:
         return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-    except OSError as error:  # such as a file in its place
+    except (OSError, UnicodeError) as error:  # a file in its place; TensorBoard takes UTF-8 only
         logger.warning("TensorBoard events cannot be written to %s: %s", folder, error)
         return None
