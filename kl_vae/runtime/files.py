@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,7 +21,8 @@ from kl_vae.runtime.locks import lock_temporary, temporary_lock
 logger = logging.getLogger(__name__)
 
 _FLUSHES = 8
-_NO_FLUSH = (errno.EINVAL, errno.ENOTSUP)
+# what systems and file systems that cannot flush folders answer; Windows does not open them
+_NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM)
 _TEMPORARY = re.compile(r"\.\d+\.tmp")
 
 
@@ -93,7 +94,7 @@ def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None
     """Make a folder so that `path` is either complete or unchanged.
 
     Args:
-        path: the folder; it does not exist, or is empty.
+        path: the folder; it does not exist, or is empty, which counts as not existing.
         write: called with a folder beside it, which is then renamed.
 
     Raises:
@@ -109,6 +110,8 @@ def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None
             for file in temporary.iterdir():
                 flush_file(file)
             flush_folder(temporary)
+            with suppress(FileNotFoundError):
+                path.rmdir()  # Windows replaces no folder, not even an empty one
             os.replace(temporary, path)
     except BaseException:
         _remove(temporary)
@@ -134,18 +137,22 @@ def _remove(path: Path) -> None:
 
 
 def flush_folder(path: Path) -> None:
-    """Wait until a folder's entries are on disk, where its file system can."""
+    """Wait until a folder's entries are on disk, where system and file system can.
+
+    Raises:
+        OSError: the folder is missing, or cannot be written to disk.
+    """
     try:
-        flush_file(path)
+        _flush(path, os.O_RDONLY)
     except OSError as error:
-        if error.errno not in _NO_FLUSH and os.name != "nt":
+        if error.errno not in _NO_FLUSH or not path.is_dir():
             raise
-        _log_once(f"{path}: its file system cannot flush folders ({error.strerror})")
+        _log_no_flush(error.strerror)
 
 
-@lru_cache(maxsize=1)
-def _log_once(text: str) -> None:
-    logger.debug(text)
+@cache
+def _log_no_flush(reason: str) -> None:
+    logger.debug("folders are not flushed, so that a power loss may undo a rename: %s", reason)
 
 
 def flush_files(paths: Iterable[Path], root: Path) -> None:
@@ -162,9 +169,17 @@ def flush_files(paths: Iterable[Path], root: Path) -> None:
 
 
 def flush_file(path: Path) -> None:
-    """Wait until a file, or a folder's entries, are on disk."""
+    """Wait until a file is on disk.
+
+    Raises:
+        OSError: the file is missing, or cannot be written to disk.
+    """
     # Windows flushes only files that are open for writing
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    _flush(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
+
+
+def _flush(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:
