@@ -3,7 +3,8 @@
 SYSTEM is one of
 
 - windows: without POSIX locks, limits, signals and forks; folders cannot be opened, files that are
-  open cannot be replaced, text has \\r\\n and a code page unless told otherwise.
+  open cannot be replaced, text has \\r\\n and a code page unless told otherwise, clocks are coarse,
+  and there is no /proc.
 - network: a file system on which folders cannot be flushed.
 
 Data workers, which are started as new processes, import this file, too.
@@ -21,6 +22,7 @@ import shutil
 import signal
 import stat
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ NO_FUNCTIONS = (
     *("O_NOFOLLOW", "O_NONBLOCK", "O_DIRECTORY", "O_CLOEXEC", "O_SYNC", "O_NOCTTY"),
 )
 NO_SIGNALS = ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGKILL", "SIGCHLD", "SIGALRM", "SIGPIPE", "SIGQUIT")
+TICK = 1 / 64  # of time.monotonic, in seconds
 NO_MODULES = ("fcntl", "resource", "pwd", "grp", "termios", "syslog")
 
 
@@ -100,6 +103,8 @@ def as_on_windows() -> None:
         newline: str | None = None,
         **named: Any,
     ) -> Any:
+        if str(file).startswith(("/proc/", "/sys/", "/dev/shm/")):
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", file)
         if "b" not in mode:
             encoding = encoding or "cp1252"
             newline = "\r\n" if newline is None and "r" not in mode else newline
@@ -108,6 +113,9 @@ def as_on_windows() -> None:
     os.open, os.fsync, os.replace, os.rename = open_descriptor, fsync, replace, replace
     os.unlink = os.remove = unlink
     io.open = builtins.open = open_file
+
+    plain_monotonic = time.monotonic
+    time.monotonic = lambda: plain_monotonic() // TICK * TICK
 
 
 def as_on_a_network_drive() -> None:

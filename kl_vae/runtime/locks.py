@@ -38,6 +38,8 @@ def lock_file(path: Path) -> int:
         BlockingIOError: another process holds the lock.
         OSError: the file cannot be created.
     """
+    if path.is_symlink():  # where there is no O_NOFOLLOW
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     for _ in range(_ATTEMPTS):
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         descriptor = os.open(path, flags, 0o644)

@@ -59,7 +59,12 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("system", ["POSIX", "Windows"])
+def test_a_link_in_the_place_of_a_lock_is_not_followed(
+    system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if system == "Windows":
+        monkeypatch.delattr(os, "O_NOFOLLOW")
     (tmp_path / ".lock").symlink_to("elsewhere")
     with pytest.raises(OSError, match="symbolic links"), hold_lock(tmp_path / ".lock"):
         pass
