@@ -21,8 +21,11 @@ from kl_vae.runtime.locks import lock_temporary, temporary_lock
 logger = logging.getLogger(__name__)
 
 _FLUSHES = 8
-# what systems and file systems that cannot flush folders answer; Windows does not open them
-_NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM)
+# errors of systems that do not open folders (as Windows), or of file systems that do not flush them
+_NO_FLUSH = (
+    *(errno.EACCES, errno.EPERM, errno.EISDIR),
+    *(errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF),
+)
 _TEMPORARY = re.compile(r"\.\d+\.tmp")
 
 

@@ -121,13 +121,21 @@ def lock_temporary(descriptor: int, path: Path) -> bool:
 def temporary_lock(path: Path) -> Iterator[bool]:
     """Context manager that yields `lock_temporary` of a file or folder that is not open.
 
+    It yields True where there are no locks, or folders cannot be opened.
+
     Raises:
         OSError: it cannot be opened.
     """
     if fcntl is None:
-        yield True  # Windows opens no folders
+        yield True  # Windows does not remove open files
         return
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except PermissionError:
+        if not path.is_dir():
+            raise
+        yield True
+        return
     try:
         yield lock_temporary(descriptor, path)
     finally:

@@ -171,8 +171,11 @@ def test_a_folder_is_on_the_disk_before_its_name_is(
     assert done[2:] == [temporary, "rename", "."]
 
 
+NO_FLUSH = [errno.EACCES, errno.EPERM, errno.EISDIR, errno.EINVAL, errno.ENOTSUP, errno.EBADF]
+
+
 @pytest.mark.parametrize("call", ["open", "fsync"])
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EINVAL, errno.ENOTSUP, errno.EIO])
+@pytest.mark.parametrize("number", [*NO_FLUSH, errno.EIO, errno.ENOSPC])
 def test_only_a_folder_that_cannot_be_flushed_is_left_alone(
     call: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,11 +192,11 @@ def test_only_a_folder_that_cannot_be_flushed_is_left_alone(
             flush_file(path)
         with pytest.raises(OSError):
             flush_folder(path)
-        if number == errno.EIO:
+        if number in NO_FLUSH:
+            flush_folder(tmp_path)
+        else:
             with pytest.raises(OSError):
                 flush_folder(tmp_path)
-        else:
-            flush_folder(tmp_path)
     with pytest.raises(FileNotFoundError):
         flush_folder(tmp_path / "gone")
 
@@ -218,18 +221,24 @@ def test_files_are_flushed_by_a_descriptor_that_may_write(
     assert flags == [os.O_RDWR, os.O_RDONLY]
 
 
-def test_an_empty_folder_is_replaced_where_a_rename_replaces_none(
+def test_a_folder_is_written_where_none_can_be_opened_or_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain_replace = os.replace
+    plain_open, plain_replace = os.open, os.replace
+
+    def open_file(path: Path, flags: int) -> int:
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return plain_open(path, flags)
 
     def replace(source: Path, target: Path) -> None:
         if target.is_dir():
             raise PermissionError(errno.EACCES, "Access is denied")
         plain_replace(source, target)
 
-    monkeypatch.setattr(os, "replace", replace)
     path = tmp_path / "folder"
     path.mkdir()
+    monkeypatch.setattr(os, "open", open_file)
+    monkeypatch.setattr(os, "replace", replace)
     write_folder_atomically(path, two_files)
     assert {file.name for file in path.iterdir()} == {"one", "two"}
