@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ from kl_vae.runtime.locks import lock_temporary, temporary_lock
 logger = logging.getLogger(__name__)
 
 _FLUSHES = 8
+_RETRY_SECONDS = (0.05, 0.1, 0.2, 0.4)
 # errors of systems that do not open folders (as Windows), or of file systems that do not flush them
 _NO_FLUSH = (
     *(errno.EACCES, errno.EPERM, errno.EISDIR),
@@ -51,7 +53,7 @@ def write_atomically(
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -115,7 +117,7 @@ def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None
             flush_folder(temporary)
             with suppress(FileNotFoundError):
                 path.rmdir()  # Windows replaces no folder, not even an empty one
-            os.replace(temporary, path)
+            _replace(temporary, path)
     except BaseException:
         _remove(temporary)
         raise
@@ -129,6 +131,21 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Rename a file or folder, replacing `path`.
+
+    Windows refuses it while another process reads one of the two, such as a report of the run or a
+    virus scanner; it is tried again for about a second.
+    """
+    for seconds in _RETRY_SECONDS:
+        try:
+            os.replace(temporary, path)
+            return
+        except PermissionError:
+            time.sleep(seconds)
+    os.replace(temporary, path)
 
 
 def _remove(path: Path) -> None:

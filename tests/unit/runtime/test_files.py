@@ -221,6 +221,34 @@ def test_files_are_flushed_by_a_descriptor_that_may_write(
     assert flags == [os.O_RDWR, os.O_RDONLY]
 
 
+@pytest.mark.parametrize("refusals", [1, 4, 100])
+def test_a_file_that_another_process_reads_is_replaced_when_it_is_closed(
+    refusals: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Windows has it."""
+    left = refusals
+    plain_replace = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise PermissionError(errno.EACCES, "Access is denied")
+        plain_replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    path = tmp_path / "file"
+    path.write_text("before")
+    if refusals < 100:
+        write_text_atomically(path, "after")
+        assert path.read_text() == "after"
+    else:
+        with pytest.raises(PermissionError):
+            write_text_atomically(path, "after")
+        assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_folder_is_written_where_none_can_be_opened_or_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
