@@ -7,4 +7,5 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kl_vae.cli.main import main  # noqa: E402
 
-sys.exit(main(command="reconstruct"))
+if __name__ == "__main__":  # data workers that are not forked import this file
+    sys.exit(main(command="reconstruct"))

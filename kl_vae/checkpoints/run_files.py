@@ -229,7 +229,7 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
 def best_checkpoint(run: Path) -> Path | None:
     """Return the checkpoint with the best monitored metric, or None if the run has none."""
     try:
-        name = json.loads((run / FOLDER / BEST).read_text())["checkpoint"]
+        name = json.loads((run / FOLDER / BEST).read_text(encoding="utf-8"))["checkpoint"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     path = run / FOLDER / Path(str(name)).name

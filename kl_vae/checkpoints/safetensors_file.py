@@ -74,7 +74,7 @@ def read_safetensors(
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Return the content of a safetensors file.
+    """Return the content of a safetensors file; the same for the same arguments.
 
     Raises:
         ValueError: The package safetensors is not installed.
@@ -94,7 +94,15 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
             )  # safetensors rejects shared storages
         storages.add(storage.data_ptr())
         own[key] = x
-    return bytes(save(own, dict(metadata) or None))
+    content = memoryview(save(own))
+    if not metadata:
+        return bytes(content)
+    # safetensors would write several entries of the metadata in an arbitrary order
+    end = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")
+    header = {"__metadata__": dict(metadata), **json.loads(bytes(content[_LENGTH_BYTES:end]))}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # aligns the tensors
+    return b"".join([len(text).to_bytes(_LENGTH_BYTES, "little"), text, content[end:]])
 
 
 @contextmanager

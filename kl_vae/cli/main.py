@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 from kl_vae import __version__
 from kl_vae.runtime.errors import RunError
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
         name, args = _parse(argv, command)
         if name is None:
             return 0
-        _configure_logging(rank)
+        _configure_output(rank)
         if args.modules or args.allowed:
             sys.path.insert(0, os.getcwd())
         for prefix in args.allowed:
@@ -97,7 +98,9 @@ def _parse(
     return chosen, args
 
 
-def _configure_logging(rank: int) -> None:
+def _configure_output(rank: int) -> None:
+    if isinstance(sys.stdout, TextIOWrapper):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # a code page lacks most characters
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
         format="%(message)s" if rank == 0 else f"[rank {rank}] %(message)s",

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 # start method of workers: with a fork server, PR_SET_PDEATHSIG would refer to the server instead
 # of the main process
-START_METHOD = "fork" if sys.platform == "linux" else None
+START_METHOD = "fork" if sys.platform == "linux" and hasattr(os, "fork") else None
 
 _OPEN_FILES = 64  # of a process without workers
 _OPEN_FILES_PER_WORKER = 32  # pipes, and batches in shared memory, of training and validation
@@ -166,7 +166,7 @@ def start_worker(_worker: int, parent: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     # workers that survive the main process would keep its connections open, and other ranks would
     # not notice its death
-    if sys.platform == "linux":
+    if START_METHOD == "fork":  # elsewhere torch's watchdog ends them
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # the parent died before prctl
             os._exit(1)

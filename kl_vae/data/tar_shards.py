@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,8 +75,8 @@ class TarSource:
         spans: NDArray[np.int64],
         labels: NDArray[np.int64],
         channels: int,
-        max_pixels: int = MAX_PIXELS,
-        ambiguous: Mapping[tuple[int, str], Sequence[str]] = MappingProxyType({}),
+        max_pixels: int,
+        ambiguous: Mapping[tuple[int, str], Sequence[str]],
     ) -> None:
         self.keys = keys
         self.channels = channels

@@ -9,10 +9,11 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,7 +22,12 @@ from kl_vae.runtime.locks import lock_temporary, temporary_lock
 logger = logging.getLogger(__name__)
 
 _FLUSHES = 8
-_NO_FLUSH = (errno.EINVAL, errno.ENOTSUP)
+_RETRY_SECONDS = (0.05, 0.1, 0.2, 0.4)
+# errors of systems that do not open folders (as Windows), or of file systems that do not flush them
+_NO_FLUSH = (
+    *(errno.EACCES, errno.EPERM, errno.EISDIR),
+    *(errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF),
+)
 _TEMPORARY = re.compile(r"\.\d+\.tmp")
 
 
@@ -47,7 +53,7 @@ def write_atomically(
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -93,7 +99,7 @@ def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None
     """Make a folder so that `path` is either complete or unchanged.
 
     Args:
-        path: the folder; it does not exist, or is empty.
+        path: the folder; it does not exist, or is empty, which counts as not existing.
         write: called with a folder beside it, which is then renamed.
 
     Raises:
@@ -109,7 +115,9 @@ def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None
             for file in temporary.iterdir():
                 flush_file(file)
             flush_folder(temporary)
-            os.replace(temporary, path)
+            with suppress(FileNotFoundError):
+                path.rmdir()  # Windows replaces no folder, not even an empty one
+            _replace(temporary, path)
     except BaseException:
         _remove(temporary)
         raise
@@ -125,6 +133,21 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _replace(temporary: Path, path: Path) -> None:
+    """Rename a file or folder, replacing `path`.
+
+    Windows refuses it while another process reads one of the two, such as a report of the run or a
+    virus scanner; it is tried again for about a second.
+    """
+    for seconds in _RETRY_SECONDS:
+        try:
+            os.replace(temporary, path)
+            return
+        except PermissionError:
+            time.sleep(seconds)
+    os.replace(temporary, path)
+
+
 def _remove(path: Path) -> None:
     """Remove a file, a link or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
@@ -134,18 +157,22 @@ def _remove(path: Path) -> None:
 
 
 def flush_folder(path: Path) -> None:
-    """Wait until a folder's entries are on disk, where its file system can."""
+    """Wait until a folder's entries are on disk, where system and file system can.
+
+    Raises:
+        OSError: the folder is missing, or cannot be written to disk.
+    """
     try:
-        flush_file(path)
+        _flush(path, os.O_RDONLY)
     except OSError as error:
-        if error.errno not in _NO_FLUSH and os.name != "nt":
+        if error.errno not in _NO_FLUSH or not path.is_dir():
             raise
-        _log_once(f"{path}: its file system cannot flush folders ({error.strerror})")
+        _log_no_flush(error.strerror)
 
 
-@lru_cache(maxsize=1)
-def _log_once(text: str) -> None:
-    logger.debug(text)
+@cache
+def _log_no_flush(reason: str) -> None:
+    logger.debug("folders are not flushed, so that a power loss may undo a rename: %s", reason)
 
 
 def flush_files(paths: Iterable[Path], root: Path) -> None:
@@ -162,9 +189,17 @@ def flush_files(paths: Iterable[Path], root: Path) -> None:
 
 
 def flush_file(path: Path) -> None:
-    """Wait until a file, or a folder's entries, are on disk."""
+    """Wait until a file is on disk.
+
+    Raises:
+        OSError: the file is missing, or cannot be written to disk.
+    """
     # Windows flushes only files that are open for writing
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    _flush(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
+
+
+def _flush(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import struct
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,12 +21,15 @@ logger = logging.getLogger(__name__)
 _BUSY = (errno.EACCES, errno.EAGAIN)
 _ATTEMPTS = 10
 
+# C's struct flock of 64-bit systems: Linux has type, whence, start, length, pid
+_LAYOUTS = {"linux": ("hhqqi", 0), "darwin": ("qqihh", 3)}  # and the position of the type
+
 
 def lock_file(path: Path) -> int:
     """Create a lock file, unless it exists, and lock it for this process.
 
     The lock belongs to the process, not to the open file: data workers do not inherit it. A
-    symbolic link is not followed.
+    symbolic link is not followed. Where there are no locks, a log line says so.
 
     Returns:
         Its file descriptor; closing it releases the lock.
@@ -33,6 +38,8 @@ def lock_file(path: Path) -> int:
         BlockingIOError: another process holds the lock.
         OSError: the file cannot be created.
     """
+    if path.is_symlink():  # where there is no O_NOFOLLOW
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     for _ in range(_ATTEMPTS):
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         descriptor = os.open(path, flags, 0o644)
@@ -57,6 +64,29 @@ def remove_lock(descriptor: int, path: Path) -> None:
         path.unlink()
     if fcntl is not None:
         os.close(descriptor)
+
+
+def is_locked(path: Path) -> bool | None:
+    """Return whether another process holds the lock of a file; None where that is unknown.
+
+    The lock is only queried, never taken, so that a process that starts meanwhile is not refused.
+    """
+    layout, place = _LAYOUTS.get(sys.platform, ("", 0))
+    if fcntl is None or not layout or struct.calcsize("P") != 8:
+        return None
+    fields = [0] * 5
+    fields[place] = fcntl.F_WRLCK
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, struct.pack(layout, *fields))
+    except OSError:  # a file system without locks
+        return None
+    finally:
+        os.close(descriptor)
+    return bool(struct.unpack_from(layout, answer)[place] != fcntl.F_UNLCK)
 
 
 @contextmanager
@@ -91,13 +121,21 @@ def lock_temporary(descriptor: int, path: Path) -> bool:
 def temporary_lock(path: Path) -> Iterator[bool]:
     """Context manager that yields `lock_temporary` of a file or folder that is not open.
 
+    It yields True where there are no locks, or folders cannot be opened.
+
     Raises:
         OSError: it cannot be opened.
     """
     if fcntl is None:
-        yield True  # Windows opens no folders
+        yield True  # Windows does not remove open files
         return
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except PermissionError:
+        if not path.is_dir():
+            raise
+        yield True
+        return
     try:
         yield lock_temporary(descriptor, path)
     finally:
@@ -105,7 +143,7 @@ def temporary_lock(path: Path) -> Iterator[bool]:
 
 
 def _try_lock(descriptor: int, path: Path, *, of_process: bool) -> None:
-    """Lock an open file without waiting; where there are no locks, do nothing.
+    """Lock an open file without waiting; where there are no locks, log it.
 
     Args:
         descriptor: of the file; `of_process` needs one that can be written to.
@@ -115,8 +153,11 @@ def _try_lock(descriptor: int, path: Path, *, of_process: bool) -> None:
     Raises:
         BlockingIOError: it is locked already.
     """
+    # the user has to know that a second process in a folder is not refused
+    level = logging.INFO if of_process else logging.DEBUG
+    text = "%s: cannot be locked, so that a second process is not detected: %s"
     if fcntl is None:
-        logger.debug("%s: not locked, since this system has no POSIX locks", path)
+        logger.log(level, text, path, "this system has no POSIX locks")
         return
     lock = fcntl.lockf if of_process else fcntl.flock
     try:
@@ -124,4 +165,4 @@ def _try_lock(descriptor: int, path: Path, *, of_process: bool) -> None:
     except OSError as error:
         if error.errno in _BUSY:
             raise BlockingIOError(error.errno, error.strerror, str(path)) from None
-        logger.debug("%s: not locked, since its file system has no locks (%s)", path, error)
+        logger.log(level, text, path, f"its file system has no locks ({error.strerror})")

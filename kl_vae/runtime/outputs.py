@@ -1,6 +1,7 @@
 """Output paths that never overwrite an input."""
 
 import os
+import posixpath
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, partial
@@ -10,23 +11,25 @@ from pathlib import Path, PurePosixPath
 from kl_vae.runtime.files import display_name, write_atomically
 
 MAX_NAME_BYTES = 255  # of nearly every file system
+# members of tar files may have names that Windows takes for streams, folders or patterns
+_REPLACED = str.maketrans(dict.fromkeys('<>:"|?*\\', "_") if os.name == "nt" else {})
 
 
 def plan_outputs(
     relative_paths: Sequence[str], suffix: str = ".png", reserved: Iterable[str] = ()
 ) -> list[str]:
-    """Return one output path for each input path, in their order.
+    """Return one output path for each input path, in their order; all are relative POSIX paths.
 
     The input's tree is kept and its suffix replaced: `a/b.jpg` becomes `a/b.png`. If that
     belongs to an earlier input, a folder or a reserved name, `a/b.jpg.png`, then `a/b.jpg.2.png` is
     used. Names that differ only in case or Unicode normalisation count as equal, as on some file
     systems. Names of files and folders that are too long, as members of tar files may be, are
-    truncated.
+    truncated; characters that names must not have on Windows become `_` there.
 
     Raises:
         ValueError: a folder has a reserved name.
     """
-    relative_paths = [_with_short_folders(path) for path in relative_paths]
+    relative_paths = [_with_short_folders(path.translate(_REPLACED)) for path in relative_paths]
     folders = {folder for path in relative_paths for folder in _folders(path)}
     taken = {_folded(name) for name in reserved}
     for folder in sorted(folders):
@@ -166,10 +169,10 @@ def _containing(path: Path, folders: Sequence[Path]) -> Path | None:
 
 
 def _candidates(path: str, suffix: str) -> Iterator[str]:
-    folder, name = os.path.split(path)
-    first = [(os.path.splitext(name)[0], suffix), (name, suffix)]
+    folder, name = posixpath.split(path)
+    first = [(posixpath.splitext(name)[0], suffix), (name, suffix)]
     for stem, ending in chain(first, ((name, f".{n}{suffix}") for n in count(2))):
-        yield os.path.join(folder, _truncated(stem, ending))
+        yield posixpath.join(folder, _truncated(stem, ending))
 
 
 def _with_short_folders(path: str) -> str:

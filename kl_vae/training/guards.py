@@ -203,7 +203,7 @@ class BadImages:
         if self._path is None or not images:
             return
         try:
-            with open(self._path, "a", encoding="utf-8") as file:
+            with open(self._path, "a", encoding="utf-8", newline="\n") as file:
                 file.writelines(f"{name}\t{reason}\n" for name, reason in images)
         except OSError as error:  # they are in the log
             logger.warning("%s cannot be written (%s)", self._path, error.strerror)

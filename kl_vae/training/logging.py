@@ -69,7 +69,7 @@ class RunLogger:
         self._redirect = ExitStack()
         if not self._bar.disable:
             self._redirect.enter_context(logging_redirect_tqdm())  # log lines above the bar
-        self._start_time, self._start_step = time.monotonic(), state.step
+        self._start_time, self._start_step = time.perf_counter(), state.step
         self._last_line = -math.inf
         self._last_time, self._last_images_seen = self._start_time, state.images_seen
 
@@ -82,7 +82,8 @@ class RunLogger:
 
     def log_step(self, metrics: Metrics) -> None:
         """Record the metrics of a training step, with the speed since the last call."""
-        now, seen = time.monotonic(), self._state.images_seen
+        # not time.monotonic, which on Windows changes every 16 ms: a step may be shorter
+        now, seen = time.perf_counter(), self._state.images_seen
         speed = (seen - self._last_images_seen) / (now - self._last_time)
         self._last_time, self._last_images_seen = now, seen
         self._write({**metrics, "images_per_second": speed, "images_seen": seen})
@@ -99,7 +100,7 @@ class RunLogger:
     def _time_left(self) -> str:
         """Return the time of the remaining steps, such as "02:05", at the mean speed so far."""
         step = self._state.step
-        seconds_per_step = (time.monotonic() - self._start_time) / (step - self._start_step)
+        seconds_per_step = (time.perf_counter() - self._start_time) / (step - self._start_step)
         return str(tqdm.format_interval(seconds_per_step * (self._total_steps - step)))
 
     def log_validation(self, metrics: Metrics, images: Mapping[str, Tensor]) -> None:
@@ -122,7 +123,7 @@ class RunLogger:
             if not isinstance(value, list)
         )
         logger.info("validation at step %d: %s", self._state.step, summary)
-        self._last_time = time.monotonic()  # the speed is that of training
+        self._last_time = time.perf_counter()  # the speed is that of training
 
     def flush(self) -> None:
         """Wait until all lines and images are on disk, so that they survive a power loss."""

@@ -249,7 +249,7 @@ class RunDirectory:
             "changes": {key: list(values) for key, values in (changes or {}).items()},
         }
         try:
-            with open(self.path / HISTORY, "a", encoding="utf-8") as file:
+            with open(self.path / HISTORY, "a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             logger.warning("%s cannot be written (%s)", self.path / HISTORY, error.strerror)

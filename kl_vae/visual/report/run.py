@@ -6,8 +6,6 @@ import json
 import math
 import os
 import re
-import struct
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,15 +24,13 @@ from kl_vae.checkpoints.run_files import (
 )
 from kl_vae.runtime.config_file import parse_yaml
 from kl_vae.runtime.files import display_name
+from kl_vae.runtime.locks import is_locked
 from kl_vae.visual.report.metrics import MetricsFile
 
 MAX_BAD_IMAGES = 200  # named on the page
 MAX_TEXT = 1 << 20  # bytes of a config or a status
 
 _IMAGE = re.compile(r"(.+)_(\d{8,15})\.png", re.DOTALL)
-
-# C's struct flock of 64-bit systems: Linux has type, whence, start, length, pid
-_LAYOUTS = {"linux": ("hhqqi", 0), "darwin": ("qqihh", 3)}  # and the position of the type
 
 LOCKLESS_SECONDS = 60.0  # of silence without a lock, after which a run is lost
 SILENT_SECONDS = 1800.0  # of silence that is worth a remark
@@ -182,7 +178,7 @@ def _read_status(reading: RunReading, metrics: MetricsFile) -> None:
     reading.written = max(times, default=None)
     if reading.state != "running":
         return
-    locked = True if status.get("pid") == os.getpid() else is_locked(reading.run)
+    locked = True if status.get("pid") == os.getpid() else is_locked(reading.run / LOCK)
     lost, reading.remark = describe_silence(locked, time.time() - (reading.written or 0.0))
     batch = reading.setting("training", "global_batch_size")
     if lost:
@@ -235,32 +231,6 @@ def _list_images(reading: RunReading) -> None:
             images.setdefault(match[1], []).append((int(match[2]), match[2]))
     names = sorted(images, key=lambda name: (name != "reconstructions", name))
     reading.images = {name: [text for _, text in sorted(images[name])] for name in names}
-
-
-def is_locked(run: Path) -> bool | None:
-    """Return whether a process holds the lock of a run; None where that is unknown.
-
-    The lock is only queried, never taken, so that a run that starts meanwhile is not refused.
-    POSIX locks are a process's own: in the process that trains the answer is no.
-    """
-    layout, place = _LAYOUTS.get(sys.platform, ("", 0))
-    if not layout or struct.calcsize("P") != 8:
-        return None
-    import fcntl
-
-    fields = [0] * 5
-    fields[place] = fcntl.F_WRLCK
-    try:
-        descriptor = os.open(run / LOCK, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, struct.pack(layout, *fields))
-    except OSError:  # a file system without locks
-        return None
-    finally:
-        os.close(descriptor)
-    return bool(struct.unpack_from(layout, answer)[place] != fcntl.F_UNLCK)
 
 
 def describe_silence(locked: bool | None, seconds: float) -> tuple[bool, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 
 from kl_vae.checkpoints.safetensors_file import is_safetensors, read_safetensors, safetensors_bytes
 from tests.hostile_files import ERRORS, MARKER, write_hostile_files
@@ -97,6 +97,21 @@ def test_a_file_without_permission_is_an_error(path: Path) -> None:
     assert is_safetensors(path)
     with pytest.raises(ValueError, match=mentions(path, " safetensors", "Permission denied")):
         read_safetensors(path, lambda keys: keys)
+
+
+@pytest.mark.parametrize("text", ["", 'é\n"quoted" \x01 \x7f', '{"a": 1}'])
+def test_metadata_is_written_as_safetensors_does_but_in_its_order(text: str) -> None:
+    assert safetensors_bytes(TENSORS, {"text": text}) == save(TENSORS, {"text": text})
+    metadata = {"z": text, **{str(i): text for i in range(20)}, "a": "x"}
+    content = safetensors_bytes(TENSORS, metadata)
+    length = int.from_bytes(content[:8], "little")
+    assert length % 8 == 0
+    assert list(json.loads(content[8 : 8 + length])["__metadata__"].items()) == list(
+        metadata.items()
+    )
+    loaded = load(content)
+    assert loaded.keys() == TENSORS.keys()
+    assert all(torch.equal(loaded[key], x) for key, x in TENSORS.items())
 
 
 def test_without_safetensors_the_error_names_the_extra(

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -21,15 +22,18 @@ from kl_vae.data import (
     Batch,
     FolderSource,
     ImageDataset,
+    JoinedSource,
     Key,
     Sample,
     StepSampler,
     batch_loader,
     collate,
     list_images,
+    open_root,
     validation_batches,
 )
 from tests.messages import is_about
+from tests.shards import write_shard
 
 # Python 3.12 warns of every fork in a process with threads
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
@@ -59,6 +63,17 @@ def batches(root: Path, num_workers: int, rank: int = 0, ranks: int = 1) -> Iter
     data = dataset(root)
     sampler = StepSampler(len(data), 4, 2, rank, ranks, seed=0, start_step=1, total_steps=6)
     return iter(loader_of(data, sampler, num_workers))
+
+
+def test_sources_are_sent_to_workers_that_are_not_forked(root: Path) -> None:
+    folder, shards = dataset(root).source, root / "shards"
+    write_shard(shards / "0.tar", {path.name: path.read_bytes() for path in root.iterdir()})
+    tar = open_root(str(shards), 3)
+    part = tar.subset(np.arange(3, 6))
+    for source in (folder, tar, part, JoinedSource([part, folder])):
+        received = pickle.loads(pickle.dumps(source))
+        assert [received.key(i) for i in range(3)] == [source.key(i) for i in range(3)]
+        assert torch.equal(received.read(2), source.read(2))
 
 
 def test_collate() -> None:

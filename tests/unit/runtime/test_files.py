@@ -1,5 +1,6 @@
 """Files and folders are written whole or not at all."""
 
+import errno
 import os
 from pathlib import Path
 from typing import BinaryIO
@@ -7,6 +8,8 @@ from typing import BinaryIO
 import pytest
 
 from kl_vae.runtime.files import (
+    flush_file,
+    flush_folder,
     remove_temporaries,
     write_atomically,
     write_folder_atomically,
@@ -166,3 +169,104 @@ def test_a_folder_is_on_the_disk_before_its_name_is(
     temporary = f".{os.getpid()}.tmp"
     assert sorted(done[:2]) == [f"{temporary}/one", f"{temporary}/two"]
     assert done[2:] == [temporary, "rename", "."]
+
+
+NO_FLUSH = [errno.EACCES, errno.EPERM, errno.EISDIR, errno.EINVAL, errno.ENOTSUP, errno.EBADF]
+
+
+@pytest.mark.parametrize("call", ["open", "fsync"])
+@pytest.mark.parametrize("number", [*NO_FLUSH, errno.EIO, errno.ENOSPC])
+def test_only_a_folder_that_cannot_be_flushed_is_left_alone(
+    call: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EACCES: Windows. EINVAL, ENOTSUP: network file systems. EIO: the disk failed."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    path = tmp_path / "file"
+    path.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, refuse)
+        with pytest.raises(OSError):
+            flush_file(path)
+        with pytest.raises(OSError):
+            flush_folder(path)
+        if number in NO_FLUSH:
+            flush_folder(tmp_path)
+        else:
+            with pytest.raises(OSError):
+                flush_folder(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        flush_folder(tmp_path / "gone")
+
+
+def test_files_are_flushed_by_a_descriptor_that_may_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows flushes no other; a file that may not be written is flushed where that is enough."""
+    path = tmp_path / "file"
+    path.touch()
+    flags = []
+    plain_open = os.open
+
+    def note_open(path: Path, flag: int) -> int:
+        flags.append(flag)
+        return plain_open(path, flag)
+
+    monkeypatch.setattr(os, "open", note_open)
+    flush_file(path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everything
+    flush_file(path)
+    assert flags == [os.O_RDWR, os.O_RDONLY]
+
+
+@pytest.mark.parametrize("refusals", [1, 4, 100])
+def test_a_file_that_another_process_reads_is_replaced_when_it_is_closed(
+    refusals: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Windows has it."""
+    left = refusals
+    plain_replace = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise PermissionError(errno.EACCES, "Access is denied")
+        plain_replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    path = tmp_path / "file"
+    path.write_text("before")
+    if refusals < 100:
+        write_text_atomically(path, "after")
+        assert path.read_text() == "after"
+    else:
+        with pytest.raises(PermissionError):
+            write_text_atomically(path, "after")
+        assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_written_where_none_can_be_opened_or_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain_open, plain_replace = os.open, os.replace
+
+    def open_file(path: Path, flags: int) -> int:
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return plain_open(path, flags)
+
+    def replace(source: Path, target: Path) -> None:
+        if target.is_dir():
+            raise PermissionError(errno.EACCES, "Access is denied")
+        plain_replace(source, target)
+
+    path = tmp_path / "folder"
+    path.mkdir()
+    monkeypatch.setattr(os, "open", open_file)
+    monkeypatch.setattr(os, "replace", replace)
+    write_folder_atomically(path, two_files)
+    assert {file.name for file in path.iterdir()} == {"one", "two"}

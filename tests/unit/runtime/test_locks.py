@@ -16,7 +16,8 @@ import pytest
 
 from kl_vae.runtime import locks
 from kl_vae.runtime.files import remove_temporaries, write_atomically, write_folder_atomically
-from kl_vae.runtime.locks import hold_lock, lock_file
+from kl_vae.runtime.locks import hold_lock, is_locked
+from tests.messages import is_about
 
 HOLD = """
 import sys, time
@@ -58,15 +59,35 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("system", ["POSIX", "Windows"])
+def test_a_link_in_the_place_of_a_lock_is_not_followed(
+    system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if system == "Windows":
+        monkeypatch.delattr(os, "O_NOFOLLOW")
     (tmp_path / ".lock").symlink_to("elsewhere")
     with pytest.raises(OSError, match="symbolic links"), hold_lock(tmp_path / ".lock"):
         pass
     assert not (tmp_path / "elsewhere").exists()
 
 
+def test_a_lock_can_be_queried_without_taking_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = tmp_path / ".lock"
+    assert is_locked(lock) is None
+    with running(HOLD, lock):
+        assert is_locked(lock) is True
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT)
+    assert is_locked(lock) is False
+    fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(descriptor)
+    monkeypatch.setattr(locks, "fcntl", None)
+    assert is_locked(lock) is None
+
+
 @pytest.mark.parametrize("missing", ["system", "file system"])
-def test_without_locks_a_debug_message_says_so(
+def test_without_locks_a_log_line_says_so(
     missing: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -79,13 +100,14 @@ def test_without_locks_a_debug_message_says_so(
         monkeypatch.setattr(locks, "fcntl", None)
     else:
         monkeypatch.setattr(fcntl, "lockf", refuse)
+        monkeypatch.setattr(fcntl, "flock", refuse)
     with caplog.at_level(logging.DEBUG):
-        os.close(lock_file(tmp_path / ".lock"))
-        with hold_lock(tmp_path / ".lock"):
+        with hold_lock(tmp_path / ".lock"), hold_lock(tmp_path / ".lock"):
             assert (tmp_path / ".lock").exists()
-    assert {record.levelname for record in caplog.records} == {"DEBUG"}
-    assert str(tmp_path / ".lock") in caplog.text
-    assert list(tmp_path.iterdir()) == []
+        write_atomically(tmp_path / "file", lambda file: file.write(b"x"))
+    assert [record.levelname for record in caplog.records] == ["INFO", "INFO", "DEBUG"]
+    assert is_about(caplog.messages[0], tmp_path / ".lock", "locked", missing)
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 @pytest.mark.parametrize("write", [write_atomically, write_folder_atomically])

@@ -1,4 +1,7 @@
+import json
 import os
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -40,6 +43,25 @@ def test_reserved_names_and_folders_are_left_alone():
 def test_names_that_are_not_utf8_are_kept():
     names = [os.fsdecode(b"\xff.jpg"), os.fsdecode(b"\xfe.jpg")]
     assert plan_outputs(names) == [os.fsdecode(b"\xff.png"), os.fsdecode(b"\xfe.png")]
+
+
+ON_WINDOWS = """
+import json, ntpath, os, sys
+from kl_vae.runtime import files
+os.name, os.path = "nt", ntpath
+from kl_vae.runtime.outputs import plan_outputs
+print(json.dumps(plan_outputs(json.loads(sys.argv[1]))))
+"""
+
+
+def test_on_windows_paths_are_the_same_but_for_characters_that_it_refuses():
+    names = ["a/b.jpg", "a/b.png", "a/c.d/e.jpg", "12:30.jpg", r"a\b.jpg", "a_b.jpg", "c?/d.jpg"]
+    command = [sys.executable, "-c", ON_WINDOWS, json.dumps(names)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    same = ["a/b.png", "a/b.png.png", "a/c.d/e.png"]
+    assert plan_outputs(names) == [*same, "12:30.png", r"a\b.png", "a_b.png", "c?/d.png"]
+    windows = [*same, "12_30.png", "a_b.png", "a_b.jpg.png", "c_/d.png"]
+    assert json.loads(done.stdout) == windows
 
 
 def test_folders_with_too_long_names_are_truncated():

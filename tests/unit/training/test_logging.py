@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,21 @@ def test_lines_of_repeated_steps_and_truncated_lines_are_dropped(
     RunLogger(tmp_path, state_at(3, tiny_ddconfig), 10).close()
     assert steps(tmp_path) == [1, 1, 2, 2, 3, 3]
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:6]
+
+
+def test_the_speed_of_steps_that_are_shorter_than_a_tick_of_a_clock(
+    tmp_path: Path, tiny_ddconfig: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Windows time.monotonic changes every 16 ms."""
+    monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
+    state = state_at(0, tiny_ddconfig)
+    run_logger = RunLogger(tmp_path, state, 10)
+    for step in (1, 2):
+        state.step, state.images_seen = step, 8 * step
+        run_logger.log_step({"train/total_loss": 1.0, "train/psnr": 20.0})
+    run_logger.close()
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert all(0.0 < line["images_per_second"] < math.inf for line in lines)
 
 
 def test_failed_writes_of_images_and_events_are_warnings(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -17,6 +16,7 @@ import pytest
 
 import kl_vae
 import kl_vae.visual.report
+from kl_vae.runtime.locks import is_locked
 from kl_vae.visual.report.comparison import (
     as_text,
     best_metrics,
@@ -47,7 +47,6 @@ from kl_vae.visual.report.run import (
     check_run_directory,
     describe_silence,
     duration,
-    is_locked,
     read_run,
 )
 from kl_vae.visual.report.terminal import describe_run
@@ -312,29 +311,22 @@ sys.stdin.read()
 
 def test_a_killed_run_is_detected_by_its_lock(tmp_path: Path) -> None:
     run = write_run(tmp_path, [{"step": 3, "a": 1}], state="running", step=3, total_steps=9, pid=1)
-    assert is_locked(run) is None  # no lock file
+    assert is_locked(run / ".lock") is None  # no lock file
     command = [sys.executable, "-S", "-c", LOCKING, str(run / ".lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"locked\n"
-        assert is_locked(run) is True
+        assert is_locked(run / ".lock") is True
         hour_ago = time.time() - 3600
         for name in ("metrics.jsonl", "status.json"):
             os.utime(run / name, (hour_ago, hour_ago))
         reading, _ = read(run)
         assert reading.state == "running" and is_about(reading.remark, "1 h 00 min", "validation")
         process.kill()
-    assert is_locked(run) is False
+    assert is_locked(run / ".lock") is False
     reading, metrics = read(run)
     assert reading.state == "lost" and reading.seconds_left is None
     assert is_about(reading.remark, "1 h 00 min", "process", "lock")
     assert any(line.endswith(reading.remark) for line in describe_run(reading, metrics))
-
-
-def test_is_locked_does_not_take_the_lock(tmp_path: Path) -> None:
-    descriptor = os.open(tmp_path / ".lock", os.O_RDWR | os.O_CREAT)
-    assert is_locked(tmp_path) is False
-    fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.close(descriptor)
 
 
 def test_describe_silence() -> None:
