@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from kl_vae.accel.accelerate import accelerate
 from kl_vae.accel.compilation import check_compiler, compile_parts
-from kl_vae.checkpoints.run_files import newest_checkpoint, read_metrics
+from kl_vae.checkpoints.run_files import SAMPLES, newest_checkpoint, read_metrics
 from kl_vae.data import (
     ImageDataset,
     Sample,
@@ -26,12 +27,16 @@ from kl_vae.data import (
     check_sizes,
     validation_batches,
 )
+from kl_vae.data.config import DataConfig
+from kl_vae.data.folder import matcher
+from kl_vae.data.roots import resolve_root
 from kl_vae.data.transforms import as_written
 from kl_vae.latents import LatentNormalization
 from kl_vae.losses.equivariance import Equivariance
 from kl_vae.model import AutoEncoderKL
 from kl_vae.optim.config import learning_rate_at
 from kl_vae.runtime.distributed import Ranks
+from kl_vae.runtime.files import display_name
 from kl_vae.runtime.schema import from_mapping
 from kl_vae.training.config import RunConfig, TrainingConfig
 from kl_vae.training.ema import WeightAverage
@@ -101,6 +106,7 @@ def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks) -> Setup:
     training = config.training
     config = with_range(config, ranks.on_rank_zero(run.pixel_range) or config.data.range)
     check_same_config(config, ranks)
+    ranks.on_rank_zero(lambda: check_outside_of_images(run.path, config.data))
     changes = ranks.on_rank_zero(lambda: run.check(dataclasses.asdict(config)))
     if training.compile:
         check_compiler(ranks.device)
@@ -192,6 +198,25 @@ def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks) -> Setup:
 def default_interval(steps_per_epoch: int) -> int:
     """Return the steps between validations: whole epochs, and at least `MIN_INTERVAL` steps."""
     return steps_per_epoch * -(-MIN_INTERVAL // steps_per_epoch)
+
+
+def check_outside_of_images(run: Path, data: DataConfig) -> None:
+    """Check that the sample images of a run would not be read as its training images.
+
+    Raises:
+        ValueError: they would be.
+    """
+    for key, images in (("train", data.train), ("validation", data.validation)):
+        if images.root is None:
+            continue
+        root, sample = resolve_root(images.root).resolve(), run.resolve() / SAMPLES / "image.png"
+        if sample.is_relative_to(root):
+            name = sample.relative_to(root).as_posix()
+            if matcher(images.include, images.exclude)(name):
+                raise ValueError(
+                    f"the run directory {display_name(run)} is in data.{key}.root={images.root}, "
+                    "where its samples would be read as images; give another --run-dir"
+                )
 
 
 def check_same_config(config: RunConfig, ranks: Ranks) -> None:

@@ -53,7 +53,7 @@ def run(tmp_path: Path, make_images: Callable[..., Path], monkeypatch: pytest.Mo
     def run(name: str, out: str = "out", *options: str) -> int:
         out_option = "--run-dir" if name == "train" else "--out"
         command = [out if word == "OUT" else word for word in COMMANDS[name]]
-        out_arguments = [] if out in command else [out_option, out]
+        out_arguments = [] if "OUT" in COMMANDS[name] else [out_option, out]
         return main([*command, *out_arguments, *options])
 
     return run
@@ -143,6 +143,25 @@ def test_an_output_that_cannot_be_written(
     before = tree()
     assert run(name, "file/out") == 2
     assert is_about(capsys.readouterr().err, "file")
+    assert tree() == before
+
+
+@pytest.mark.parametrize("name", ["reconstruct", "encode", "evaluate", "sample"])
+@pytest.mark.parametrize("out", ["images", "images/out"])
+def test_an_output_in_the_folder_of_the_images(
+    out: str, name: str, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = tree()
+    assert run(name, out) == 2
+    assert is_about(capsys.readouterr().err, out, "images")
+    assert tree() == before
+
+
+def test_a_run_in_the_folder_of_its_images(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its sample images would become training images."""
+    before = tree()
+    assert run("train", "images/run") == 2
+    assert is_about(capsys.readouterr().err, "images/run", "images")
     assert tree() == before
 
 

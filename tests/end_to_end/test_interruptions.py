@@ -39,7 +39,8 @@ COMMANDS = {
     "evaluate": ["evaluate", *MODEL, *IMAGES, "--crop", "16", "--out", "out"],
     "sample": ["sample", *MODEL, "--number", "5", "--batch-size", "2", "--out", "out"],
     "convert": ["convert", "../model.pt", "vae", "--config", "../model.yaml", "--to", "diffusers"],
-    "export": ["export", *MODEL, "--out", "vae.safetensors"],
+    "export": ["export", *MODEL, "--out", "vae.pt"],
+    "report": ["report", "../finished/run", "--out", "report.html"],
 }
 WITHOUT_RESUME = ("convert", "export")
 DISTURBANCES = {"kill": KILL, "power loss": KILL, "Ctrl-C": CTRL_C, "disk full": DISK_FULL}
@@ -74,6 +75,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = {"train": {"root": "../images"}, "validation": {"fraction": 0.2}, "num_workers": 0}
     config = {"model": {"params": {**params, "monitor": "val/rec_loss"}}, "data": data}
     (folder / "tiny.yaml").write_text(yaml.safe_dump({**config, "training": training}))
+    (folder / "finished").mkdir()
+    assert run_command(COMMANDS["train"], folder / "finished").code == 0
     return folder
 
 
@@ -103,6 +106,8 @@ def files_of(folder: Path) -> dict[str, Any]:
             files[name] = json.loads(files[name])["state"]
         elif path.name == METRICS:
             files[name] = without_speed(metrics(path.parent))
+        elif path.name == "report.html":  # which states the time
+            files[name] = files[name].rstrip().endswith(b"</html>")
         elif path.name == HISTORY or path.parent.name == TENSORBOARD:
             del files[name]  # each process adds to these
     return files
