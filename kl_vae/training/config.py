@@ -68,8 +68,9 @@ class TrainingConfig:
         activation_checkpointing: activations that the backward pass recomputes: none (except
             between a norm and its SiLU), norms (between a norm and its convolution, which costs
             little) or blocks (residual blocks: the least memory, and a third more time).
-        compile: use torch.compile, which takes minutes at the start; it needs a C++ compiler on
-            CPUs, Triton on GPUs.
+        compile: whether to use torch.compile, which makes one kernel of norm, SiLU and cast and
+            takes about a minute at the start; auto: on GPUs, if it works there. It needs Triton on
+            GPUs, a C++ compiler on CPUs.
         validate_every_steps: steps between validations; null: at the end of each epoch of
             at least 100 steps, else of as many epochs as have 100 steps.
         save_every_steps: steps between checkpoints (one is saved before each validation, too).
@@ -98,7 +99,7 @@ class TrainingConfig:
     channels_last: bool = True
     winograd: bool = True
     activation_checkpointing: Literal["none", "norms", "blocks"] = "norms"
-    compile: bool = False
+    compile: bool | Literal["auto"] = "auto"
     validate_every_steps: int | None = None
     save_every_steps: int = 1000
     keep_checkpoints: int = 2

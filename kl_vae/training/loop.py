@@ -174,7 +174,7 @@ def _validate(
     state, training = setup.state, setup.config.training
     average = None if state.average is None else state.average.model
     assert setup.val_set is not None and setup.val_loader is not None
-    with uncompiled(training.compile):
+    with uncompiled(setup.compiled):
         metrics = validate(
             model=state.model,
             batches=setup.val_loader,

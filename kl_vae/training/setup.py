@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from kl_vae.accel.accelerate import accelerate
-from kl_vae.accel.compilation import check_compiler, compile_parts
+from kl_vae.accel.compilation import can_compile, compile_blocks
 from kl_vae.checkpoints.run_files import SAMPLES, newest_checkpoint, read_metrics
 from kl_vae.data import (
     ImageDataset,
@@ -66,6 +66,7 @@ class Setup:
         total_steps: of the run.
         steps_per_epoch: of the training set.
         validate_every_steps: steps between validations.
+        compiled: whether the blocks of the model are compiled.
     """
 
     config: RunConfig
@@ -78,6 +79,7 @@ class Setup:
     total_steps: int
     steps_per_epoch: int
     validate_every_steps: int
+    compiled: bool
 
     @property
     def is_last_step(self) -> bool:
@@ -108,8 +110,7 @@ def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks) -> Setup:
     check_same_config(config, ranks)
     ranks.on_rank_zero(lambda: check_outside_of_images(run.path, config.data))
     changes = ranks.on_rank_zero(lambda: run.check(dataclasses.asdict(config)))
-    if training.compile:
-        check_compiler(ranks.device)
+    compiled = all(ranks.gather(can_compile(ranks.device, training.compile)))
     train_set, val_set = build_data(config, ranks)
     config = with_range(config, train_set.source.pixel_format.value_range)
     plain = dataclasses.asdict(config)
@@ -154,8 +155,8 @@ def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks) -> Setup:
 
     ranks.on_rank_zero(run.lock)
     ranks.on_rank_zero(lambda: run.prepare(plain, path, state, changes))
-    if training.compile:
-        compile_parts(model, dynamic=training.equivariance > 0)
+    if compiled:
+        compile_blocks(model, dynamic=training.equivariance > 0)
     if path is None and config.model.params.ckpt_path is not None:
         state.validated_step = -1  # also validates the given weights
     number = len(train_set) + len(val_set or ())
@@ -189,6 +190,7 @@ def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks) -> Setup:
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         validate_every_steps=training.validate_every_steps or default_interval(steps_per_epoch),
+        compiled=compiled,
     )
     if ranks.is_rank_zero:
         describe(setup, ranks, run, train_set)
@@ -495,7 +497,7 @@ def describe(setup: Setup, ranks: Ranks, run: RunDirectory, train_set: ImageData
         device = torch.cuda.get_device_name(ranks.device)
     elif ranks.device.type == "cpu":
         device = f"cpu ({torch.get_num_threads()} threads)"
-    precision = training.precision + (", compiled" if training.compile else "")
+    precision = training.precision + (", compiled" if setup.compiled else "")
     latents = f"{model.latent_channels} x {height // f} x {width // f}"
     sources = [config.data.train.root, config.data.validation.root if setup.val_set else None]
     for line in (

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kl_vae import AutoEncoderKL
-from kl_vae.accel.compilation import check_compiler
+from kl_vae.accel.compilation import can_compile
 from kl_vae.cli.main import main
 from tests.end_to_end.test_recipe import GAN
 from tests.messages import is_about
@@ -88,4 +88,5 @@ def test_without_a_compiler_a_run_ends_with_what_to_install(project: Path) -> No
 
 @needs_compiler
 def test_a_machine_that_can_compile_passes() -> None:
-    check_compiler(torch.device("cpu"))
+    assert can_compile(torch.device("cpu"), True)
+    assert not can_compile(torch.device("cpu"), "auto")
