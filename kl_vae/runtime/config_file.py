@@ -17,7 +17,7 @@ from kl_vae.runtime.published_config import (
     section_at,
     translate,
 )
-from kl_vae.runtime.schema import show, suggest
+from kl_vae.runtime.schema import printable, show, suggest
 
 logger = logging.getLogger(__name__)
 
@@ -164,14 +164,14 @@ def parse_yaml(text: str, source: str) -> Any:
         if getattr(error, "context", None) == "while scanning an alias":
             line = text.splitlines()[error.context_mark.line]  # type: ignore[attr-defined]
             quoted = re.sub(r"(?<![\w\"'])\*[^\s,\]}]*", r'"\g<0>"', line.strip())
-            raise ValueError(
-                f"{source}: YAML takes a word that begins with * for an alias; quote it: '{quoted}'"
-            ) from None
-        raise ValueError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+            problem = f"YAML takes a word that begins with * for an alias; quote it: '{quoted}'"
+        else:
+            problem = f"not valid YAML: {' '.join(str(error).split())}"
     except RecursionError:
-        raise ValueError(f"{source}: nested too deeply; a config has a few levels") from None
+        problem = "nested too deeply; a config has a few levels"
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+        problem = str(error)
+    raise ValueError(printable(f"{source}: {problem}"))
 
 
 def apply_overrides(config: dict[str, Any], overrides: Iterable[str]) -> None:
@@ -226,7 +226,9 @@ def apply_override(config: dict[str, Any], override: str) -> None:
         if inner is None:
             inner = section[key] = {}
         if not isinstance(inner, dict):
-            raise ValueError(f"{override}: {key} holds {inner!r}, which has no keys below it")
+            raise ValueError(
+                printable(f"{override}: {key} holds {inner!r}, which has no keys below it")
+            )
         section = inner
     section[last] = parse_yaml(text, override)
 

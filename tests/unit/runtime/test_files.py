@@ -7,6 +7,7 @@ from typing import BinaryIO
 import pytest
 
 from kl_vae.runtime.files import (
+    display_name,
     remove_temporaries,
     write_atomically,
     write_folder_atomically,
@@ -166,3 +167,9 @@ def test_a_folder_is_on_the_disk_before_its_name_is(
     temporary = f".{os.getpid()}.tmp"
     assert sorted(done[:2]) == [f"{temporary}/one", f"{temporary}/two"]
     assert done[2:] == [temporary, "rename", "."]
+
+
+def test_paths_of_any_characters_are_printable() -> None:
+    assert display_name("a/é.png") == "a/é.png"
+    assert display_name(os.fsdecode(b"a\xff.png")) == "a\\xff.png"
+    assert display_name("a\ud800.png") == "a\\ud800.png"  # no byte, but JSON can state it

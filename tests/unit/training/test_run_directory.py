@@ -366,3 +366,10 @@ def test_a_damaged_config_is_named(run: Path, content: str) -> None:
     for call in (lambda: RunDirectory(run).check(CONFIG), RunDirectory(run).pixel_range):
         with pytest.raises(ValueError, match=mentions(run / "config.yaml", "--run-dir")):
             call()
+
+
+def test_a_changed_key_is_printable(run: Path, state: TrainingState) -> None:
+    RunDirectory(run).prepare({**CONFIG, "a\x1b[31m": 1}, None, state)
+    with pytest.raises(ValueError, match=mentions(run, "a\\x1b[31m")) as caught:
+        RunDirectory(run).check(CONFIG)
+    assert str(caught.value).isprintable()
