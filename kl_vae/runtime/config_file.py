@@ -26,6 +26,7 @@ _INT = "tag:yaml.org,2002:int"
 _FLOAT = "tag:yaml.org,2002:float"
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
 _MAX_DIGITS = 100  # of a number
+_MAX_SHOWN = 200  # characters of an override in a message
 _OCTAL = re.compile(r"[-+]?0[0-7_]+")
 
 
@@ -214,11 +215,10 @@ def apply_override(config: dict[str, Any], override: str) -> None:
     Raises:
         ValueError: no `=`, or a key on the way that holds a plain value.
     """
+    shown = override if len(override) <= _MAX_SHOWN else f"{override[:_MAX_SHOWN]}..."
     keys, sign, text = override.partition("=")
     if not sign or not all(keys.split(".")):
-        raise ValueError(
-            f"{override!r}: write key.path=value, such as optimizer.learning_rate=0.001"
-        )
+        raise ValueError(f"{shown!r}: write key.path=value, such as optimizer.learning_rate=0.001")
     *parents, last = keys.split(".")
     section = config
     for key in parents:
@@ -227,10 +227,10 @@ def apply_override(config: dict[str, Any], override: str) -> None:
             inner = section[key] = {}
         if not isinstance(inner, dict):
             raise ValueError(
-                printable(f"{override}: {key} holds {inner!r}, which has no keys below it")
+                printable(f"{shown}: {key} holds {inner!r}, which has no keys below it")
             )
         section = inner
-    section[last] = parse_yaml(text, override)
+    section[last] = parse_yaml(text, shown)
 
 
 def dump_config(config: Mapping[str, Any]) -> str:
