@@ -145,7 +145,11 @@ def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks) -> Setup:
         same_images = content["validation_fingerprint"] == val_fingerprint
         restore_validation(state, run, ranks, same_images)
         if changes:
-            before_changes = RunConfig.load(content["config"])
+            try:
+                before_changes = RunConfig.load(content["config"])
+            except ValueError as error:
+                lines = (f"{path}: {line}" for line in str(error).splitlines())
+                raise ValueError("\n".join(lines)) from None
             log_learning_rates(before_changes, config, state.step, steps_per_epoch)
         del found, content  # as large as the state itself
 
