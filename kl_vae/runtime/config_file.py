@@ -227,7 +227,7 @@ def apply_override(config: dict[str, Any], override: str) -> None:
             inner = section[key] = {}
         if not isinstance(inner, dict):
             raise ValueError(
-                printable(f"{shown}: {key} holds {inner!r}, which has no keys below it")
+                printable(f"{shown}: {key} holds {show(inner)}, which has no keys below it")
             )
         section = inner
     section[last] = parse_yaml(text, shown)
