@@ -12,12 +12,13 @@ import re
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -76,6 +77,13 @@ def working_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.chdir(before)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file with a constant time of modification."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    os.utime(path, (10**9, 10**9))
 
 
 def read_folder(folder: Path) -> Files:
@@ -477,35 +485,73 @@ def read_run(name: str, draw: Random) -> None:
     assert all(line.isprintable() for line in result.text.splitlines()), result.text
 
 
-# --- latents
+# --- latents and other results
 
 
 def latents(folder: Path) -> list[Example]:
-    """A folder of latents."""
-    (folder / "images" / "x").mkdir(parents=True)
-    for number in range(6):
-        (folder / "images" / "x" / f"{number}.png").write_bytes(png_picture(number))
-    _encode(folder / "images", folder / "latents", resume=False)
-    files = {**read_folder(folder / "images"), **read_folder(folder / "latents")}
-    shards = [name for name in files if name.endswith(".safetensors")]
+    """Folders of latents, and results that are not finished."""
+    images = {f"images/x/{number}.png": png_picture(number) for number in range(6)}
+    for name, content in images.items():
+        write_file(folder / name, content)
+    with working_in(folder):
+        encode(resume=False)
+        latents = read_folder(Path("latents").resolve())
+        reconstruct(resume=False)
+        results = read_folder(Path("results").resolve())
+        for path, write in (("latents", encode), ("results", reconstruct)):
+            shutil.rmtree(path)
+            with mock.patch("kl_vae.inference.progress.Progress.close", side_effect=_Killed):
+                with suppress(_Killed):
+                    write(resume=False)
+        unfinished = {**read_folder(Path("latents").resolve())}
+        unfinished_results = {**read_folder(Path("results").resolve())}
+    shards = [name for name in latents if name.endswith(".safetensors")]
     index = "latents/index.json"
     return [
-        Example(files, [index] * 4 + shards, read_latents, ["latents"]),
-        Example(files, [index, "latents/sources.jsonl", shards[0]], resume_encoding, ["latents"]),
+        Example(latents, [index] * 4 + shards, read_latents, ["latents"]),
+        _resumed(images, latents, [index, "latents/sources.jsonl", shards[0]], encode, "latents"),
+        _resumed(images, unfinished, _records(unfinished), encode, "latents"),
+        _resumed(images, results, ["results/summary.json"], reconstruct, "results"),
+        _resumed(images, unfinished_results, _records(unfinished_results), reconstruct, "results"),
     ]
 
 
-def _encode(images: Path, out: Path, resume: bool) -> None:
+class _Killed(BaseException):
+    """The end of a command that is killed."""
+
+
+def _records(files: Files) -> list[str]:
+    return [name for name in files if "/.unfinished/" in name and name.endswith(".json")]
+
+
+def _resumed(
+    images: Files, files: Files, damage: list[str], write: Callable[..., None], name: str
+) -> Example:
+    def read(_: str, draw: Random) -> None:
+        write(resume=True)
+
+    return Example({**images, **files}, damage, read, [name])
+
+
+def encode(resume: bool) -> None:
+    """Encode images, or complete or verify the latents."""
     kl_vae.encode_dataset(
         model_of(3),
-        images,
-        out,
+        "images",
+        "latents",
         crop=16,
         flip=True,
         labels=True,
         shard_size=4,
         num_workers=0,
         resume=resume,
+    )
+
+
+def reconstruct(resume: bool) -> None:
+    """Reconstruct images, or complete the results."""
+    kl_vae.reconstruct(
+        model_of(3), "images", "results", num_workers=0, gallery=False, resume=resume
     )
 
 
@@ -518,11 +564,6 @@ def read_latents(name: str, draw: Random) -> None:
             sample = dataset[index]
             assert isinstance(sample.name, str) and type(sample.label) is int
         dataset.verify()
-
-
-def resume_encoding(name: str, draw: Random) -> None:
-    """Complete or verify the folder."""
-    _encode(Path("images"), Path("latents"), resume=True)
 
 
 KINDS: Mapping[str, Callable[[Path], list[Example]]] = {
