@@ -21,7 +21,7 @@ from kl_vae.runtime.schema import printable, show, suggest
 
 logger = logging.getLogger(__name__)
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 19  # of a config; as one list of numbers they take 7 s
 _INT = "tag:yaml.org,2002:int"
 _FLOAT = "tag:yaml.org,2002:float"
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
@@ -149,7 +149,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def parse_file(path: Path) -> Any:
-    """Read a YAML file as `parse_yaml` does; ValueError also where it is over 1 MiB or no text."""
+    """Read a YAML file as `parse_yaml` does; ValueError also if it is too large or no text."""
     return parse_yaml(_read(path), str(path))
 
 
