@@ -232,8 +232,7 @@ def best_checkpoint(run: Path) -> Path | None:
         name = json.loads((run / FOLDER / BEST).read_text(encoding="utf-8"))["checkpoint"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    path = run / FOLDER / Path(str(name)).name
-    return path if path.is_file() else None
+    return next((path for path in list_checkpoints(run) if path.name == name), None)
 
 
 def read_status(run: Path) -> dict[str, Any]:
@@ -254,9 +253,19 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
         except (ValueError, RecursionError):  # truncated when the process was killed
             continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+        if isinstance(line, dict) and type(line.get("step")) is int:
             lines.append(line)
     return lines
+
+
+def metric_number(value: Any) -> float | None:
+    """Return a metric as a number (in a line text, if not finite); None for other values."""
+    if type(value) is float:
+        return value
+    try:
+        return float(value) if type(value) in (int, str) else None
+    except (ValueError, OverflowError):
+        return None
 
 
 def is_run(folder: Path) -> bool:

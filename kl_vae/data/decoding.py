@@ -82,6 +82,8 @@ _NOT_OF_THE_FILE = {
     if hasattr(errno, name)
 }
 
+_MAX_REASON = 500  # characters of an error message
+
 PIXEL_FORMAT = PixelFormat()  # no ranges but those that files state, and no file of several pages
 
 
@@ -169,7 +171,7 @@ def read_image_from(
         _check_size(image, stream, max_pixels)
         if wanted.short_side is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
             _draft(image, wanted.short_side)
-        decoded = _decode(image, stream, channels, pixel_format)
+        decoded = _decode(image, stream, channels, max_pixels, pixel_format)
         if isinstance(decoded, Stored):
             return stored_to_tensor(decoded, channels, wanted, pixel_format, name)
         return pil_to_tensor(decoded, channels, wanted, pixel_format, name)
@@ -210,7 +212,7 @@ def inspect_from(
             tags = tags_of(image)
             measured = None
             if tags.bits > 8 or tags.kind != "u":
-                stored = _read_page(image, stream, 0)
+                stored = _read_page(image, stream, 0, max_pixels)
                 if isinstance(stored, Stored) and stored.bits is None:
                     measured = _measured(stored.values)
             return Inspected(measured, pages, tags.bands)
@@ -318,6 +320,8 @@ def _image_errors(name: str) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         # the reason may contain unprintable bytes of the file
         reason = display_name(" ".join(reason.split()))
+        if len(reason) > _MAX_REASON:  # it may also contain a whole header
+            reason = f"{reason[:_MAX_REASON]}..."
         raise ImageError(f"{name}: {reason}") from error
 
 
@@ -400,11 +404,15 @@ def _check_scans(stream: BinaryIO) -> None:
 
 
 def _decode(
-    image: ImageFile.ImageFile, stream: BinaryIO, channels: int, pixel_format: PixelFormat
+    image: ImageFile.ImageFile,
+    stream: BinaryIO,
+    channels: int,
+    max_pixels: int,
+    pixel_format: PixelFormat,
 ) -> Image.Image | Stored:
     """Read the pixels of an open image, with the orientation applied."""
     if isinstance(image, TiffReader):
-        return _read_tiff(image, stream, channels, pixel_format)
+        return _read_tiff(image, stream, channels, max_pixels, pixel_format)
     if isinstance(image, PngReader) and image.chunks.depth == 16:
         return _read_16_bit_png(image)
     method = TRANSPOSE_BY_ORIENTATION.get(_orientation(image))
@@ -424,21 +432,33 @@ def _read_16_bit_png(image: PngReader) -> Stored:
 
 
 def _read_tiff(
-    image: TiffReader, stream: BinaryIO, channels: int, pixel_format: PixelFormat
+    image: TiffReader,
+    stream: BinaryIO,
+    channels: int,
+    max_pixels: int,
+    pixel_format: PixelFormat,
 ) -> Image.Image | Stored:
     """Read the first page, or the pages as channels."""
     if pixel_format.page is not None:
-        return _read_page(image, stream, pixel_format.page)
+        return _read_page(image, stream, pixel_format.page, max_pixels)
     pages = [0] if pixel_format.pages == "first" else page_numbers(image)
     if len(pages) == 1:
-        return _read_page(image, stream, 0)
+        return _read_page(image, stream, 0, max_pixels)
     found = Inspected(pages=len(pages), bands=tags_of(image).bands)
     if pixel_format.pages != "channels" and not found.are_channels(channels):
         raise ValueError(f"{len(pages)} pages: {HOW_TO_SET_PAGES}")
     stored = []
+    left = max_bytes = _max_bytes(stream, max_pixels)
     for page in pages:
-        read = _read_page(image, stream, page)  # an image is valid until the next page is read
+        read = _read_page(image, stream, page, max_pixels)
+        # an image is valid until the next page is read
         stored.append(read if isinstance(read, Stored) else Stored.of(read))
+        left -= stored[-1].values.nbytes
+        if left < 0:
+            raise ValueError(
+                f"{len(pages)} pages take more than {max_bytes} bytes: increase max_pixels, or "
+                "exclude the file"
+            )
     shapes = {page.values.shape[:2] for page in stored}
     if len(shapes) > 1:
         raise ValueError(f"pages of sizes {sorted(shapes)} are not the channels of one image")
@@ -446,9 +466,12 @@ def _read_tiff(
     return stored[0]._replace(values=values, mode=None)
 
 
-def _read_page(image: TiffReader, stream: BinaryIO, page: int) -> Image.Image | Stored:
+def _read_page(
+    image: TiffReader, stream: BinaryIO, page: int, max_pixels: int
+) -> Image.Image | Stored:
     """Read a page of a TIFF file: as an image, or its samples where they have more than 8 bits."""
     image.seek(page)
+    _check_size(image, stream, max_pixels)
     tags = tags_of(image)
     stated = tags.bits if tags.kind == "u" and tags.bits not in (8, 16, 32, 64) else None
     if tags.needs_tifffile or image.unreadable:
@@ -456,7 +479,7 @@ def _read_page(image: TiffReader, stream: BinaryIO, page: int) -> Image.Image | 
         if mode is not None and tags.has_alpha:
             mode += "a" if tags.extra[0] == 1 else "A"
         return Stored(
-            read_bands(stream, page, tags, image.orientation),
+            read_bands(stream, page, tags, image.orientation, _max_bytes(stream, max_pixels)),
             mode,
             bits=stated,
             inverted=image.min_is_white,
@@ -466,6 +489,11 @@ def _read_page(image: TiffReader, stream: BinaryIO, page: int) -> Image.Image | 
     if tags.bits <= 8:
         return image
     return Stored.of(image)._replace(bits=stated, inverted=image.min_is_white)
+
+
+def _max_bytes(stream: BinaryIO, max_pixels: int) -> int:
+    """Return the memory that the samples of a file may take; see `read_image`."""
+    return 24 * max_pixels + 50 * stream.seek(0, os.SEEK_END)
 
 
 def _check_tiles(image: TiffReader, max_pixels: int) -> None:

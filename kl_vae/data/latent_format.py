@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from kl_vae.latents import LatentNormalization
 from kl_vae.runtime.files import display_name, sha256_of
 from kl_vae.runtime.schema import from_mapping
 
@@ -207,6 +208,7 @@ class LatentIndex:
             raise ValueError(
                 f"shards: has {len(self.shards)} entries, not {self.settings.number_shards}"
             )
+        LatentNormalization(**vars(self.statistics)).check_channels(self.settings.channels)
 
     @property
     def skipped(self) -> int:

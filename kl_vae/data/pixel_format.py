@@ -16,6 +16,8 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from kl_vae.runtime.schema import show
+
 logger = logging.getLogger(__name__)
 
 Range = tuple[float, float]  # the values of black and of white
@@ -174,7 +176,8 @@ def parse_ranges(value: ValueRange | None) -> dict[str, Range]:
         )
         if kind not in KINDS or not numbers or len(pair) != 2 or not pair[0] < pair[1]:
             raise ValueError(
-                f"range={value}: give auto, or the values of black and white, such as [0, 4095]"
+                f"range={show(value)}: give auto, or the values of black and white, such as "
+                "[0, 4095]"
             )
     return {kind: (pair[0], pair[1]) for kind, pair in pairs.items()}
 
@@ -186,7 +189,7 @@ def check_pages(pages: str | None) -> Pages | None:
         ValueError: it is not one of the `Pages`.
     """
     if pages is not None and pages not in get_args(Pages):
-        raise ValueError(f"pages={pages}: choose one of {', '.join(get_args(Pages))}")
+        raise ValueError(f"pages={show(pages)}: choose one of {', '.join(get_args(Pages))}")
     return pages  # type: ignore[return-value]
 
 

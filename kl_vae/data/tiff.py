@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any, BinaryIO, NamedTuple
 
 from numpy.typing import NDArray
@@ -18,6 +19,8 @@ from PIL import TiffImagePlugin
 
 # maximum number of tiles or strips; 178,956,970 pixels in 32 x 32 tiles are fewer
 MAX_TILES = 2**18
+# limits of the format, and of numbers: two of 64 bits
+_MAX_BANDS, _MAX_BITS = 2**16 - 1, 128
 # by PhotometricInterpretation: the number of colour bands, and the mode of Pillow
 _COLORS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}
 _MODES = {0: "L", 1: "L", 2: "RGB", 5: "CMYK"}
@@ -132,12 +135,15 @@ def tags_of(image: TiffImagePlugin.TiffImageFile) -> TiffTags:
         return found
 
     bands = numbers(TiffImagePlugin.SAMPLESPERPIXEL, 1)[0]
+    bits = max(numbers(TiffImagePlugin.BITSPERSAMPLE, 1))
+    if not (1 <= bands <= _MAX_BANDS and 1 <= bits <= _MAX_BITS):
+        raise ValueError(f"{bands} bands of {bits} bits: the file is damaged; save the image again")
     photometric = numbers(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1)[0]
     formats = numbers(_SAMPLE_FORMAT, 1)
     extra_bands = max(0, bands - _COLORS.get(photometric, bands))
     stated = numbers(_EXTRA_SAMPLES, 0)
     return TiffTags(
-        bits=max(numbers(TiffImagePlugin.BITSPERSAMPLE, 1)),
+        bits=bits,
         kind={2: "i", 3: "f"}.get(formats[0], "u"),
         photometric=photometric,
         bands=bands,
@@ -157,11 +163,20 @@ def page_numbers(image: TiffImagePlugin.TiffImageFile) -> list[int]:
     return pages
 
 
-def read_bands(stream: BinaryIO, page: int, tags: TiffTags, orientation: int) -> NDArray[Any]:
+def read_bands(
+    stream: BinaryIO, page: int, tags: TiffTags, orientation: int, max_bytes: int
+) -> NDArray[Any]:
     """Return the stored samples [H,W,C] of a page, with the orientation applied.
 
+    Args:
+        stream: the file.
+        page: number of the page.
+        tags: of the page, for messages.
+        orientation: EXIF orientation, 1 to 8.
+        max_bytes: of the samples, and of a tile.
+
     Raises:
-        ValueError: tifffile is not installed or cannot read the page.
+        ValueError: tifffile is not installed or cannot read the page, or it takes more memory.
     """
     try:
         import tifffile
@@ -172,14 +187,20 @@ def read_bands(stream: BinaryIO, page: int, tags: TiffTags, orientation: int) ->
     stream.seek(0)
     with _without_log_of_tifffile(), tifffile.TiffFile(stream) as file:
         found = file.pages[page]
-        array = found.asarray(maxworkers=1)
         axes = found.axes
+        if axes not in ("SYX", "YX", "YXS"):
+            raise ValueError(f"a TIFF with axes {axes}: save [height, width, channels] as .npy")
+        needed = max(found.nbytes, prod(found.chunks) * found.dtype.itemsize)
+        if needed > max_bytes:
+            raise ValueError(
+                f"{tags} samples of {found.shape} take {needed} bytes, more than {max_bytes}: "
+                "increase max_pixels, or exclude the file"
+            )
+        array = found.asarray(maxworkers=1)
     if axes == "SYX":
         array = array.transpose(1, 2, 0)
     elif axes == "YX":
         array = array[:, :, None]
-    elif axes != "YXS":
-        raise ValueError(f"a TIFF with axes {axes}: save [height, width, channels] as .npy")
     return oriented(array, orientation)
 
 

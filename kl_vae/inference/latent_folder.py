@@ -400,12 +400,12 @@ def _read_sources(path: Path) -> list[Images]:
     if not path.is_file():
         return []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         return [
-            line and [(int(a), int(b), str(c)) for a, b, c in line]
-            for line in map(json.loads, lines)
+            None if line is None else [(int(a), int(b), str(c)) for a, b, c in line]
+            for line in lines
         ]
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"{display_name(path)}: cannot be read ({error}); remove it to encode all images again"
         ) from None

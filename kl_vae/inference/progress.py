@@ -13,6 +13,7 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +30,7 @@ from kl_vae.runtime.files import (
     write_text_atomically,
 )
 from kl_vae.runtime.locks import lock_file, remove_lock
+from kl_vae.runtime.schema import printable, show
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +146,8 @@ class Progress:
         try:
             flush_files(files, self._out)
             sizes = {path.relative_to(self._out).as_posix(): path.lstat().st_size for path in files}
-            text = json.dumps({"result": record, "files": sizes}, allow_nan=False)
+            content = {"result": record, "files": sizes}
+            text = json.dumps({**content, "checksum": _checksum(content)}, allow_nan=False)
             write_text_atomically(self._record(unit), text)
         except OSError as error:
             raise _unwritable(self._folder, error) from error
@@ -194,9 +197,12 @@ class Progress:
         """Return what `write` recorded; None if that is missing, damaged or of version 0.1."""
         try:
             record = json.loads(self._record(unit).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return None
-        return record if isinstance(record, dict) and record.keys() == {"result", "files"} else None
+        if not isinstance(record, dict) or record.keys() != {"result", "files", "checksum"}:
+            return None
+        checksum = record.pop("checksum")
+        return record if _checksum(record) == checksum else None
 
     def _is_finished(self, unit: int) -> bool:
         record = self._load(unit)
@@ -277,6 +283,12 @@ class Progress:
                 self._folder.rmdir()
 
 
+def _checksum(content: Mapping[str, Any]) -> str:
+    """Return a hash of JSON values, 32 hex digits."""
+    text = json.dumps(content, sort_keys=True)
+    return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 def read_identity(path: Path) -> dict[str, Any] | None:
     """Return the identity in a JSON file of a result: empty if it has none, None without a file."""
     try:
@@ -290,7 +302,7 @@ def read_identity(path: Path) -> dict[str, Any] | None:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Describe the differences between two identities for an error; empty if they are equal."""
     return "; ".join(
-        f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
+        f"{printable(key)} was {show(before.get(key))} and is now {show(now.get(key))}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     )
@@ -300,7 +312,7 @@ def _read_identity(path: Path) -> dict[str, Any]:
     """Return the identity of unfinished work."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{display_name(path)}: cannot be read ({error}); give --overwrite to start over"
         ) from error

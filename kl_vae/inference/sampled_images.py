@@ -112,7 +112,10 @@ def read_grid_identity(path: Path) -> dict[str, Any] | None:
             return dict(json.loads(image.info[_IDENTITY]))
     except FileNotFoundError:
         return None
-    except (OSError, SyntaxError, ValueError, KeyError, TypeError, RecursionError):
+    except (
+        *(OSError, SyntaxError, ValueError, KeyError, TypeError, RecursionError),
+        Image.DecompressionBombError,
+    ):
         return {}
 
 

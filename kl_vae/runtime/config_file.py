@@ -17,15 +17,16 @@ from kl_vae.runtime.published_config import (
     section_at,
     translate,
 )
-from kl_vae.runtime.schema import show, suggest
+from kl_vae.runtime.schema import printable, show, suggest
 
 logger = logging.getLogger(__name__)
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 19  # of a config; as one list of numbers they take 7 s
 _INT = "tag:yaml.org,2002:int"
 _FLOAT = "tag:yaml.org,2002:float"
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
 _MAX_DIGITS = 100  # of a number
+_MAX_SHOWN = 200  # characters of an override in a message
 _OCTAL = re.compile(r"[-+]?0[0-7_]+")
 
 
@@ -148,7 +149,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def parse_file(path: Path) -> Any:
-    """Read a YAML file as `parse_yaml` does; ValueError also where it is over 1 MiB or no text."""
+    """Read a YAML file as `parse_yaml` does; ValueError also if it is too large or no text."""
     return parse_yaml(_read(path), str(path))
 
 
@@ -164,14 +165,14 @@ def parse_yaml(text: str, source: str) -> Any:
         if getattr(error, "context", None) == "while scanning an alias":
             line = text.splitlines()[error.context_mark.line]  # type: ignore[attr-defined]
             quoted = re.sub(r"(?<![\w\"'])\*[^\s,\]}]*", r'"\g<0>"', line.strip())
-            raise ValueError(
-                f"{source}: YAML takes a word that begins with * for an alias; quote it: '{quoted}'"
-            ) from None
-        raise ValueError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+            problem = f"YAML takes a word that begins with * for an alias; quote it: '{quoted}'"
+        else:
+            problem = f"not valid YAML: {' '.join(str(error).split())}"
     except RecursionError:
-        raise ValueError(f"{source}: nested too deeply; a config has a few levels") from None
+        problem = "nested too deeply; a config has a few levels"
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+        problem = str(error)
+    raise ValueError(printable(f"{source}: {problem}"))
 
 
 def apply_overrides(config: dict[str, Any], overrides: Iterable[str]) -> None:
@@ -214,11 +215,10 @@ def apply_override(config: dict[str, Any], override: str) -> None:
     Raises:
         ValueError: no `=`, or a key on the way that holds a plain value.
     """
+    shown = override if len(override) <= _MAX_SHOWN else f"{override[:_MAX_SHOWN]}..."
     keys, sign, text = override.partition("=")
     if not sign or not all(keys.split(".")):
-        raise ValueError(
-            f"{override!r}: write key.path=value, such as optimizer.learning_rate=0.001"
-        )
+        raise ValueError(f"{shown!r}: write key.path=value, such as optimizer.learning_rate=0.001")
     *parents, last = keys.split(".")
     section = config
     for key in parents:
@@ -226,9 +226,11 @@ def apply_override(config: dict[str, Any], override: str) -> None:
         if inner is None:
             inner = section[key] = {}
         if not isinstance(inner, dict):
-            raise ValueError(f"{override}: {key} holds {inner!r}, which has no keys below it")
+            raise ValueError(
+                printable(f"{shown}: {key} holds {show(inner)}, which has no keys below it")
+            )
         section = inner
-    section[last] = parse_yaml(text, override)
+    section[last] = parse_yaml(text, shown)
 
 
 def dump_config(config: Mapping[str, Any]) -> str:

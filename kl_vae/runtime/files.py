@@ -225,5 +225,7 @@ def utf8_name(path: Path) -> Iterator[str]:
 
 def display_name(path: str | os.PathLike[str]) -> str:
     """Return a path as text on one line, for any bytes in the name."""
-    name = os.fsencode(path).decode(errors="backslashreplace")
+    name = os.fspath(path)
+    with suppress(UnicodeEncodeError):  # a surrogate that stands for no byte, as JSON may state
+        name = os.fsencode(name).decode(errors="backslashreplace")
     return name if name.isprintable() else name.encode("unicode_escape").decode()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kl_vae.runtime.schema import plain
+from kl_vae.runtime.schema import plain, show
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def _translate(config: Mapping[str, Any]) -> tuple[dict[str, Any], Recipe | None
     target = section_at(config, "model").pop("target", "AutoEncoderKL")
     if not isinstance(target, str) or target.rpartition(".")[2] not in _AUTOENCODERS:
         raise ValueError(
-            f"{path}.target={target!r}: not a KL autoencoder; give the config of one of "
+            f"{path}.target={show(target)}: not a KL autoencoder; give the config of one of "
             f"{', '.join(_AUTOENCODERS)}"
         )
     _translate_params(section_at(config, "model.params"), f"{path}.params")
@@ -147,7 +147,7 @@ def _take_first_stage(config: dict[str, Any]) -> None:
     stage = diffusion["first_stage_config"]
     if not isinstance(stage, dict) or not isinstance(stage.get("params"), dict):
         raise ValueError(
-            f"model.params.first_stage_config={stage!r}: has no params; give the config of an "
+            f"model.params.first_stage_config={show(stage)}: has no params; give the config of an "
             "autoencoder"
         )
     for key in ("data", "lightning"):
@@ -197,14 +197,16 @@ def _ddconfig(params: dict[str, Any], path: str) -> dict[str, Any]:
         coder = params.pop(key, None)
         _check_target(coder, name, f"{path}.{key}")
         if not isinstance(coder.get("params"), dict):
-            raise ValueError(f"{path}.{key}.params={coder.get('params')!r}: expected a ddconfig")
+            raise ValueError(
+                f"{path}.{key}.params={show(coder.get('params'))}: expected a ddconfig"
+            )
         coders[key] = coder["params"]
     encoder, decoder = coders.values()
     for key in (encoder.keys() & decoder.keys()) - _OF_ENCODER - _OF_DECODER:
         if encoder[key] != decoder[key]:
             raise ValueError(
-                f"{path}.decoder_config.params.{key}={decoder[key]!r}: the encoder has "
-                f"{encoder[key]!r}; both must have the same {key}"
+                f"{path}.decoder_config.params.{key}={show(decoder[key])}: the encoder has "
+                f"{show(encoder[key])}; both must have the same {key}"
             )
     ours = {key: value for key, value in encoder.items() if key not in _OF_DECODER}
     return {**encoder, **decoder, **ours}
@@ -213,7 +215,7 @@ def _ddconfig(params: dict[str, Any], path: str) -> dict[str, Any]:
 def _check_target(value: Any, name: str, path: str) -> None:
     target = value.get("target") if isinstance(value, dict) else value
     if not isinstance(target, str) or target.rpartition(".")[2] != name:
-        raise ValueError(f"{path}.target={target!r}: not supported; only {name} is")
+        raise ValueError(f"{path}.target={show(target)}: not supported; only {name} is")
 
 
 # --- references between keys
@@ -263,7 +265,7 @@ def _resolve(config: dict[str, Any]) -> dict[str, Any]:
         except ValueError as error:
             problem = str(error)
         unresolved = _Unresolved(value)
-        unresolved.problem = f"{'.'.join(path)}={value!r}: {problem}; write the value itself"
+        unresolved.problem = f"{'.'.join(path)}={show(value)}: {problem}; write the value itself"
         return unresolved
 
     def look_up(name: str, path: tuple[str, ...], via: tuple[tuple[str, ...], ...]) -> Any:
@@ -348,10 +350,10 @@ def fill_in(config: dict[str, Any], recipe: Recipe) -> None:
     if recipe.base_learning_rate is not None and own.get("name", "adam") == "adam":
         try:
             rate = float(recipe.base_learning_rate) * (float(images) if recipe.per_image else 1.0)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(
-                f"model.base_learning_rate={recipe.base_learning_rate!r}: expected a number; write "
-                "optimizer.learning_rate=RATE"
+                f"model.base_learning_rate={show(recipe.base_learning_rate)}: expected a number; "
+                "write optimizer.learning_rate=RATE"
             ) from None
         adam = {"learning_rate": rate, "eps": 1e-8, "clip_grad_norm": None}
         defaults["optimizer"] = {"name": "adam", "betas": list(recipe.betas), **adam}
@@ -370,5 +372,7 @@ def fill_in(config: dict[str, Any], recipe: Recipe) -> None:
 
 def _whole(key: str, value: Any) -> int:
     if type(value) is not int or value < 1:
-        raise ValueError(f"{key}={value!r}: expected a whole number; write training keys instead")
+        raise ValueError(
+            f"{key}={show(value)}: expected a whole number; write training keys instead"
+        )
     return value

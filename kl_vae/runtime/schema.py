@@ -91,6 +91,13 @@ def show(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def printable(text: str) -> str:
+    """Return text on one line, with escapes for characters that are not printable."""
+    if text.isprintable():
+        return text
+    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
+
+
 class _Errors(list[str]):
     """The errors of a mapping from which a `cls` is built, one line each."""
 
@@ -244,7 +251,7 @@ def _expected(hint: Any) -> str:
 
 
 def _join(path: str, key: object) -> str:
-    return f"{path}.{key}" if path else str(key)
+    return printable(f"{path}.{key}" if path else str(key))
 
 
 def _example(cls: Any) -> str:

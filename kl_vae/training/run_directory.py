@@ -38,6 +38,7 @@ from kl_vae.runtime.config_file import dump_config, parse_file, parse_yaml
 from kl_vae.runtime.errors import RunError
 from kl_vae.runtime.files import remove_temporaries, write_text_atomically
 from kl_vae.runtime.locks import lock_file
+from kl_vae.runtime.schema import printable, show
 from kl_vae.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -387,7 +388,7 @@ def _now() -> str:
 
 
 def _change(key: str, values: tuple[Any, Any]) -> str:
-    return f"{key} was {values[0]!r} and is now {values[1]!r}"
+    return printable(f"{key} was {show(values[0])} and is now {show(values[1])}")
 
 
 def _override(key: str, value: Any) -> str:

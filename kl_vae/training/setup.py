@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from kl_vae.accel.accelerate import accelerate
 from kl_vae.accel.compilation import can_compile, compile_blocks
-from kl_vae.checkpoints.run_files import SAMPLES, newest_checkpoint, read_metrics
+from kl_vae.checkpoints.run_files import SAMPLES, metric_number, newest_checkpoint, read_metrics
 from kl_vae.data import (
     ImageDataset,
     Sample,
@@ -37,12 +37,13 @@ from kl_vae.model import AutoEncoderKL
 from kl_vae.optim.config import learning_rate_at
 from kl_vae.runtime.distributed import Ranks
 from kl_vae.runtime.files import display_name
+from kl_vae.runtime.published_config import section_at
 from kl_vae.runtime.schema import from_mapping
 from kl_vae.training.config import RunConfig, TrainingConfig
 from kl_vae.training.ema import WeightAverage
 from kl_vae.training.guards import BadImages
 from kl_vae.training.run_directory import HARMLESS, RunDirectory, flatten
-from kl_vae.training.state import Network, TrainingState
+from kl_vae.training.state import Network, TrainingState, check_content
 from kl_vae.training.step import TrainingStep
 from kl_vae.training.validate import evaluating
 
@@ -119,13 +120,15 @@ def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks) -> Setup:
 
     found = ranks.on_rank_zero(lambda: newest_checkpoint(run.path))
     path, content = found or (None, {})
+    if found is not None:
+        check_content(content, str(path))
     before = content.get("batches")
     accumulate, batches = divide_batch(training, ranks.world_size, before)
     training = dataclasses.replace(training, accumulate_batches=accumulate)
     config = dataclasses.replace(config, training=training)
     model = build_model(config, ranks, resuming=found is not None)
     if found is not None and model.latents is None:  # inherited from ckpt_path at the start
-        latents = content["config"]["model"]["params"].get("latents")
+        latents = section_at(content["config"], "model.params").get("latents")
         if latents is not None:
             model.latents = from_mapping(LatentNormalization, latents, f"{path}: latents")
     metrics = dry_run(model, config, train_set.crop_size, val_set is not None, ranks)
@@ -149,7 +152,11 @@ def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks) -> Setup:
         same_images = content["validation_fingerprint"] == val_fingerprint
         restore_validation(state, run, ranks, same_images)
         if changes:
-            before_changes = RunConfig.load(content["config"])
+            try:
+                before_changes = RunConfig.load(content["config"])
+            except ValueError as error:
+                lines = (f"{path}: {line}" for line in str(error).splitlines())
+                raise ValueError("\n".join(lines)) from None
             log_learning_rates(before_changes, config, state.step, steps_per_epoch)
         del found, content  # as large as the state itself
 
@@ -481,7 +488,7 @@ def restore_validation(
     metrics = ranks.on_rank_zero(find)
     if metrics is not None and state.validated_step < state.step:
         value = metrics.get(state.model.monitor or "") if same_images else None
-        state.note_validation(None if value is None else float(value))
+        state.note_validation(metric_number(value))
 
 
 def describe(setup: Setup, ranks: Ranks, run: RunDirectory, train_set: ImageDataset) -> None:

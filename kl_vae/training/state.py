@@ -13,17 +13,61 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kl_vae.checkpoints.torch_file import one_line
 from kl_vae.model import AutoEncoderKL
 from kl_vae.optim.config import OptimizerConfig, build_optimizer
+from kl_vae.optim.muon import Muon
+from kl_vae.runtime.memory import is_out_of_memory
+from kl_vae.runtime.published_config import section_at
+from kl_vae.runtime.schema import printable
 from kl_vae.training.ema import WeightAverage
 from kl_vae.training.guards import Skips
 
 logger = logging.getLogger(__name__)
 
-_KEYS = frozenset(
-    {"model", "ema", "ema_updates", "updaters", "skips", "data_fingerprint", "step", "images_seen"}
-    | {"best", "validated_step", "validation_fingerprint", "batches", "versions"}
-)
+# keys of a checkpoint from which a run resumes, and the types of their values
+_KEYS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("model", "skips", "config", "best", "batches", "versions"), dict),
+    **dict.fromkeys(("ema_updates", "step", "images_seen", "validated_step"), int),
+    **dict.fromkeys(("data_fingerprint", "validation_fingerprint"), str),
+    "ema": (dict, type(None)),
+    "updaters": list,
+}
+
+
+def check_content(content: Mapping[str, Any], source: str) -> None:
+    """Check that a checkpoint has the plain values that a run needs to resume from it.
+
+    Raises:
+        ValueError: a value is missing, or impossible.
+    """
+    otherwise = "start in a new --run-dir with model.params.ckpt_path set to it"
+    if not _KEYS.keys() <= content.keys():
+        raise ValueError(
+            f"{source}: has no {', '.join(sorted(_KEYS.keys() - content.keys()))}, so that the run "
+            f"cannot resume from it; {otherwise}"
+        )
+    values = {key: content[key] for key in _KEYS}
+    wrong = [key for key, kind in _KEYS.items() if not isinstance(values[key], kind)]
+    if not wrong:
+        counts = {key: x for key, x in values.items() if _KEYS[key] is int}
+        counts |= {**values["skips"], **values["batches"]}
+        wrong = [key for key, x in counts.items() if type(x) is not int or not _is_count(key, x)]
+        if values["best"] and {k: type(x) for k, x in values["best"].items()} != _BEST:
+            wrong.append("best")
+    if wrong:
+        raise ValueError(
+            f"{source}: damaged, since {printable(str(wrong[0]))} is no value of a run, which "
+            f"cannot resume from it; restore it from a backup, or {otherwise}"
+        )
+
+
+_BEST = {"monitor": str, "value": float, "step": int}
+
+
+def _is_count(key: str, number: int) -> bool:
+    """Return whether a number is a possible count."""
+    return (-1 if key == "validated_step" else 0) <= number < 1 << 53
 
 
 @dataclass
@@ -118,25 +162,26 @@ class TrainingState:
         """Load a checkpoint's content; harmless differences are logged.
 
         Raises:
-            ValueError: it was made with other images, or by another version of this program.
+            ValueError: it was made with other images or by another version of this program, or its
+                tensors are not those of this run.
         """
-        if not _KEYS <= content.keys():
-            raise ValueError(
-                f"{source}: has no {', '.join(sorted(_KEYS - content.keys()))}, so that the run "
-                "cannot resume from it; start in a new --run-dir with model.params.ckpt_path set "
-                "to it"
-            )
+        check_content(content, source)
         if content["data_fingerprint"] != self.data_fingerprint:
             raise ValueError(
                 f"{source}: was made on other training images; restore the folder, or start in a "
                 "new --run-dir with model.params.ckpt_path set to it"
             )
-        self.model.load_state_dict(content["model"])
-        if self.average is not None and content["ema"] is not None:
-            self.average.load_state_dict(content["ema"], content["ema_updates"])
-        for network, saved in zip(self.networks, content["updaters"], strict=True):
-            self._restore_network(network, saved, content["config"])
-        self.skips = Skips(**content["skips"])
+        try:
+            self._restore_tensors(content)
+            self.skips = Skips(**content["skips"])
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                raise
+            # torch and its optimisers raise many different types for what does not fit
+            raise ValueError(
+                f"{source}: does not fit this run ({one_line(' '.join(str(error).split()))}); "
+                "restore it from a backup, or start in a new --run-dir"
+            ) from error
         self.step = content["step"]
         self.images_seen = content["images_seen"]
         self.validated_step = content["validated_step"]
@@ -156,6 +201,14 @@ class TrainingState:
                 "before, and the best checkpoint is selected again"
             )
             self.best = {}
+
+    def _restore_tensors(self, content: Mapping[str, Any]) -> None:
+        """Load the weights, their average, and what the optimisers keep."""
+        self.model.load_state_dict(content["model"])
+        if self.average is not None and content["ema"] is not None:
+            self.average.load_state_dict(content["ema"], content["ema_updates"])
+        for network, saved in zip(self.networks, content["updaters"], strict=True):
+            self._restore_network(network, saved, content["config"])
 
     def note_validation(self, value: float | None) -> None:
         """Record the validation of this step; `value` is the monitored metric."""
@@ -190,11 +243,13 @@ class TrainingState:
         ]
         state = saved["optimizer"]
         if network is self.autoencoder:
-            before = trained_groups(self.model, config.get("training", {}).get("freeze") or ())
+            freeze = section_at(config, "training").get("freeze") or ()
+            before = trained_groups(self.model, freeze)
             state = _for_groups(state, before, trained_groups(self.model, None))
         optimizer.load_state_dict(state)
         for group, values in zip(optimizer.param_groups, settings, strict=True):
             group.update(values)
+        _check_moments(optimizer)
         if network.scaler.is_enabled() and saved["scaler"]:
             network.scaler.load_state_dict(saved["scaler"])
 
@@ -233,6 +288,28 @@ def trained_groups(model: AutoEncoderKL, freeze: Iterable[str] | None) -> list[l
         if p not in excluded and is_trained(name, p)
     ]
     return [[name for name, p in trained if (p.ndim >= 2) == matrix] for matrix in (True, False)]
+
+
+def _check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Check that an optimiser's state is that of its parameters, which torch does not.
+
+    Raises:
+        ValueError: it is not.
+    """
+    adam = {"step", "exp_avg", "exp_avg_sq"}
+    for group in optimizer.param_groups:
+        names = adam
+        if isinstance(optimizer, Muon):
+            names = {"momentum"} if group["orthogonalize"] else {"step", "mean", "square"}
+        for p in group["params"]:
+            state = optimizer.state.get(p, {})
+            for name, x in state.items():
+                shape = x.shape if isinstance(x, Tensor) else None
+                steps = name == "step" and float(x) >= 0 and shape in (None, ())
+                if not steps and (shape != p.shape or x.dtype != p.dtype):
+                    raise ValueError(f"{name} of an optimizer is not that of a parameter")
+            if state and state.keys() != names:
+                raise ValueError(f"an optimizer has {', '.join(map(str, state))} of a parameter")
 
 
 def _for_groups(

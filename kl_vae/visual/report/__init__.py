@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kl_vae.checkpoints.run_files import METRICS
+from kl_vae.runtime.schema import printable
 from kl_vae.visual.report.comparison import as_text, last_metrics, run_names
 from kl_vae.visual.report.metrics import MetricsFile
 from kl_vae.visual.report.page import REPORT, check_output, write_page
@@ -56,7 +57,7 @@ class RunReport:
             names = run_names([reading.run for reading, _ in self.runs])
             rows = last_metrics([metrics for _, metrics in self.runs])
             blocks.append(as_text("last metrics", names, rows))
-        return "\n\n".join("\n".join(block) for block in blocks)
+        return "\n\n".join("\n".join(map(printable, block)) for block in blocks)
 
 
 def report(

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 
+from kl_vae.checkpoints.run_files import metric_number
+
 MAX_POINTS = 1000  # of a scalar: three numbers each
 MAX_VECTOR_POINTS = 256  # of a vector: one number per channel each
 MAX_LINE_BYTES = 1 << 20
@@ -304,11 +306,11 @@ class MetricsFile:
                     return
                 points = min(MAX_VECTOR_POINTS, MAX_VECTOR_NUMBERS // len(value))
                 vector = self.vectors[key] = VectorSeries(len(value), points)
-            numbers = [x for x in map(_number, value) if x is not None]
+            numbers = [x for x in map(metric_number, value) if x is not None]
             if len(numbers) == len(value):
                 vector.add(step, numbers)
             return
-        number = _number(value)
+        number = metric_number(value)
         if number is None:
             return
         series = self.scalars.get(key)
@@ -327,13 +329,3 @@ class MetricsFile:
             self._left_out.add(key)
             self.left_out += 1
         return False
-
-
-def _number(value: Any) -> float | None:
-    """Return a metric as a number (in a line text, if not finite); None for other values."""
-    if type(value) is float:
-        return value
-    try:
-        return float(value) if type(value) in (int, str) else None
-    except (ValueError, OverflowError):
-        return None

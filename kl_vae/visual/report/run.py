@@ -22,13 +22,12 @@ from kl_vae.checkpoints.run_files import (
     STATUS,
     list_checkpoints,
 )
-from kl_vae.runtime.config_file import parse_yaml
+from kl_vae.runtime.config_file import MAX_BYTES, parse_yaml
 from kl_vae.runtime.files import display_name
 from kl_vae.runtime.locks import is_locked
 from kl_vae.visual.report.metrics import MetricsFile
 
 MAX_BAD_IMAGES = 200  # named on the page
-MAX_TEXT = 1 << 20  # bytes of a config or a status
 
 _IMAGE = re.compile(r"(.+)_(\d{8,15})\.png", re.DOTALL)
 
@@ -132,10 +131,10 @@ def read_run(run: Path, metrics: MetricsFile) -> RunReading:
 
 
 def _read_text(reading: RunReading, name: str) -> str:
-    """Return the first MAX_TEXT bytes of a file of the run; empty, with a note, if unreadable."""
+    """Return the first MAX_BYTES bytes of a file of the run; empty, with a note, if unreadable."""
     try:
         with open(reading.run / name, "rb") as file:
-            return file.read(MAX_TEXT).decode(errors="replace")
+            return file.read(MAX_BYTES).decode(errors="replace")
     except OSError as error:
         reading.notes.append(f"{name}: {error.strerror}")
         return ""

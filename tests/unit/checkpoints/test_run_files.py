@@ -1,6 +1,7 @@
 """Checkpoint files of a run: atomic writes and detection of damage."""
 
 import hashlib
+import json
 import logging
 import resource
 from pathlib import Path
@@ -140,7 +141,9 @@ def test_the_best_checkpoint_is_read_from_best_json(run: Path) -> None:
     assert best_checkpoint(run) is None
     best.write_text('{"checkpoint": "step_00000020.pt"}')
     assert best_checkpoint(run) == checkpoint_path(run, 20)
-    for text in ("[" * 100_000, "{", "[]", "{}", '{"checkpoint": "step_00000021.pt"}'):
+    others = ["step_00000021.pt", "s" * 1000, "\0", "\ud800", 1, None]
+    damaged = [json.dumps({"checkpoint": name}) for name in others]
+    for text in ("[" * 100_000, "{", "[]", "{}", *damaged):
         best.write_text(text)
         assert best_checkpoint(run) is None
     (run / "step_0.pt").touch()

@@ -25,7 +25,13 @@ from kl_vae.data import (
     read_size,
     to_float,
 )
-from kl_vae.data.pixel_format import Inspected, Measured, decide_ranges, parse_ranges
+from kl_vae.data.pixel_format import (
+    Inspected,
+    Measured,
+    check_pages,
+    decide_ranges,
+    parse_ranges,
+)
 from kl_vae.inference.images import load_images
 from kl_vae.inference.sources import open_sources
 from tests.image_kinds import (
@@ -323,3 +329,11 @@ def test_an_animation_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     frames[0].save(tmp_path / "b.png", save_all=True, append_images=frames[1:])
     decide_format(source_of(tmp_path), "auto", None)
     assert is_about(caplog.text, "2 of 2", "first frame")
+
+
+@pytest.mark.parametrize("text", ["a" * 10_000, "two\nlines", "\x1b[31m"])
+def test_values_in_messages_are_short_and_printable(text: str) -> None:
+    for check, key in ((parse_ranges, "range="), (check_pages, "pages=")):
+        with pytest.raises(ValueError, match=mentions(key)) as caught:
+            check(text)
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 300

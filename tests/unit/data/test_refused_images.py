@@ -1,6 +1,7 @@
 """Errors of files that cannot be read as images."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 from PIL import Image
 
 from kl_vae.data import ImageError, read_image, read_size
+from kl_vae.data.decoding import inspect_from, open_file
+from kl_vae.data.pixel_format import PixelFormat
 from kl_vae.runtime.files import display_name
 from tests.bad_files import bmp, bombs, jpeg_of_scans, png, tiff, zeros
 from tests.messages import is_about, mentions
@@ -21,6 +24,12 @@ def refusal(path: Path, channels: int = 3, **options: int) -> str:
     text = str(caught.value)
     assert "\n" not in text
     return text
+
+
+def inspection_refusal(path: Path, **options: int) -> str:
+    with pytest.raises(ImageError) as caught:
+        inspect_from(partial(open_file, path), str(path), **options)
+    return str(caught.value)
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
@@ -179,3 +188,41 @@ def test_display_name() -> None:
     assert display_name("a b/é.png") == "a b/é.png"
     assert display_name("a\nb.png") == "a\\nb.png"
     assert display_name(os.fsdecode(b"\xff.png")) == "\\xff.png"
+
+
+@pytest.mark.parametrize(
+    ("tags", "value"),
+    [({277: 2**31 - 1}, 2**31 - 1), ({277: 0}, 0), ({258: [8, 8, 2**31]}, 2**31)],
+)
+def test_impossible_bands_and_bits_of_a_tiff(
+    tmp_path: Path, tags: dict[int, object], value: int
+) -> None:
+    path = tmp_path / "a.tif"
+    path.write_bytes(tiff({273: [200], 278: 8, **tags}))
+    for read in (refusal, inspection_refusal):
+        assert is_about(read(path), path, value)
+
+
+def test_bands_that_take_much_memory_are_refused_before_decoding(tmp_path: Path) -> None:
+    pytest.importorskip("tifffile")
+    path = tmp_path / "a.tif"
+    # 256 x 256 pixels of 60000 bands of 16 bits
+    tags = {256: 256, 257: 256, 258: 16, 262: 1, 277: 60_000, 273: [200], 278: 256}
+    path.write_bytes(tiff(tags))
+    for read in (refusal, inspection_refusal):
+        assert is_about(read(path, max_pixels=10**6), path, 256 * 256 * 60_000 * 2, "max_pixels")
+
+
+def test_max_pixels_holds_for_every_page(tmp_path: Path) -> None:
+    first, *others = (Image.new("L", (side, 9)) for side in (9, 9, 50))
+    first.save(tmp_path / "a.tif", save_all=True, append_images=others)
+    pages = PixelFormat(pages="channels")
+    with pytest.raises(ImageError, match=mentions(tmp_path / "a.tif", "50 x 9", "max_pixels=100")):
+        read_image(tmp_path / "a.tif", 3, max_pixels=100, pixel_format=pages)
+
+
+def test_a_reason_is_short(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    path.write_bytes(b"\x93NUMPY\1\0\x10\x27" + b"\xff" * 10_000)  # the reason cites the header
+    text = refusal(path)
+    assert text.startswith(f"{path}: ") and text.isprintable() and len(text) < 600 + len(str(path))

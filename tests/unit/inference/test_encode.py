@@ -471,7 +471,7 @@ def test_a_folder_that_lost_the_record_of_its_images(
     assert not result.verified
     assert all(is_about(x, "sources.jsonl") for x in messages) and len(messages) == 3
     assert content(out) == whole
-    for text in ("[[1]]\n", "{", "[3]"):
+    for text in ("[[1]]\n", "{", "[3]", "0.0", "false", '[[Infinity, 1, ""]]'):
         (out / "sources.jsonl").write_text(text)
         with pytest.raises(ValueError, match=mentions("sources.jsonl", "remove it")):
             resumed(model, arrays, out, caplog, verify=False)

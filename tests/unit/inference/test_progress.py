@@ -63,9 +63,38 @@ def test_resume_with_other_arguments_names_the_difference(tmp_path: Path) -> Non
 
 def test_a_damaged_identity_file(tmp_path: Path) -> None:
     (tmp_path / FOLDER).mkdir()
-    (tmp_path / FOLDER / "identity.json").write_text("[1")
-    with pytest.raises(ValueError, match=mentions(tmp_path / FOLDER / "identity.json")):
+    for text in ("[1", "[" * 100_000, "3"):
+        (tmp_path / FOLDER / "identity.json").write_text(text)
+        with pytest.raises(ValueError, match=mentions(tmp_path / FOLDER / "identity.json")):
+            Progress(tmp_path, WORK, True, ALONE)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda record: {**record, "result": {"psnr": 21.5}},
+        lambda record: {**record, "files": {}, "checksum": 3},
+        lambda record: {key: record[key] for key in ("result", "files")},  # of version 0.1
+        lambda record: [record],
+    ],
+)
+def test_a_damaged_record_is_done_again(tmp_path: Path, damage: Callable[[Any], Any]) -> None:
+    with Progress(tmp_path, WORK, False, ALONE) as progress:
+        progress.write(0, {"psnr": 20.5, "name": "é\ud800"})
+        progress.write(1, None)
+    path = tmp_path / FOLDER / "0000000.json"
+    with Progress(tmp_path, WORK, True, ALONE) as again:
+        assert again.share(2) == [] and again.find(0) == {"psnr": 20.5, "name": "é\ud800"}
+    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    with Progress(tmp_path, WORK, True, ALONE) as again:
+        assert again.share(2) == [0] and again.find(0) is None
+
+
+def test_the_names_of_differences_are_printable(tmp_path: Path) -> None:
+    Progress(tmp_path, {**WORK, "\x1b[31m": "a" * 10_000}, False, ALONE).__exit__(None, None, None)
+    with pytest.raises(ValueError, match=mentions(tmp_path / FOLDER, "\\x1b[31m")) as caught:
         Progress(tmp_path, WORK, True, ALONE)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -13,9 +13,15 @@ import kl_vae
 from kl_vae import AutoEncoderKL
 from kl_vae.data import read_image, to_float
 from kl_vae.inference.coding import decode_latents
-from kl_vae.inference.sampled_images import lerp, prior_latents, slerp
+from kl_vae.inference.sampled_images import (
+    lerp,
+    prior_latents,
+    read_grid_identity,
+    slerp,
+)
 from kl_vae.inference.tiling import Tiling
 from kl_vae.runtime.randomness import generator_for
+from tests.bad_files import png
 from tests.messages import mentions
 
 START = torch.tensor([2.0, 0.0, 0.0, 0.0]).view(1, 2, 2)
@@ -112,3 +118,11 @@ def test_arguments_are_checked(
 ) -> None:
     with pytest.raises(ValueError, match=mentions(*parts)):
         kl_vae.sample(model, tmp_path / "out", **arguments)  # type: ignore[arg-type]
+
+
+def test_a_grid_that_cannot_be_read_has_no_identity(tmp_path: Path) -> None:
+    path = tmp_path / "grid.png"
+    assert read_grid_identity(path) is None
+    for content in (b"", b"no image", png(60_000, 60_000, b"", bits=1)):  # too many pixels
+        path.write_bytes(content)
+        assert read_grid_identity(path) == {}

@@ -8,6 +8,7 @@ from typing import BinaryIO
 import pytest
 
 from kl_vae.runtime.files import (
+    display_name,
     flush_file,
     flush_folder,
     remove_temporaries,
@@ -270,3 +271,9 @@ def test_a_folder_is_written_where_none_can_be_opened_or_replaced(
     monkeypatch.setattr(os, "replace", replace)
     write_folder_atomically(path, two_files)
     assert {file.name for file in path.iterdir()} == {"one", "two"}
+
+
+def test_paths_of_any_characters_are_printable() -> None:
+    assert display_name("a/é.png") == "a/é.png"
+    assert display_name(os.fsdecode(b"a\xff.png")) == "a\\xff.png"
+    assert display_name("a\ud800.png") == "a\\ud800.png"  # no byte, but JSON can state it

@@ -318,3 +318,24 @@ def test_keys_that_are_not_used_are_named(caplog: pytest.LogCaptureFixture) -> N
     unused = [message for message in caplog.messages if "model.params" in message]
     assert len(unused) == 1
     assert is_about(unused[0], "model.params.ema_decay", "training.ema_decay")
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ({"model": {"target": "a" * 10_000}}, "model.target="),
+        (diffusion(stage={"params": "a" * 10_000}), "model.params.first_stage_config="),
+        ({"model": {"params": {"embed_dim": "${x}" * 3000}}}, "model.params.embed_dim="),
+    ],
+)
+def test_values_in_messages_are_short(config: Config, key: str) -> None:
+    with pytest.raises(ValueError, match=mentions(key)) as caught:
+        load_config(config)
+    assert len(str(caught.value)) < 500 and str(caught.value).isprintable()
+
+
+def test_a_learning_rate_beyond_floats_is_named() -> None:
+    config = engine()
+    config["model"]["base_learning_rate"] = 10**400
+    with pytest.raises(ValueError, match=mentions("model.base_learning_rate=")):
+        load_config(config)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from kl_vae.runtime.schema import from_mapping, show, suggest
+from kl_vae.runtime.schema import from_mapping, printable, show, suggest
 from tests.messages import mentions
 
 
@@ -196,3 +196,10 @@ def test_show_is_one_short_line() -> None:
     assert show("a\nb") == r"'a\nb'"
     assert len(show(list(range(1000)))) == 80
     assert show(list(range(1000))).endswith("...")
+
+
+def test_keys_in_messages_are_printable() -> None:
+    assert printable("é\n\x1b[31m\ud800") == "é\\n\\x1b[31m\\ud800"
+    with pytest.raises(ValueError, match=mentions("inner.\\x1b[31m\\n=1")) as caught:
+        from_mapping(Outer, {"name": "a", "inner": {"\x1b[31m\n": 1}})
+    assert str(caught.value).isprintable()

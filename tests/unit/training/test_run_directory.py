@@ -26,6 +26,7 @@ from kl_vae.checkpoints.run_files import (
     read_status,
 )
 from kl_vae.optim.config import OptimizerConfig
+from kl_vae.runtime.config_file import MAX_BYTES
 from kl_vae.runtime.errors import RunError
 from kl_vae.training.config import RunConfig
 from kl_vae.training.ema import WeightAverage
@@ -94,7 +95,7 @@ def test_temporary_files_of_killed_saves_are_removed(run: Path, state: TrainingS
 
 def test_a_config_that_is_too_large_is_refused(run: Path) -> None:
     (run / "config.yaml").write_text("#" * (1 << 20) + "\na: 1\n")
-    with pytest.raises(ValueError, match=mentions("config.yaml", 1048576)):
+    with pytest.raises(ValueError, match=mentions("config.yaml", MAX_BYTES)):
         RunDirectory(run).check(CONFIG)
 
 
@@ -366,3 +367,10 @@ def test_a_damaged_config_is_named(run: Path, content: str) -> None:
     for call in (lambda: RunDirectory(run).check(CONFIG), RunDirectory(run).pixel_range):
         with pytest.raises(ValueError, match=mentions(run / "config.yaml", "--run-dir")):
             call()
+
+
+def test_a_change_is_printable_and_short(run: Path, state: TrainingState) -> None:
+    RunDirectory(run).prepare({**CONFIG, "a\x1b[31m": "b" * 10_000}, None, state)
+    with pytest.raises(ValueError, match=mentions(run, "a\\x1b[31m")) as caught:
+        RunDirectory(run).check(CONFIG)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1000

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch
 from kl_vae import AutoEncoderKL
 from kl_vae.checkpoints.run_files import read_checkpoint, write_checkpoint
 from kl_vae.optim.config import OptimizerConfig
-from kl_vae.training.state import Network, TrainingState
+from kl_vae.training.state import Network, TrainingState, check_content
 from tests.messages import is_about, mentions
 
 
@@ -69,6 +71,73 @@ def test_a_checkpoint_of_another_version_names_missing_keys(
     del content["skips"], content["batches"]
     with pytest.raises(ValueError, match=mentions("x.pt", "batches, skips", "ckpt_path")):
         build(tiny_ddconfig).restore(content, source="x.pt")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("step", "5"),
+        ("step", -1),
+        ("images_seen", 10**30),
+        ("ema", [1]),
+        ("updaters", None),
+        ("model", 3),
+        ("skips", {"total": "1"}),
+        ("batches", {"accumulated": None}),
+        ("best", {"monitor": "val/psnr", "value": 1.0}),
+        ("best", {"monitor": "val/psnr", "value": None, "step": 1}),
+    ],
+)
+def test_impossible_values_are_named(
+    tiny_ddconfig: dict[str, object], key: str, value: object
+) -> None:
+    content = {**build(tiny_ddconfig).content(), key: value}
+    named = next(iter(value)) if key in ("skips", "batches") else key  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match=mentions("x.pt", named, "ckpt_path")) as caught:
+        check_content(content, "x.pt")
+    assert "\n" not in str(caught.value)
+
+
+def edited(content: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Return the content of a checkpoint with one thing that does not fit."""
+    content = copy.deepcopy(content)
+    optimizer = content["updaters"][0]["optimizer"]
+    if kind == "weights":
+        content["model"].popitem()
+    elif kind == "no tensor":
+        content["model"][next(iter(content["model"]))] = "a"
+    elif kind == "networks":
+        content["updaters"] = []
+    elif kind == "no optimizer":
+        content["updaters"] = [{}]
+    elif kind == "skips":
+        content["skips"]["other"] = 1
+    elif kind == "shape":
+        optimizer["state"][0]["exp_avg"] = torch.zeros(1, 2)
+    elif kind == "steps":
+        optimizer["state"][0]["step"] = torch.tensor(-1.0)
+    elif kind == "moments":
+        del optimizer["state"][0]["exp_avg_sq"]
+    else:
+        optimizer["param_groups"].pop()
+    return content
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["weights", "no tensor", "networks", "no optimizer", "skips"]
+    + ["shape", "steps", "moments", "groups"],
+)
+def test_tensors_that_do_not_fit_are_refused(tiny_ddconfig: dict[str, object], kind: str) -> None:
+    state = build(tiny_ddconfig)
+    for p in state.autoencoder.parameters:
+        p.grad = torch.zeros_like(p)
+    state.autoencoder.optimizer.step()
+    content = state.content()
+    build(tiny_ddconfig).restore(copy.deepcopy(content), source="x.pt")
+    with pytest.raises(ValueError, match=mentions("x.pt", "--run-dir")) as caught:
+        build(tiny_ddconfig).restore(edited(content, kind), source="x.pt")
+    assert "\n" not in str(caught.value)
 
 
 def test_other_software_and_other_validation_images_are_named(

@@ -467,3 +467,11 @@ def test_invalid_output_paths(tmp_path: Path) -> None:
     reading, metrics = read(write_run(tmp_path / "run", []))
     with pytest.raises(ValueError, match=mentions(tmp_path / "file")):
         write_page(tmp_path / "file" / "a.html", [(reading, metrics)])
+
+
+def test_text_for_a_terminal_is_printable(tmp_path: Path) -> None:
+    lines = [{"step": 1, "train/a\x1b[31m": 1.0, "train/\ud800": 2.0}]
+    run = write_run(tmp_path / "run", lines, state="failed", reason="\x1b[31mred")
+    text = kl_vae.report(run, write=False).text
+    assert is_about(text, "a\\x1b[31m", "\\ud800", "\\x1b[31mred")
+    assert all(line.isprintable() for line in text.split("\n"))
