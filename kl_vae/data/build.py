@@ -18,6 +18,7 @@ from kl_vae.data.pixel_format import decide_format
 from kl_vae.data.roots import open_root, resolve_root
 from kl_vae.data.sources import Source, StoredSource, with_format
 from kl_vae.runtime.files import display_name
+from kl_vae.runtime.schema import show
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +178,7 @@ def _hold_out(keys: Sequence[str], fraction: float, group: str | None) -> NDArra
         held_out = hashes == hashes.min()  # the image that a larger fraction selects first
         if held_out.all() and group is not None:
             raise ValueError(
-                f"data.validation.group={group!r}: puts all {len(keys)} images into one group, "
+                f"data.validation.group={show(group)}: puts all {len(keys)} images into one group, "
                 f"such as {display_name(names[0])}; give one that tells groups apart"
             )
         if held_out.all():
@@ -206,7 +207,7 @@ def _groups(keys: Sequence[str], group: str) -> list[str]:
     unmatched = names.count(None)
     if unmatched == len(names):
         raise ValueError(
-            f"data.validation.group={group!r}: matches none of the {len(keys)} images of "
+            f"data.validation.group={show(group)}: matches none of the {len(keys)} images of "
             f"data.train.root, such as {display_name(keys[0])}; change it"
         )
     if unmatched:

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from kl_vae.data.decoding import MAX_PIXELS
 from kl_vae.data.pixel_format import AUTO, check_pages, parse_ranges
 from kl_vae.data.transforms import Sides, as_written, height_and_width
+from kl_vae.runtime.schema import show
 
 DatasetName = Literal["folder", "cifar10", "fashion-mnist"]
 
@@ -65,13 +66,14 @@ class ValidationConfig:
     def _check_group(self, group: str) -> None:
         try:
             re.compile(group)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(
-                f"group={group!r}: not a regular expression ({error}); write one such as ^([^/]+)/"
+                f"group={show(group)}: not a regular expression ({error}); write one such as "
+                "^([^/]+)/"
             ) from error
         if self.root or self.include or not self.fraction:
             raise ValueError(
-                f"group={group!r}: has no effect with root, include or a fraction of 0; "
+                f"group={show(group)}: has no effect with root, include or a fraction of 0; "
                 "remove one of them"
             )
 

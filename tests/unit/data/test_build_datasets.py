@@ -193,6 +193,8 @@ def test_groups_that_leave_a_side_empty(
     ("options", "parts"),
     [
         ({"group": "("}, ("group='('", "regular expression")),
+        ({"group": "a{99999999999999}"}, ("group='a{99999999999999}'", "regular expression")),
+        ({"group": "(" * 5000}, ("group='(((", "regular expression")),
         ({"group": "a", "root": "x"}, ("group='a'", "root")),
         ({"group": "a", "include": ("b",)}, ("group='a'", "include")),
         ({"group": "a", "fraction": 0.0}, ("group='a'", "fraction")),
