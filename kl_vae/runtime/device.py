@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from torch import Tensor
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,6 +63,26 @@ def deterministic(enabled: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def copy_to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to the device; to a GPU without waiting, by way of pinned memory."""
+    if device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+def on_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors on the CPU in float64; those that share a device are copied at once."""
+    copies = [torch.empty(0)] * len(tensors)
+    for device in {x.device for x in tensors}:
+        indices = [i for i, x in enumerate(tensors) if x.device == device]
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # which MPS has not
+        together = torch.cat([tensors[i].detach().flatten().to(dtype) for i in indices])
+        parts = torch.split(together.cpu().double(), [tensors[i].numel() for i in indices])
+        for i, part in zip(indices, parts, strict=True):
+            copies[i] = part.view(tensors[i].shape)
+    return copies
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from kl_vae.runtime.device import autocast, choose_device, deterministic
+from kl_vae.runtime.device import (
+    autocast,
+    choose_device,
+    copy_to_device,
+    deterministic,
+    on_cpu,
+)
 from tests.messages import mentions
 
 
@@ -46,3 +52,20 @@ def test_deterministic_is_restored() -> None:
         assert torch.are_deterministic_algorithms_enabled()
         raise KeyError
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_tensors_are_copied_together_without_a_change() -> None:
+    tensors = [
+        torch.tensor(0.1, dtype=torch.float64),
+        torch.arange(6.0).view(2, 3),
+        torch.tensor([2**40 + 1, -1]),
+        torch.tensor([1.5], dtype=torch.bfloat16, requires_grad=True),
+        torch.empty(0),
+    ]
+    copies = on_cpu(tensors)
+    assert len(copies) == len(tensors)
+    for copy, tensor in zip(copies, tensors, strict=True):
+        assert copy.dtype == torch.float64 and not copy.requires_grad
+        assert copy.shape == tensor.shape and torch.equal(copy, tensor.detach().double())
+    assert on_cpu([]) == []
+    assert copy_to_device(tensors[1], torch.device("cpu")) is tensors[1]
