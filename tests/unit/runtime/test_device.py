@@ -3,14 +3,16 @@
 import pytest
 import torch
 
+from kl_vae.runtime import device as device_module
 from kl_vae.runtime.device import (
     autocast,
     choose_device,
     copy_to_device,
     deterministic,
+    gpu_settings,
     on_cpu,
 )
-from tests.messages import mentions
+from tests.messages import is_about, mentions
 
 
 def test_the_cpu_is_always_available() -> None:
@@ -69,3 +71,66 @@ def test_tensors_are_copied_together_without_a_change() -> None:
         assert copy.shape == tensor.shape and torch.equal(copy, tensor.detach().double())
     assert on_cpu([]) == []
     assert copy_to_device(tensors[1], torch.device("cpu")) is tensors[1]
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What the allocator is told, instead of a GPU's."""
+    told: list[object] = []
+    monkeypatch.setattr(device_module, "_set_allocator", told.append)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(device_module.sys, "platform", "linux")
+    return told
+
+
+def state() -> tuple[str, bool]:
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize(
+    ("fixed_sizes", "deterministic", "benchmark", "growing"),
+    [(True, False, True, False), (True, True, False, False), (False, False, False, True)],
+)
+def test_settings_of_a_gpu_are_logged_and_restored(
+    settings: list[object],
+    caplog: pytest.LogCaptureFixture,
+    fixed_sizes: bool,
+    deterministic: bool,
+    benchmark: bool,
+    growing: bool,
+) -> None:
+    caplog.set_level("INFO")
+    before = state()
+    with (
+        pytest.raises(KeyError),
+        gpu_settings(torch.device("cuda"), fixed_sizes=fixed_sizes, deterministic=deterministic),
+    ):
+        assert state() == ("high", benchmark)
+        assert settings == ["expandable_segments:True"] * growing
+        raise KeyError
+    assert state() == before
+    assert settings == ["expandable_segments:True", "expandable_segments:False"][: 2 * growing]
+    (message,) = caplog.messages
+    assert is_about(message, "float32_matmul_precision=high", "pinned memory")
+    assert is_about(message, "cudnn.benchmark") == benchmark
+    assert is_about(message, "expandable_segments") == growing
+
+
+def test_settings_of_the_user_prevail(
+    settings: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:128")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    with gpu_settings(torch.device("cuda"), fixed_sizes=False, deterministic=True):
+        assert state() == ("highest", True) and settings == []
+    assert state() == ("highest", True) and settings == []
+
+
+def test_nothing_is_set_on_a_cpu(settings: list[object], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    before = state()
+    with gpu_settings(torch.device("cpu"), fixed_sizes=True, deterministic=False):
+        assert state() == before
+    assert settings == [] and not caplog.messages
