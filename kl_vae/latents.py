@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kl_vae.runtime.device import copy_to_device
+
 
 @dataclass(frozen=True, kw_only=True)
 class LatentNormalization:
@@ -103,11 +105,11 @@ class LatentNormalization:
     def _shift_and_std(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return shift and std: scalars, or [z, 1, 1], or [z, h, w] with patches."""
         if not self.per_channel:
-            return z.new_tensor(self.shift_factor), z.new_tensor(1.0 / self.scale_factor)
+            return z.new_full((), self.shift_factor), z.new_full((), 1.0 / self.scale_factor)
         p, (height, width) = self.patch_size, z.shape[2:]
 
         def tile(values: tuple[float, ...] | None) -> Tensor:
-            patch = torch.tensor(values, dtype=z.dtype, device=z.device).view(-1, p, p)
+            patch = copy_to_device(torch.tensor(values, dtype=z.dtype), z.device).view(-1, p, p)
             if p == 1:
                 return patch
             return patch.repeat(1, -(-height // p), -(-width // p))[:, :height, :width]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +38,7 @@ from kl_vae.losses.discriminator import (
     lecam,
 )
 from kl_vae.losses.lpips import LPIPS
+from kl_vae.runtime.device import copy_to_device
 from kl_vae.runtime.schema import from_arguments
 
 MAX_RATIO = 1e4
@@ -295,11 +296,21 @@ class LPIPSWithDiscriminator(nn.Module):
         buffers = [*self.discriminator.buffers(), *self.buffers(recurse=False)]
         return [buffer for buffer in buffers if buffer.is_floating_point()]
 
+    def logits_to_note(self, log: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return the mean logits in a log whose means over the ranks `note_logits` needs."""
+        if self.lecam_weight == 0:
+            return []
+        return [log[f"train/logits_{kind}"].float() for kind in ("real", "fake")]
+
     @torch.no_grad()
-    def note_logits(self, real: Tensor, fake: Tensor) -> None:
-        """Update the LeCam averages from this rank's mean logits, after a discriminator step."""
+    def note_logits(self, means: Tensor) -> None:
+        """Update the LeCam averages, after a discriminator step.
+
+        Args:
+            means: of `logits_to_note` over all ranks, stacked, on the CPU.
+        """
         if self.lecam_weight > 0:
-            means = mean_over_ranks(torch.stack([real, fake]).float())
+            means = copy_to_device(means, self.logits_average.device)
             self.logits_average.lerp_(means, 1.0 - self.lecam_decay)
 
     def check_last_layer(self, last_layer: Tensor | None) -> None:
@@ -343,7 +354,7 @@ class LPIPSWithDiscriminator(nn.Module):
         """Return the weight of the adversarial term, a scalar."""
         self.check_last_layer(last_layer)
         if last_layer is None or self.disc_weighting == "fixed":
-            return torch.tensor(self.disc_weight, device=nll_gradient.device)
+            return torch.full((), self.disc_weight, device=nll_gradient.device)
         over_ranks = self.disc_weighting == "global"
         return self.disc_weight * ratio_at_last_layer(
             reconstructions,

@@ -47,13 +47,13 @@ class ActNorm(nn.Module):
     def _initialize(self, x: Tensor) -> bool:
         """Set loc and scale from a batch; return False if its statistics are not finite."""
         values = x.float().transpose(0, 1).flatten(1)  # [C, B * H * W]
-        count = values.new_tensor([values.shape[1]])
+        count = values.new_full((1,), values.shape[1])
         sums = _sum_over_ranks(torch.cat((values.sum(dim=1), count)))  # [C + 1], the count last
         mean = sums[:-1] / sums[-1]
         deviations = _sum_over_ranks((values - mean[:, None]).square().sum(dim=1))
         std = (deviations / (sums[-1] - 1.0)).sqrt()
         # equal on all ranks, since the sums are over all ranks
-        if not (mean + std).isfinite().all():
+        if (~(mean + std).isfinite()).any():
             return False
         self.loc.copy_(-mean.view_as(self.loc))
         self.scale.copy_(1.0 / (std.view_as(self.scale) + 1e-6))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from kl_vae.runtime.device import choose_device
+from kl_vae.runtime.device import choose_device, on_cpu
 from kl_vae.runtime.errors import RunError, StorageError
 
 Result = TypeVar("Result")
@@ -69,15 +69,21 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum of a tensor over all ranks, on the CPU (float64 stays float64)."""
-        values = values.detach().cpu().clone()  # reduced in place
+        """Return the sum of a tensor over all ranks, on the CPU (float64 stays float64).
+
+        A tensor on a GPU is summed there, by its own backend, and copied once.
+        """
+        values = values.detach()
+        if values.device.type != "cuda":
+            values = values.cpu()
+        values = values.clone()  # reduced in place
         if self.world_size > 1:
             dist.all_reduce(values)
-        return values
+        return values.cpu()
 
     def mean(self, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the mean of each scalar or vector over all ranks, float64 on the CPU."""
-        values = [value.detach().cpu().double() for value in metrics.values()]
+        values = on_cpu(list(metrics.values()))
         mean = self.sum(torch.cat([value.flatten() for value in values])) / self.world_size
         parts = torch.split(mean, [value.numel() for value in values])
         return {

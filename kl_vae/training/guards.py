@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kl_vae.checkpoints.run_files import BAD_IMAGES
 from kl_vae.data import STOP_SIGNALS, BadImage
+from kl_vae.runtime.device import copy_to_device
 from kl_vae.runtime.distributed import Ranks
 from kl_vae.runtime.errors import RunError
 
@@ -37,6 +38,7 @@ class Verdict(NamedTuple):
 
     take: list[bool]  # per network
     stop: bool  # a rank has been asked to stop
+    means: Tensor  # of `averaged` over all ranks, on the CPU
 
 
 @dataclass
@@ -66,6 +68,7 @@ def agree_on_step(
     bad_images: BadImages,
     max_skipped_steps: int,
     stop_requested: bool = False,
+    averaged: Sequence[Tensor] = (),
 ) -> Verdict:
     """Decide on all ranks which networks take their step; count and log non-finite values.
 
@@ -83,17 +86,25 @@ def agree_on_step(
         bad_images: list of unusable images, updated.
         max_skipped_steps: consecutive skipped steps that end the run.
         stop_requested: whether this rank was asked to stop.
+        averaged: float32 scalars to average over the ranks, on the device.
 
     Raises:
         RunError: too many skipped steps in a row, or no image could replace a bad one.
     """
-    # one read of the device and one sum over the ranks for everything
-    losses = torch.stack([micro.loss.to(norms[0].device) for micro in micro_batches])
-    finite = torch.stack([losses.isfinite().all(), *(norm.isfinite() for norm in norms)]).cpu()
     bad = [image for micro in micro_batches for image in micro.bad]
     missing = any(not name for micro in micro_batches for name in micro.names)
-    flags = torch.cat([~finite, torch.tensor([bool(bad), missing, stop_requested])]).int()
-    loss_broken, *overflows, any_bad, any_missing, stop = ranks.sum(flags).bool().tolist()
+    host_flags = torch.tensor([bool(bad), missing, stop_requested])
+    # one sum over the ranks and one copy from the device for everything
+    device = norms[0].device
+    losses = torch.stack([micro.loss.to(device) for micro in micro_batches])
+    finite = torch.stack([losses.isfinite().all(), *(norm.isfinite() for norm in norms)])
+    one = torch.ones((), device=device)
+    scaled = torch.stack([scaler.scale(one) > 1.0 for scaler in scalers])  # not if it is disabled
+    flags = torch.cat([~finite, scaled, copy_to_device(host_flags, device)])
+    sums = ranks.sum(torch.cat([flags.float(), *(value.reshape(1) for value in averaged)]))
+    means = sums[len(flags) :] / ranks.world_size
+    loss_broken, *of_networks, any_bad, any_missing, stop = sums[: len(flags)].bool().tolist()
+    overflows, may_be_scale = of_networks[: len(norms)], of_networks[len(norms) :]
     if any_bad:
         bad_images.note(bad)
     if any_missing:
@@ -101,14 +112,11 @@ def agree_on_step(
         raise RunError(
             f"no image can be read in place of a bad one{example}; check data.train.root"
         )
-    by_scale = [
-        overflow and scaler.is_enabled() and scaler.get_scale() > 1.0
-        for overflow, scaler in zip(overflows, scalers, strict=True)
-    ]
+    by_scale = [overflow and scale for overflow, scale in zip(overflows, may_be_scale, strict=True)]
     if not loss_broken and overflows == by_scale:
         skips.in_a_row = 0
         skips.by_scaler += sum(by_scale)
-        return Verdict([not overflow for overflow in overflows], stop)
+        return Verdict([not overflow for overflow in overflows], stop, means)
     skips.total += 1
     skips.in_a_row += 1
     _log_skipped_step(step, losses.tolist(), micro_batches, ranks, skips)
@@ -118,7 +126,7 @@ def agree_on_step(
             "learning rates, set training.precision to bf16 or fp32, or look at the images named "
             "above; training.max_skipped_steps is the limit"
         )
-    return Verdict([False] * len(norms), stop)
+    return Verdict([False] * len(norms), stop, means)
 
 
 def _log_skipped_step(

@@ -12,7 +12,7 @@ from typing import Any
 
 from kl_vae.accel.compilation import uncompiled
 from kl_vae.checkpoints.run_files import CONFIG, checkpoint_path, run_of
-from kl_vae.runtime.device import deterministic
+from kl_vae.runtime.device import deterministic, gpu_settings
 from kl_vae.runtime.distributed import Ranks, check_agreement, connect, explain
 from kl_vae.runtime.published_config import ConfigSource
 from kl_vae.training.config import RunConfig
@@ -93,6 +93,11 @@ def train(
     with (
         deterministic(config.training.deterministic),
         connect(device, config.training.timeout_seconds) as ranks,
+        gpu_settings(
+            ranks.device,
+            fixed_sizes=config.training.equivariance == 0,
+            deterministic=config.training.deterministic,
+        ),
         stop_on_signals() as stop,
         RunDirectory(Path(run_dir), on_purpose=resumed is not None) as run,
         workers_killed_on_error(),

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 from kl_vae.accel.accelerate import accelerate
@@ -32,6 +31,7 @@ from kl_vae.data.folder import matcher
 from kl_vae.data.roots import resolve_root
 from kl_vae.data.transforms import as_written
 from kl_vae.latents import LatentNormalization
+from kl_vae.losses.batch_norm import synchronize_batch_norms
 from kl_vae.losses.equivariance import Equivariance
 from kl_vae.model import AutoEncoderKL
 from kl_vae.optim.config import learning_rate_at
@@ -375,8 +375,7 @@ def build_model(config: RunConfig, ranks: Ranks, resuming: bool) -> AutoEncoderK
         winograd=None if config.training.winograd else False,
     )
     if model.adversary is not None and ranks.device.type == "cuda" and ranks.world_size > 1:
-        discriminator = model.adversary.discriminator
-        nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)  # type: ignore[no-untyped-call]
+        synchronize_batch_norms(model.adversary.discriminator)
     return model
 
 

@@ -20,7 +20,7 @@ from kl_vae.losses.discriminator import RealAndFake
 from kl_vae.losses.equivariance import Equivariance
 from kl_vae.model import AutoEncoderKL
 from kl_vae.optim.config import set_learning_rate
-from kl_vae.runtime.device import PRECISIONS
+from kl_vae.runtime.device import PRECISIONS, copy_to_device
 from kl_vae.runtime.distributed import Ranks
 from kl_vae.runtime.randomness import generator_for, normal_noise
 from kl_vae.training.config import RunConfig
@@ -106,7 +106,7 @@ class TrainingStep:
             last = micro == micro_batches - 1  # its backward averages the gradients over the ranks
             images = to_device(batch.images, device, training.channels_last)
             noise = posterior_noise(model, batch, "posterior", training.seed, state.step)
-            noise = noise_to_device(noise, device)
+            noise = copy_to_device(noise, device)
             # dropout is a function of the step too, so that a resumed run repeats it
             dropout = generator_for("dropout", training.seed, state.step, self.ranks.rank, micro)
             torch.manual_seed(dropout.initial_seed())
@@ -159,6 +159,7 @@ class TrainingStep:
             bad_images=self.bad_images,
             max_skipped_steps=training.max_skipped_steps,
             stop_requested=stop is not None and stop.requested,
+            averaged=[] if adversary is None else adversary.logits_to_note(means),
         )
         for network, norm, take in zip(networks, norms, verdict.take, strict=True):
             rate = set_learning_rate(
@@ -169,7 +170,8 @@ class TrainingStep:
                     nn.utils.clip_grads_with_norm_(
                         network.parameters, network.config.clip_grad_norm, norm
                     )
-                network.scaler.step(network.optimizer)
+                # not scaler.step, which would read again whether the gradient is finite
+                network.optimizer.step()
             network.scaler.update()  # halves the scale if the gradient was not finite
             network.optimizer.zero_grad(set_to_none=True)
             prefix = "train/" if network is state.autoencoder else "train/disc_"
@@ -178,7 +180,7 @@ class TrainingStep:
         if verdict.take[0] and state.average is not None:
             state.average.update()
         if adversary is not None and all(verdict.take):
-            adversary.note_logits(means["train/logits_real"], means["train/logits_fake"])
+            adversary.note_logits(verdict.means)
         else:  # a skipped step does not change the discriminator's running statistics
             for statistic, value in zip(statistics, statistics_before, strict=True):
                 statistic.copy_(value)
@@ -245,10 +247,3 @@ def to_device(images: Tensor, device: torch.device, channels_last: bool) -> Tens
     layout = torch.channels_last if channels_last else torch.contiguous_format
     # uint8 until then: a quarter of the bytes to move
     return normalized(images.to(device, non_blocking=True).contiguous(memory_format=layout))
-
-
-def noise_to_device(noise: Tensor, device: torch.device) -> Tensor:
-    """Move noise to the device; the copy is asynchronous, which needs pinned memory."""
-    if device.type == "cuda":
-        noise = noise.pin_memory()
-    return noise.to(device, non_blocking=True)

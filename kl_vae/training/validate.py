@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from kl_vae.data import BadImage, Batch
 from kl_vae.metrics.similarity import psnr, ssim
 from kl_vae.model import AutoEncoderKL
-from kl_vae.runtime.device import autocast
+from kl_vae.runtime.device import autocast, copy_to_device, on_cpu
 from kl_vae.runtime.distributed import Ranks
 from kl_vae.runtime.errors import RunError
 from kl_vae.training.config import RunConfig
 from kl_vae.training.guards import BadImages, StopRequest
 from kl_vae.training.logging import Metrics, to_numbers
-from kl_vae.training.step import latent_moments, noise_to_device, posterior_noise, to_device
+from kl_vae.training.step import latent_moments, posterior_noise, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -79,14 +79,14 @@ def validate(
             continue
         noise = posterior_noise(model, batch, "validation", config.training.seed)
         images = to_device(batch.images, ranks.device, config.training.channels_last)
-        noise = noise_to_device(noise, ranks.device)
+        noise = copy_to_device(noise, ranks.device)
         with autocast(ranks.device, config.training.precision), evaluating(model):
             metrics = _metrics(model, images, step, noise, model)
             if average is not None:
                 of_average = _metrics(model, images, step, noise, average)
                 metrics |= {f"val_ema/{key[4:]}": value for key, value in of_average.items()}
-        for key, value in metrics.items():
-            sums[key] = sums.get(key, 0.0) + value.cpu().double() * len(images)
+        for key, value in zip(metrics, on_cpu(list(metrics.values())), strict=True):
+            sums[key] = sums.get(key, 0.0) + value * len(images)
         count += len(images)
     bad_images.note(bad)
     # a rank without images does not know the names of the metrics

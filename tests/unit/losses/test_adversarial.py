@@ -260,7 +260,7 @@ def test_lecam_regularizes_the_logits_towards_their_averages(images: Tensor) -> 
     expected = real.relu().square().mean() + (-fake).relu().square().mean()  # averages are 0 yet
     assert torch.allclose(log["train/lecam"], expected)
     assert torch.allclose(total, plain + 2.0 * expected)
-    loss.note_logits(log["train/logits_real"], log["train/logits_fake"])
+    loss.note_logits(torch.stack(loss.logits_to_note(log)))
     expected = 0.1 * torch.stack([real.mean(), fake.mean()])
     assert torch.allclose(loss.logits_average, expected)
     assert "logits_average" in loss.state_dict() and "logits_average" not in build().state_dict()
