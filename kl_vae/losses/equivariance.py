@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kl_vae.blocks import at_least_float32
 from kl_vae.runtime.randomness import generator_for
 
 
@@ -57,6 +58,32 @@ class Equivariance:
     def _apply(self, x: Tensor, f: int) -> Tensor:
         rotated = torch.rot90(x, self.quarter_turns, (2, 3))
         height, width = (f * max(1, round(side // f * self.scale)) for side in rotated.shape[2:])
-        if (height, width) == rotated.shape[2:]:
-            return rotated
-        return F.interpolate(rotated, (height, width), mode="bilinear", antialias=True)
+        return resize(rotated, (height, width))
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize [B, C, H, W] to a size by bilinear interpolation with antialiasing."""
+    if size == x.shape[2:]:
+        return x
+    if x.is_cuda and x.requires_grad:  # the backward of interpolate adds in any order on CUDA
+        return resize_by_matrices(x, size)
+    return F.interpolate(x, size, mode="bilinear", antialias=True)
+
+
+def resize_by_matrices(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Compute `resize` as `rows x columns^T` with matrices [height, H] and [width, W].
+
+    The forward and the backward pass are matrix products, in float32 also under autocast.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        exact = at_least_float32(x)
+        rows = _resizing_matrix(exact, x.shape[2], size[0])
+        columns = _resizing_matrix(exact, x.shape[3], size[1])
+        return (rows @ exact @ columns.mT).to(x.dtype)
+
+
+def _resizing_matrix(x: Tensor, old: int, new: int) -> Tensor:
+    """Return the matrix [new, old] that resizes a side, in the dtype and on the device of x."""
+    identity = torch.eye(old, dtype=x.dtype, device=x.device)[None, None]
+    # the second axis keeps its size, so that each column of the identity is resized by itself
+    return F.interpolate(identity, (new, old), mode="bilinear", antialias=True)[0, 0]

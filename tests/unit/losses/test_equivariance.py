@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kl_vae import AutoEncoderKL
-from kl_vae.losses.equivariance import Equivariance
+from kl_vae.losses.equivariance import Equivariance, resize, resize_by_matrices
+from kl_vae.runtime.device import deterministic
 
 
 def test_the_ratio_of_image_and_latent_sizes_is_kept() -> None:
@@ -66,3 +67,36 @@ def test_the_identity_changes_nothing(tiny_model: AutoEncoderKL) -> None:
     assert torch.equal(plain.total, same.total)
     with pytest.raises(AttributeError):
         Equivariance(0, 1.0).scale = 0.5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("size", [(3, 5), (7, 9), (1, 1), (8, 4), (13, 20)])
+def test_matrices_resize_as_interpolation_does_forward_and_backward(size: tuple[int, int]) -> None:
+    x = torch.randn(2, 3, 8, 12, dtype=torch.float64, requires_grad=True)
+    theirs, ours = resize(x, size), resize_by_matrices(x, size)
+    gradient = torch.randn_like(theirs)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0.0)
+    expected, found = (torch.autograd.grad(out, x, gradient)[0] for out in (theirs, ours))
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_matrices_resize_in_float32_in_all_precisions(dtype: torch.dtype) -> None:
+    x = torch.randn(1, 4, 16, 16).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = resize_by_matrices(x, (9, 5))
+    assert found.dtype == dtype
+    expected = resize_by_matrices(x.double(), (9, 5))
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), expected, atol=8 * unit, rtol=unit)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_latents_have_a_deterministic_gradient_on_cuda() -> None:
+    gradients = []
+    with deterministic(True):
+        for _ in range(2):
+            z = torch.arange(4.0 * 32 * 32, device="cuda").reshape(1, 4, 32, 32).sin()
+            z.requires_grad_()
+            Equivariance(1, 0.4).of_latents(z).square().sum().backward()
+            gradients.append(z.grad)
+    assert torch.equal(*gradients)

@@ -1,14 +1,19 @@
 """Muon against what it promises, and its AdamW against torch's."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from kl_vae.optim import muon
-from kl_vae.optim.muon import Muon, assign, orthogonalize
+from kl_vae.optim.muon import Muon, assign, exchange, orthogonalize
 
 SHAPES = ((8, 4, 3, 3), (8, 4, 3, 3), (12, 1, 2, 2), (36, 8), (8, 36), (8, 4, 3, 3), (5, 5))
 
@@ -91,8 +96,61 @@ def test_it_is_the_published_iteration(values: Tensor, shape: tuple[int, int]) -
     assert error < 1e-4
 
 
+def in_bfloat16(matrix: Tensor) -> Tensor:
+    """Newton and Schulz's quintic in bf16, as in the implementation of Jordan et al."""
+    x = matrix.bfloat16().T if matrix.shape[0] > matrix.shape[1] else matrix.bfloat16()
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.ones(48),
+        torch.logspace(0, -2, 48),
+        torch.logspace(0, -6, 48),
+        torch.cat((torch.ones(1), torch.full((47,), 1e-2))),
+        torch.cat((torch.ones(10), torch.full((38,), 3e-3))),
+        torch.ones(12),
+    ],
+    ids=["equal", "to 1e-2", "to 1e-6", "one larger", "ten larger", "rank 12"],
+)
+@pytest.mark.parametrize("shape", [(48, 432), (432, 48), (48, 48)])
+def test_bf16_is_as_accurate_as_the_published_iteration_in_bf16(
+    values: Tensor, shape: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    matrix = with_singular_values(values, *shape)
+    expected = directly(matrix)
+    update = orthogonalize(matrix[None], torch.bfloat16)[0]
+    assert update.dtype == torch.bfloat16
+    ours, theirs = ((x.double() - expected).norm() for x in (update, in_bfloat16(matrix)))
+    assert ours < 1.2 * theirs + 0.01 * expected.norm()
+    assert torch.linalg.svdvals(update.double()).max() < 1.25
+
+
+def test_steps_in_bf16_are_those_in_float32_up_to_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact, rounded = matrices(), matrices()
+    take_steps(Muon([{"params": exact, "lr": 0.1, "orthogonalize": True}]))
+    monkeypatch.setattr(muon, "compute_dtype", lambda device: torch.bfloat16)
+    optimizer = Muon([{"params": rounded, "lr": 0.1, "orthogonalize": True}])
+    take_steps(optimizer)
+    for a, b, start in zip(exact, rounded, matrices(), strict=True):
+        assert b.dtype == optimizer.state[b]["momentum"].dtype == torch.float32
+        assert 0 < (a - b).norm() < 0.1 * (a - start).norm()
+
+
+def test_the_precision_is_float32_where_no_tensor_cores_are() -> None:
+    assert muon.compute_dtype(torch.device("cpu")) == torch.float32
+    assert muon.compute_dtype(torch.device("mps")) == torch.float32
+
+
 def test_orthogonalize_of_zero_is_zero() -> None:
     assert orthogonalize(torch.zeros(2, 4, 6)).abs().max() == 0
+    assert orthogonalize(torch.zeros(2, 4, 6), torch.bfloat16).abs().max() == 0
 
 
 def test_one_zero_matrix_does_not_change_the_others_of_its_stack() -> None:
@@ -173,24 +231,60 @@ def test_a_stack_is_of_one_matrix_shape_and_bounded(monkeypatch: pytest.MonkeyPa
     assert [len(stack) for stack in assign(parameters, 1)[0]] == [1] * len(parameters)
 
 
-def test_each_matrix_is_one_ranks_work_and_the_loads_are_even() -> None:
-    shapes = [(64, 64, 3, 3)] * 7 + [(32, 32, 3, 3)] * 9 + [(64, 32)] * 5 + [(3, 32, 3, 3)]
-    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
-    for world_size in (1, 2, 3, 5):
-        shares = assign(parameters, world_size)
-        assert len(shares) == world_size
-        assigned = [id(p) for share in shares for stack in share for p in stack]
-        assert sorted(assigned) == sorted(id(p) for p in parameters)
-        costs = [64**2 * 576, 32**2 * 288, 32**2 * 64, 3**2 * 288]
-        cost = {(64, 576): costs[0], (32, 288): costs[1], (64, 32): costs[2], (3, 288): costs[3]}
-        loads = [
-            sum(cost[tuple(p.flatten(1).shape)] for stack in share for p in stack)  # type: ignore[index]
-            for share in shares
-        ]
-        assert max(loads) - min(loads) <= costs[0]
-        assert [list(map(len, share)) for share in assign(parameters, world_size)] == [
-            list(map(len, share)) for share in shares
-        ]
+def test_other_devices_take_all_matrices_of_a_shape_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(muon, "STACK_VALUES", 1)
+    parameters = [nn.Parameter(p.to("meta")) for p in matrices()]
+    (stacks,) = assign(parameters, 1)
+    assert sorted(map(len, stacks)) == [1, 1, 1, 4]
+
+
+def multiplications(rows: int, columns: int) -> int:
+    """Count those of `orthogonalize`."""
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        orthogonalize(torch.empty(1, rows, columns))
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8, 64])
+def test_each_matrix_is_one_ranks_work_and_the_loads_are_even(world_size: int) -> None:
+    shapes = [(512, 512, 3, 3)] * 30 + [(256, 256, 3, 3)] * 11 + [(128, 128, 3, 3)] * 10
+    shapes += [(512, 512, 1, 1)] * 8 + [(256, 512, 3, 3), (128, 3, 3, 3), (3, 128, 3, 3)]
+    parameters = [nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
+    shares = assign(parameters, world_size)
+    assert len(shares) == world_size
+    assigned = [id(p) for share in shares for stack in share for p in stack]
+    assert sorted(assigned) == sorted(id(p) for p in parameters)
+    costs = {shape: multiplications(shape[0], math.prod(shape[1:])) for shape in set(shapes)}
+    loads = [sum(costs[tuple(p.shape)] for stack in x for p in stack) for x in shares]  # type: ignore[index]
+    mean = sum(loads) / world_size
+    assert max(loads) <= max(1.1 * mean, costs[512, 512, 3, 3])  # a matrix is not divided
+    again = assign(parameters, world_size)
+    assert [list(map(len, share)) for share in again] == [list(map(len, x)) for x in shares]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("world_size", [2, 3, 64])
+def test_ranks_exchange_each_value_once(world_size: int, dtype: torch.dtype) -> None:
+    parameters = matrices()
+    shares = assign(parameters, world_size)
+    updates = [torch.ones(len(x), *x[0].flatten(1).shape, dtype=dtype) for x in shares[0]]
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        with Operations() as operations:
+            received = list(exchange(updates, shares, 0, dtype))
+    finally:
+        dist.destroy_process_group()
+    stacks = [stack for share in shares for stack in share]
+    assert [len(x) for x in received] == [len(stack) for stack in stacks]
+    assert all(
+        x.shape[1:] == stack[0].flatten(1).shape for x, stack in zip(received, stacks, strict=True)
+    )
+    assert all(torch.equal(x, own) for x, own in zip(received, updates, strict=False))
+    sent = [x for x in operations.collectives if x.numel()]
+    assert {x.dtype for x in sent} == {dtype}
+    assert sum(x.numel() for x in sent) == sum(p.numel() for p in parameters)
 
 
 def test_more_ranks_than_matrices_leave_some_without_work() -> None:
@@ -278,16 +372,19 @@ def test_what_is_no_matrix_is_learned_as_by_adamw() -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Collects the names of all operations."""
+    """Collects the names of all operations, and the tensors of collectives."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: set[str] = set()
+        self.collectives: list[Tensor] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         self.names.add(func.overloadpacket.__name__)
+        if func.namespace == "c10d":
+            self.collectives += args[0]
         return func(*args, **(kwargs or {}))
 
 
