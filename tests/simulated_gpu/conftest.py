@@ -13,6 +13,8 @@ import pytest
 from tests.processes import TORCHRUN, run_to_its_end
 from tests.simulated_gpu.build import build, environment, why_not
 
+ROOT = Path(__file__).resolve().parents[2]
+
 Run = Callable[..., dict[str, Any]]
 
 
@@ -33,9 +35,8 @@ def simulated(library: Path, project: Path) -> Run:
         ranks = [*TORCHRUN, f"--nproc-per-node={gpus}"] if gpus > 1 else [sys.executable]
         child = str(Path(__file__).with_name("child.py"))
         counts = project / "counts.json"
-        code, errors = run_to_its_end(
-            *ranks, child, str(counts), *arguments, **environment(library, gpus)
-        )
+        variables = {**environment(library, gpus), "PYTHONPATH": str(ROOT)}
+        code, errors = run_to_its_end(*ranks, child, str(counts), *arguments, **variables)
         assert code == 0, errors
         found: dict[str, Any] = json.loads(counts.read_text())
         return found

@@ -60,14 +60,23 @@ def test_two_gpus(simulated: Run, option: str) -> None:
         assert step["collectives"] == {f"{key} nccl": n for key, n in expected.items()}
 
 
-def train(simulated: Run, option: str, gpus: int) -> dict[str, Any]:
+def test_without_triton_nothing_is_compiled(simulated: Run) -> None:
+    small = ("model.params.ddconfig.ch_mult=[1]", "model.params.ddconfig.attn_resolutions=[]")
+    found = train(simulated, "elbo", gpus=1, compile="auto", more=small)
+    for step in found["steps"][1:]:
+        assert (step["waits"], step["copies"]) == (1, 1), step
+
+
+def train(
+    simulated: Run, option: str, gpus: int, compile: str = "false", more: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Train with validation; check the log lines, and return the counts."""
     precision, overrides, _ = OPTIONS[option]
     steps = 3 if gpus == 1 else DDP_STEPS + 2
     found = simulated(
         *("train", "tiny.yaml", "--run-dir", "run", *overrides),
         *(f"training.precision={precision}", f"training.max_steps={steps}"),
-        "training.global_batch_size=4",
+        *("training.global_batch_size=4", f"training.compile={compile}", *more),
         gpus=gpus,
     )
     assert len(found["steps"]) == len(found["lines"]) == steps
