@@ -18,18 +18,17 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 # Five iterations in two rounds, each with a new Gram matrix. A Gram matrix squares the singular
 # values, and rounding errors of small ones would grow over five iterations of a single round to a
 # relative error of 1e-3 in float32, and 0.5 with TF32. With two rounds the result is as accurate as
-# without Gram matrices (1e-4, and about 1e-2 with TF32).
+# without Gram matrices (1e-4, and about 1e-2 with TF32). In bf16, training
+# reached a lower PSNR with two of three seeds (docs/development/performance.md).
 NEWTON_SCHULZ_ROUNDS = (3, 2)
 
 
-def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def orthogonalize(matrices: Tensor) -> Tensor:
     """Approximate the nearest matrices with orthonormal rows (or columns, if there are fewer).
 
-    The result has the shape of `matrices`, [n, rows, columns], and is computed in `dtype`, also
-    under autocast. Singular values are mapped to 0.67 to 1.21; those below 1/600 of the Frobenius
-    norm of their matrix may be smaller, and 0 stays 0. In bf16 the errors are not larger than those
-    of the published iteration in bf16: 1 to 2 % of the Frobenius norm, and more with singular
-    values so small that they are lost in rounding the matrix.
+    The result has the shape of `matrices`, [n, rows, columns], and is float32, also under autocast.
+    Singular values are mapped to 0.67 to 1.21; those below 1/600 of the Frobenius norm of their
+    matrix may be smaller, and 0 stays 0.
 
     An iteration is X <- P X with P = a I + b G + c G^2, G = X X^T. P and G commute, so that several
     iterations are one product of the matrices P, [r, r], with X, [r, c], and G <- P G P updates G.
@@ -37,7 +36,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
     tall = matrices.shape[-2] > matrices.shape[-1]
     with torch.autocast(matrices.device.type, enabled=False):
         x = (matrices.mT if tall else matrices).float()  # [n, r, c]
-        x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)).to(dtype)
+        x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
         for iterations in NEWTON_SCHULZ_ROUNDS:
             x = _iterate(x @ x.mT, iterations) @ x
         out: Tensor = x.mT if tall else x
@@ -62,16 +61,6 @@ def _factor(gram: Tensor) -> Tensor:
     return p
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """Return the precision in which matrices are orthogonalised and exchanged on a device.
-
-    bf16 on GPUs with bf16 tensor cores, as published, and float32 elsewhere.
-    """
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    return torch.float32
-
-
 # Maximum size of a stack on the CPU: 64 MiB of float32, or one matrix if larger. Other devices
 # take all matrices of a shape at once, with one kernel for each operation.
 STACK_VALUES = 2**24
@@ -87,10 +76,9 @@ class Muon(torch.optim.Optimizer):
     learned at the same rate, and scaled by sqrt(max(1, rows / columns)).
 
     If torch.distributed is initialised, each rank orthogonalises a share of the matrices and all
-    ranks exchange the results: each value once, in the precision of `compute_dtype`. Parameters
-    stay bit-identical across ranks if gradients are, as with DDP. Each rank stores the whole state,
-    so that the number of ranks may change. Parameters without gradient are not updated; they must
-    be the same on all ranks.
+    ranks exchange the results, each value once. Parameters stay bit-identical across ranks if
+    gradients are, as with DDP. Each rank stores the whole state, so that the number of ranks may
+    change. Parameters without gradient are not updated; they must be the same on all ranks.
 
     Args:
         groups: parameter groups, each with `lr`. All parameters of a group with
@@ -139,13 +127,11 @@ class Muon(torch.optim.Optimizer):
         distributed = dist.is_available() and dist.is_initialized()
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         shares = assign(parameters, world_size)
-        dtype = compute_dtype(parameters[0].device)
         updates: Iterator[Tensor] = (
-            orthogonalize(self._directions(stack, group["momentum"]), dtype)
-            for stack in shares[rank]
+            orthogonalize(self._directions(stack, group["momentum"])) for stack in shares[rank]
         )
         if world_size > 1:
-            updates = exchange(updates, shares, rank, dtype)
+            updates = exchange(updates, shares, rank)
         for stack, update in zip(chain.from_iterable(shares), updates, strict=True):
             rows, columns = _matrix_shape(stack[0])
             update = update.to(stack[0].dtype)
@@ -203,16 +189,14 @@ def assign(parameters: Iterable[Tensor], world_size: int) -> list[list[Stack]]:
     return [[part for stack in share.values() for part in _parts(stack)] for share in shares]
 
 
-def exchange(
-    updates: Iterable[Tensor], shares: list[list[Stack]], rank: int, dtype: torch.dtype
-) -> Iterator[Tensor]:
+def exchange(updates: Iterable[Tensor], shares: list[list[Stack]], rank: int) -> Iterator[Tensor]:
     """Send this rank's updates, [n, rows, columns] each, to all ranks; yield those of all ranks.
 
-    The order is that of `shares`. Each rank receives one value of `dtype` per parameter.
+    The order is that of `shares`. Each rank receives one float32 per value of the matrices.
     """
     sizes = [sum(p.numel() for stack in share for p in stack) for share in shares]
     device = next(stack[0].device for share in shares for stack in share)
-    everything = torch.empty(sum(sizes), dtype=dtype, device=device)
+    everything = torch.empty(sum(sizes), dtype=torch.float32, device=device)
     parts = list(torch.split(everything, sizes))
     start = 0
     for update in updates:

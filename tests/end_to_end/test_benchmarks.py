@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -151,6 +152,37 @@ def test_loading(run: Callable[..., Any]) -> None:
 def test_optimizers(run: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert len(run("optimizer", "--size", "16")) == 3
     assert is_about(capsys.readouterr().out, "step", 12, "images")
+
+
+def test_the_work_of_ranks_with_muon(run: Callable[..., Any]) -> None:
+    one, many = run("muon_ranks", "--ranks", "1", "64")
+    assert one["ranks"] == 1 and one["load"] == pytest.approx(1.0)
+    assert many["load"] >= 1.0 and many["load"] >= many["largest"] * (1.0 - 1e-6)
+    assert one["bytes"] == many["bytes"] and 0.9 < many["share"] <= 1.0
+
+
+@pytest.mark.slow
+def test_the_precision_of_muon(run: Callable[..., Any]) -> None:
+    small = ["--steps", "4", "--seeds", "2", "--out", "runs"]
+    rows = named(run("muon_precision", *small))
+    assert set(rows) == {"fp32", "tf32", "bf16"}
+    losses = {name: [seed["val/psnr"] for seed in row["seeds"]] for name, row in rows.items()}
+    assert losses["fp32"] != losses["bf16"]
+    assert losses["tf32"] == pytest.approx(losses["fp32"], abs=0.5)
+
+
+@pytest.mark.parametrize("smallest", [1.0, 1e-2, 1e-4, 1e-8])
+@pytest.mark.parametrize("shape", [(64, 576), (576, 64), (64, 64)])
+def test_muon_with_tf32_products_is_accurate(
+    script: Callable[[str], ModuleType], shape: tuple[int, int], smallest: float
+) -> None:
+    module, generator = script("muon_precision"), torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, 64, generator=generator))[0] for n in shape)
+    matrix = (u * torch.logspace(0.0, math.log10(smallest), 64)) @ v.T
+    exact, tf32, bf16 = (module.orthogonalize(matrix[None], bits) for bits in (23, 10, 7))
+    assert torch.equal(exact, module.ORTHOGONALIZE(matrix[None]))
+    assert 0.0 < (tf32 - exact).norm() < 0.02 * exact.norm()
+    assert (bf16 - exact).norm() > 3.0 * (tf32 - exact).norm()
 
 
 def test_the_loader(run: Callable[..., Any]) -> None:
