@@ -58,7 +58,7 @@ def can_compile(device: torch.device, wanted: bool | Literal["auto"]) -> bool:
 def compile_blocks(model: nn.Module, *, dynamic: bool) -> None:
     """Compile each residual block, attention and last norm in place, on its first call.
 
-    Blocks of the same shapes share their kernels, so that kl-f8 has 12 graphs instead of 28.
+    Blocks of the same shapes share their kernels.
     Parameter names and state dicts do not change. The first and last convolutions are not
     compiled: the adaptive GAN weight needs the gradient of the last one's weight alone, and a
     compiled part has a single backward. The graphs depend only on the current shapes, not on
