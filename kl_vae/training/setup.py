@@ -109,7 +109,7 @@ def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks) -> Setup:
     training = config.training
     config = with_range(config, ranks.on_rank_zero(run.pixel_range) or config.data.range)
     check_same_config(config, ranks)
-    ranks.on_rank_zero(lambda: check_outside_of_images(run.path, config.data))
+    ranks.on_rank_zero(lambda: warn_of_own_samples(run.path, config.data))
     changes = ranks.on_rank_zero(lambda: run.check(dataclasses.asdict(config)))
     compiled = all(ranks.gather(can_compile(ranks.device, training.compile)))
     train_set, val_set = build_data(config, ranks)
@@ -209,12 +209,8 @@ def default_interval(steps_per_epoch: int) -> int:
     return steps_per_epoch * -(-MIN_INTERVAL // steps_per_epoch)
 
 
-def check_outside_of_images(run: Path, data: DataConfig) -> None:
-    """Check that the sample images of a run would not be read as its training images.
-
-    Raises:
-        ValueError: they would be.
-    """
+def warn_of_own_samples(run: Path, data: DataConfig) -> None:
+    """Log a warning if the sample images of a run would be read as its images on a resume."""
     for key, images in (("train", data.train), ("validation", data.validation)):
         if images.root is None:
             continue
@@ -222,9 +218,12 @@ def check_outside_of_images(run: Path, data: DataConfig) -> None:
         if sample.is_relative_to(root):
             name = sample.relative_to(root).as_posix()
             if matcher(images.include, images.exclude)(name):
-                raise ValueError(
-                    f"the run directory {display_name(run)} is in data.{key}.root={images.root}, "
-                    "where its samples would be read as images; give another --run-dir"
+                logger.warning(
+                    "the run directory %s is in data.%s.root=%s, where its samples are other "
+                    "images for a resume, which is refused then; give another --run-dir",
+                    display_name(run),
+                    key,
+                    images.root,
                 )
 
 
