@@ -127,24 +127,5 @@ class Upsample(nn.Module):
         self.with_conv = with_conv
 
     def forward(self, x: Tensor) -> Tensor:
-        x = upsample_nearest(x)
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         return self.conv(x) if self.with_conv else x
-
-
-def upsample_nearest(x: Tensor) -> Tensor:
-    """Repeat each value in a square of 2 x 2, to [B, C, 2H, 2W] in the memory format of x."""
-    # Compiled, the backward of interpolate adds atomically, in any order; that of expand is a sum.
-    # Eager interpolate adds in a fixed order, on CPUs 2 to 9 times as fast as the sum. Runtimes
-    # have a kernel for it, and exported graphs keep it.
-    if not torch.compiler.is_compiling() or _is_exporting():
-        return F.interpolate(x, scale_factor=2.0, mode="nearest")
-    b, c, h, w = x.shape
-    if x.is_contiguous(memory_format=torch.channels_last):
-        copies = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(b, h, 2, w, 2, c)
-        return copies.reshape(b, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
-    return x[..., None, :, None].expand(b, c, h, 2, w, 2).reshape(b, c, 2 * h, 2 * w)
-
-
-def _is_exporting() -> bool:
-    exporting: bool = getattr(torch.compiler, "is_exporting", lambda: False)()  # since torch 2.7
-    return exporting

@@ -28,7 +28,7 @@ def can_compile(device: torch.device, wanted: bool | Literal["auto"]) -> bool:
     """Return whether to compile: `auto` does on CUDA devices, if torch.compile works there.
 
     A small function is compiled, forward and backward, so that a broken setup is found early.
-    Under `auto` a part that cannot be compiled later runs eagerly, with a warning.
+    Under `auto`, a block that cannot be compiled later runs eagerly, with a warning.
 
     Raises:
         ValueError: `wanted` is true, and torch.compile does not work on the device.
@@ -49,7 +49,7 @@ def can_compile(device: torch.device, wanted: bool | Literal["auto"]) -> bool:
         if wanted != "auto":
             text = f"training.compile=true: {text}, or set training.compile to false"
             raise ValueError(text) from error
-        logger.warning("%s, to train faster with less memory", text)
+        logger.warning("%s; the run continues without it", text)
         return False
     torch._dynamo.config.suppress_errors = wanted == "auto"
     return True
@@ -58,11 +58,11 @@ def can_compile(device: torch.device, wanted: bool | Literal["auto"]) -> bool:
 def compile_blocks(model: nn.Module, *, dynamic: bool) -> None:
     """Compile each residual block, attention and last norm in place, on its first call.
 
-    Blocks of the same shapes share their kernels.
-    Parameter names and state dicts do not change. The first and last convolutions are not
-    compiled: the adaptive GAN weight needs the gradient of the last one's weight alone, and a
-    compiled part has a single backward. The graphs depend only on the current shapes, not on
-    earlier ones, so that a resumed run computes the same as an uninterrupted one.
+    Blocks of the same shapes share their kernels. Parameter names and state dicts do not change.
+    The first and last convolutions are not compiled: the adaptive GAN weight needs the gradient of
+    the last one's weight alone, and a compiled part has a single backward. The graphs depend only
+    on the current shapes, not on earlier ones, so that a resumed run computes the same as an
+    uninterrupted one.
 
     Args:
         model: an AutoEncoderKL, or its encoder or decoder.

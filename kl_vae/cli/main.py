@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     except KeyboardInterrupt:
         if rank == 0:
             resume = "; the same command with --resume continues" if hasattr(args, "resume") else ""
-            sys.stderr.write(f"kl-vae {name or ''}: interrupted{resume}\n".replace(" :", ":"))
+            where = f"kl-vae {name}" if name else "kl-vae"
+            sys.stderr.write(f"{where}: interrupted{resume}\n")
         return 130
 
 

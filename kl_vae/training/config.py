@@ -68,9 +68,9 @@ class TrainingConfig:
         activation_checkpointing: activations that the backward pass recomputes: none (except
             between a norm and its SiLU), norms (between a norm and its convolution, which costs
             little) or blocks (residual blocks: the least memory, and a third more time).
-        compile: whether to use torch.compile, which makes one kernel of norm, SiLU and cast and
-            takes about a minute at the start; auto: on GPUs, if it works there. It needs Triton on
-            GPUs, a C++ compiler on CPUs.
+        compile: whether to use torch.compile, which fuses norm, SiLU and cast; the first step waits
+            for it. auto: on GPUs, if it works there. It needs Triton on GPUs, a C++ compiler on
+            CPUs.
         validate_every_steps: steps between validations; null: at the end of each epoch of
             at least 100 steps, else of as many epochs as have 100 steps.
         save_every_steps: steps between checkpoints (one is saved before each validation, too).

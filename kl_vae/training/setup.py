@@ -109,10 +109,11 @@ def set_up(config: RunConfig, run: RunDirectory, ranks: Ranks) -> Setup:
     training = config.training
     config = with_range(config, ranks.on_rank_zero(run.pixel_range) or config.data.range)
     check_same_config(config, ranks)
-    ranks.on_rank_zero(lambda: warn_of_own_samples(run.path, config.data))
     changes = ranks.on_rank_zero(lambda: run.check(dataclasses.asdict(config)))
     compiled = all(ranks.gather(can_compile(ranks.device, training.compile)))
     train_set, val_set = build_data(config, ranks)
+    if ranks.is_rank_zero and config.data.name == "folder":
+        warn_of_own_samples(run.path, config.data)
     config = with_range(config, train_set.source.pixel_format.value_range)
     plain = dataclasses.asdict(config)
     steps_per_epoch = len(train_set) // training.global_batch_size

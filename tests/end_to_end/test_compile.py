@@ -14,7 +14,7 @@ from kl_vae import AutoEncoderKL
 from kl_vae.accel.compilation import can_compile
 from kl_vae.cli.main import main
 from tests.end_to_end.test_recipe import GAN
-from tests.messages import is_about
+from tests.messages import is_about, mentions
 from tests.processes import TORCHRUN, TRAIN, assert_same, checkpoint, metrics
 
 HAS_COMPILER = shutil.which(os.environ.get("CXX", "g++")) is not None
@@ -90,3 +90,12 @@ def test_without_a_compiler_a_run_ends_with_what_to_install(project: Path) -> No
 def test_a_machine_that_can_compile_passes() -> None:
     assert can_compile(torch.device("cpu"), True)
     assert not can_compile(torch.device("cpu"), "auto")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch.compile works on this GPU")
+def test_where_it_does_not_work_auto_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    device = torch.device("cuda")
+    assert not can_compile(device, "auto")
+    assert is_about(caplog.text, "torch.compile", "cuda", "Triton")
+    with pytest.raises(ValueError, match=mentions("training.compile=true", "Triton")):
+        can_compile(device, True)

@@ -157,6 +157,15 @@ def test_an_output_in_the_folder_of_the_images(
     assert tree() == before
 
 
+def test_an_export_in_the_place_of_its_checkpoint(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = tree()
+    assert run("export", "model.pt", "--overwrite") == 2
+    assert is_about(capsys.readouterr().err, "model.pt", "checkpoint")
+    assert tree() == before
+
+
 def test_a_run_in_the_folder_of_its_images(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     """Its sample images would become training images."""
     assert run("train", "images/run") == 0

@@ -23,7 +23,7 @@ from kl_vae.accel.group_norm import NORMS
 from kl_vae.accel.resnet_block import FastResnetBlock
 from kl_vae.accel.swap import is_untouched
 from kl_vae.attention import VanillaAttention, as_sequence
-from kl_vae.blocks import Downsample, ResnetBlock, Upsample, upsample_nearest
+from kl_vae.blocks import Downsample, ResnetBlock, Upsample
 from kl_vae.decoder import UpLevel
 from kl_vae.encoder import DownLevel, Middle
 from kl_vae.inference.tiling.strips import FeatureMap, Strips, regroup, split, with_halo
@@ -229,7 +229,10 @@ def upsample(module: Upsample, x: FeatureMap, lines: int) -> FeatureMap:
 
     The strips of the result have `lines` lines, an even number.
     """
-    doubled: Strips = (upsample_nearest(strip) for strip in regroup(x.drain(), x.dim, lines // 2))
+    doubled: Strips = (
+        F.interpolate(strip, scale_factor=2.0, mode="nearest")
+        for strip in regroup(x.drain(), x.dim, lines // 2)
+    )
     if module.with_conv:
         doubled = convolve(module.conv, doubled, x.dim)
     return FeatureMap.collect(doubled, x.dim)

@@ -1,11 +1,16 @@
 """Upsampling and convolution in one."""
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
 
-from kl_vae.accel.upsample import MergedUpsample, transposed_convolution
+from kl_vae.accel.upsample import MergedUpsample, transposed_convolution, upsample_nearest
 from kl_vae.blocks import Upsample
 
 
@@ -90,3 +95,68 @@ def test_the_taps_are_added_in_float32_under_autocast() -> None:
         merged = transposed_convolution(x, weight, None)
     assert merged.dtype == torch.bfloat16
     assert (merged - expected).abs().max() < 0.01 * expected.abs().max()
+
+
+class Compiled(NamedTuple):
+    """Results of `upsample_nearest` in a compiled graph, and the operations of its backward."""
+
+    out: Tensor
+    gradient: Tensor
+    operations: set[str]
+
+
+def compiled(x: Tensor, gradient: Tensor) -> Compiled:
+    """Run compiled with the decompositions of torch's default backend, which needs no compiler."""
+    operations = set()
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        operations.update(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        bw_compiler=keep,
+        decompositions=select_decomp_table(),
+    )
+    torch.compiler.reset()
+    x = x.detach().requires_grad_()
+    out = torch.compile(upsample_nearest, backend=backend, fullgraph=True)(x)
+    (found,) = torch.autograd.grad(out, x, gradient)
+    return Compiled(out.detach(), found, operations)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 4, 3, 5), (1, 1, 2, 2), (1, 3, 2, 1)])
+def test_compiled_upsampling_has_the_same_bits_and_a_backward_without_scatter(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    x = torch.randn(shape).to(dtype).to(memory_format=layout)
+    eager = upsample_nearest(x)
+    gradient = torch.randn(eager.shape).to(dtype).to(memory_format=layout)
+    found = compiled(x, gradient)
+    assert torch.equal(found.out, eager)
+    assert found.out.is_contiguous(memory_format=layout)
+    assert eager.is_contiguous(memory_format=layout)
+    b, c, h, w = shape
+    expected = gradient.double().reshape(b, c, h, 2, w, 2).sum((3, 5))
+    tolerance = 1e-6 if dtype == torch.float32 else 0.04  # half an ulp of a sum below 8 is 0.016
+    torch.testing.assert_close(found.gradient.double(), expected, atol=tolerance, rtol=0.0)
+    assert found.operations
+    assert not [name for name in found.operations if "scatter" in name or "index_put" in name]
+
+
+def test_the_check_of_the_backward_finds_the_scatter_of_interpolate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: False)
+    found = compiled(torch.randn(1, 2, 3, 3), torch.ones(1, 2, 6, 6))
+    assert [name for name in found.operations if "index_put" in name]
+
+
+def test_an_exported_graph_keeps_the_upsampling_that_runtimes_know() -> None:
+    module, x = Upsample(4, with_conv=False), torch.randn(1, 4, 3, 5)
+    module.__class__ = MergedUpsample
+    exported = torch.export.export(module, (x,))
+    assert torch.equal(exported.module()(x), module(x))
+    assert "upsample_nearest2d" in str(exported.graph)
