@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kl_vae
 from kl_vae.optim import muon
+from kl_vae.training.config import RunConfig
 
 MANTISSA_BITS = {"fp32": 23, "tf32": 10, "bf16": 7}
 PRODUCTS = (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default)
@@ -72,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     args = parse(parser, argv)
+    if RunConfig.load(args.config, args.overrides).optimizer.name != "muon":
+        parser.error(f"{args.config}: trains without Muon; add optimizer.name=muon")
 
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in MANTISSA_BITS}
     for seed in range(args.seeds):

@@ -164,6 +164,9 @@ def test_the_work_of_ranks_with_muon(run: Callable[..., Any]) -> None:
 @pytest.mark.slow
 def test_the_precision_of_muon(run: Callable[..., Any]) -> None:
     small = ["--steps", "4", "--seeds", "2", "--out", "runs"]
+    with pytest.raises(SystemExit, match="2"):
+        run("muon_precision", *small)
+    small += ["optimizer.name=muon", "optimizer.learning_rate=0.01"]
     rows = named(run("muon_precision", *small))
     assert set(rows) == {"fp32", "tf32", "bf16"}
     losses = {name: [seed["val/psnr"] for seed in row["seeds"]] for name, row in rows.items()}
